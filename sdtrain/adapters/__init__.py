@@ -1,0 +1,1 @@
+"""Small trainable weights beside frozen ones, and the names other tools know them by."""

@@ -1,0 +1,1 @@
+"""Settings: declared, read, written. No torch here, so that `sdtrain check` is quick."""

@@ -1,0 +1,211 @@
+"""Every setting of a run: its name, unit, default and meaning, in this one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Component = Literal["unet", "text_encoder", "text_encoder_2"]
+Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Settings(BaseModel):
+    """Frozen, strict about keys; numbers are not read out of strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class ModelConfig(Settings):
+    """The model that is fine-tuned."""
+
+    path: str = Field(description="`builtin:tiny-sdxl`, a diffusers folder, a `.safetensors` checkpoint or a hub id.")
+    vae: str = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
+    components: str = Field(
+        default="",
+        description="Folder with the configs and tokenizers that a single file lacks (a diffusers folder without weights).",
+    )
+    variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
+    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+        default="auto", description="What the U-Net predicts; `auto` reads it from the model."
+    )
+    zero_terminal_snr: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Whether the noise schedule ends in pure noise; `auto` reads it from the model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Precision of the networks; `auto` is bfloat16 on a GPU that has it, else float32."
+    )
+
+
+class LoraConfig(Settings):
+    """Small matrices beside frozen weights."""
+
+    kind: Literal["lora"]
+    train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that get adapters.")
+    rank: Count = Field(default=16, description="Rank of the adapters.")
+    alpha: float = Field(default=16.0, gt=0, description="The adapter counts alpha / rank.")
+    targets: Literal["attention", "attention+ff", "all-linear", "all"] | list[str] = Field(
+        default="attention+ff",
+        description="Layers that get adapters: a preset, or patterns of module names such as `*attn2.to_k`.",
+    )
+    lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
+    )
+
+
+class FullConfig(Settings):
+    """All weights of the chosen networks."""
+
+    kind: Literal["full"]
+    train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that are trained.")
+    lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
+    )
+
+
+class FolderConfig(Settings):
+    """One folder of pictures, each with a caption in a .txt file of the same name."""
+
+    path: str = Field(description="`builtin:quickstart`, or a folder; its sub-folders are read too.")
+    repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
+    missing_captions: Literal["error", "empty"] = Field(
+        default="error", description="What a picture without a caption gets: an error, or the empty caption."
+    )
+
+
+class DataConfig(Settings):
+    """From folders to batches."""
+
+    folder: list[FolderConfig] = Field(min_length=1, description="The folders.")
+    resolution_px: Annotated[int, Field(ge=64)] = Field(
+        default=1024, description="Pictures are scaled to about resolution_px x resolution_px pixels of any shape."
+    )
+    bucket_step_px: Annotated[int, Field(ge=8)] = Field(
+        default=64, description="Widths and heights of buckets are multiples of this (of 8 at least)."
+    )
+    max_aspect: Annotated[float, Field(ge=1.0)] = Field(
+        default=2.5, description="Longest side over shortest side of the most extreme bucket."
+    )
+    batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
+    gradient_accumulation: Count = Field(default=1, description="Micro-batches in a step.")
+    caption_chunks: Count = Field(
+        default=1, description="Captions are read in this many chunks of 75 tokens; what is longer is cut."
+    )
+    caption_dropout: Share = Field(default=0.0, description="Share of captions that are left empty.")
+    cache: str = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
+
+
+class OptimizerConfig(Settings):
+    """Prodigy + Schedule-Free. Values that are not set come from the preset."""
+
+    preset: Preset = Field(default="lora", description="Named set of values, tuned for diffusion gradients.")
+    lr: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Factor on the step size; leave it at 1.")
+    betas: tuple[Share, Share] = Field(
+        default=(0.9, 0.99), strict=False, description="Averaging and second-moment factors."
+    )
+    beta3: Share | Literal["auto"] = Field(
+        default="auto", description="Memory of Prodigy's sums; `auto` is sqrt(beta2)."
+    )
+    beta4: Annotated[float, Field(gt=-1, lt=1)] | Literal["auto"] = Field(
+        default=0.0, description="0: d never falls; above 0: d is a running average; `auto` is beta2."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
+    d0: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="First guess of the step size d.")
+    d_coef: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Factor on the estimate of d.")
+    d_limiter: bool = Field(default=True, description="Let d grow by at most 2^(1/4) a step.")
+    prodigy_steps: Whole | Literal["auto"] = Field(
+        default=0, description="Step at which d is frozen; 0: never; `auto`: once it has stopped growing."
+    )
+    eps: Annotated[float, Field(ge=0)] = Field(default=0.0, description="0: atan2 update, no epsilon; else Adam's.")
+    split_groups: bool = Field(default=True, description="Each network estimates its own d.")
+    split_groups_mean: Literal["harmonic_mean", "geometric_mean", "mean", "off"] = Field(
+        default="harmonic_mean", description="Mean of the networks' d that is applied; `off`: each its own."
+    )
+    factored: bool = Field(default=True, description="Second moment as row and column means: little memory.")
+    schedulefree_c: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Above 0: decouples averaging from beta1 (refined Schedule-Free)."
+    )
+    stochastic_rounding: bool = Field(default=True, description="Round bfloat16 weights stochastically.")
+
+
+class TimestepConfig(Settings):
+    """Which noise levels are trained."""
+
+    density: Literal["uniform", "logit_normal"] = Field(default="uniform", description="How timesteps are drawn.")
+    logit_mean: float = Field(default=0.0, description="Mean of logit(t), for `logit_normal`.")
+    logit_std: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Deviation of logit(t).")
+    first: Whole = Field(default=0, description="Lowest timestep that is trained.")
+    last: Annotated[int, Field(ge=1)] = Field(default=999, description="Highest timestep that is trained.")
+
+
+class NoiseConfig(Settings):
+    """The noise that is added."""
+
+    offset: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Noise shared by a whole channel.")
+    pyramid_discount: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="0: off; else coarser and coarser noise is added with this factor a level."
+    )
+    input_perturbation: Annotated[float, Field(ge=0)] = Field(
+        default=0.0, description="Extra noise on the input only, not on the target."
+    )
+
+
+class LossConfig(Settings):
+    """How wrong a prediction is."""
+
+    kind: Literal["l2", "huber"] = Field(default="l2", description="Squared error, or Huber's.")
+    huber_delta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Where Huber's error turns linear.")
+    weighting: Literal["none", "min_snr", "debiased"] = Field(
+        default="none", description="Weight of each timestep: none, min-SNR, or 1/sqrt(SNR)."
+    )
+    min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
+
+
+class PreviewConfig(Settings):
+    """Pictures made while training, with averaged weights."""
+
+    every: Whole = Field(default=250, description="Steps between previews; 0: none at all.")
+    prompts: list[str] = Field(default=[], description="One row of the grid each.")
+    negative_prompt: str = Field(default="", description="What the pictures should not show.")
+    seeds: list[Whole] = Field(default=[0, 1, 2], min_length=1, description="One column of the grid each.")
+    num_inference_steps: Count = Field(default=25, description="Sampling steps.")
+    guidance_scale: Annotated[float, Field(ge=1)] = Field(default=6.0, description="Classifier-free guidance; 1: off.")
+    width_px: Whole = Field(default=0, description="Width; 0: data.resolution_px.")
+    height_px: Whole = Field(default=0, description="Height; 0: data.resolution_px.")
+
+
+class CheckpointConfig(Settings):
+    """Training states to go on from."""
+
+    every: Whole = Field(default=500, description="Steps between training states; 0: only at the end.")
+    keep: Count = Field(default=2, description="How many training states stay.")
+
+
+class MemoryConfig(Settings):
+    """What is traded for memory."""
+
+    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in backward.")
+    fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
+
+
+class Config(Settings):
+    """A whole run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its files.")
+    output: str = Field(default="runs", description="Folder of all runs.")
+    steps: Count = Field(description="Optimizer updates. More can be added later with `--set steps=... --resume`.")
+    seed: Whole = Field(default=0, description="Every random draw follows from it.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: the GPU if there is one.")
+    model: ModelConfig
+    method: LoraConfig | FullConfig = Field(discriminator="kind", description="`lora` or `full`.")
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    timesteps: TimestepConfig = TimestepConfig()
+    noise: NoiseConfig = NoiseConfig()
+    loss: LossConfig = LossConfig()
+    preview: PreviewConfig = PreviewConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    memory: MemoryConfig = MemoryConfig()

@@ -1,0 +1,34 @@
+"""Which noise levels a batch is trained at."""
+
+from __future__ import annotations
+
+from typing import Literal, assert_never
+
+import torch
+from torch import Generator, Tensor
+
+Density = Literal["uniform", "logit_normal"]
+
+
+def draw_timesteps(
+    num: int,
+    generator: Generator,
+    *,
+    density: Density,
+    first: int,
+    last: int,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> Tensor:
+    """(num,) int64 timesteps in [first, last], drawn on the CPU so that they are the same on every device.
+
+    logit_normal: t = sigmoid(mean + std n), scaled to the range (arXiv 2403.03206, section 3.1).
+    """
+    match density:
+        case "uniform":
+            share = torch.rand(num, generator=generator)
+        case "logit_normal":
+            share = torch.sigmoid(logit_mean + logit_std * torch.randn(num, generator=generator))
+        case _:
+            assert_never(density)
+    return (first + (share * (last - first + 1)).long()).clamp_(max=last)

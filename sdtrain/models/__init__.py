@@ -1,0 +1,1 @@
+"""What a checkpoint becomes: networks, noise schedule and how prompts reach them."""

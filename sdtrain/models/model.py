@@ -1,0 +1,74 @@
+"""What the training loop needs of a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sdtrain.diffusion.prediction import Prediction
+from sdtrain.diffusion.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How a picture is sampled: Euler steps, classifier-free guidance (1: off), size in pixels."""
+
+    num_inference_steps: int
+    guidance_scale: float
+    width_px: int
+    height_px: int
+    negative_prompt: str = ""
+
+
+class Model(Protocol):
+    """A family of diffusion models: its networks by name, and how pictures and captions reach them."""
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """The networks that can be trained: `unet`, `text_encoder`, ..."""
+
+    @property
+    def unused_layers(self) -> Mapping[str, tuple[str, ...]]:
+        """Prefixes of module names whose output nobody reads, per network; they never enter a group."""
+
+    @property
+    def schedule(self) -> NoiseSchedule: ...
+
+    @property
+    def prediction(self) -> Prediction: ...
+
+    @property
+    def latent_shape(self) -> tuple[int, int]:
+        """(channels, pixels per latent) of the VAE."""
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Digests of the VAE's and of the text encoders' weights, for the cache."""
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8) float32."""
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The way back, clamped to [-1, 1], on the CPU."""
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """The conditioning of n captions, each tensor with n in front; differentiable."""
+
+    def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditioning guidance moves away from."""
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor
+    ) -> Tensor:
+        """The U-Net's output for noisy latents (n, c, h, w), timesteps (n,), conditioning and size ids (n, 6)."""
+
+    def move_encoders(self, device: torch.device, *, text: bool) -> None:
+        """Put the VAE (and with `text` the text encoders) on a device."""
+
+    def sample(
+        self, prompts: Sequence[str], generators: Sequence[Generator], settings: SamplingSettings
+    ) -> Tensor:
+        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own generator."""

@@ -1,0 +1,178 @@
+"""The SDXL family: two text encoders, pooled text and sizes as extra conditioning."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Generator, Tensor, nn
+
+from sdtrain.config.schema import ModelConfig
+from sdtrain.diffusion.prediction import Prediction
+from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
+from sdtrain.models.files import Components, load_components
+from sdtrain.models.model import SamplingSettings
+from sdtrain.models.prompts import token_chunks
+from sdtrain.models.sampling import guided, initial_noise, sample_euler
+
+
+class SDXL:
+    """SDXL, its fine-tunes and its smaller relatives. Fulfils `Model`."""
+
+    def __init__(self, components: Components, config: ModelConfig, device: torch.device, caption_chunks: int) -> None:
+        self._parts = components
+        self._device = device
+        self._caption_chunks = caption_chunks
+        self.unet = components.unet
+        self.vae = components.vae
+        self.networks: dict[str, nn.Module] = {
+            "unet": components.unet,
+            "text_encoder": components.text_encoder,
+            "text_encoder_2": components.text_encoder_2,
+        }
+        self.unused_layers = {"text_encoder": _unused_text_layers(components.text_encoder)}
+        scheduler = dict(components.scheduler_config)
+        if config.prediction != "auto":
+            scheduler["prediction_type"] = config.prediction
+        if config.zero_terminal_snr != "auto":
+            scheduler["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
+        self.scheduler_config = scheduler
+        self.prediction: Prediction = (
+            "v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
+        )
+        self.schedule: NoiseSchedule = schedule_of_betas(
+            betas_of(
+                scheduler["beta_schedule"],
+                scheduler["beta_start"],
+                scheduler["beta_end"],
+                scheduler["num_train_timesteps"],
+            ),
+            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        )
+        for network in (*self.networks.values(), self.vae):
+            network.requires_grad_(False).eval()
+        self.unet.to(device)
+        self.latent_shape = (
+            int(self.vae.config.latent_channels),
+            2 ** (len(self.vae.config.block_out_channels) - 1),
+        )
+
+    def fingerprints(self) -> tuple[str, str]:
+        """Digests of the VAE's and of the text encoders' weights and reading of captions."""
+        text = [self.networks["text_encoder"], self.networks["text_encoder_2"]]
+        return digest_weights(self.vae), f"{digest_weights(*text)}-{self._caption_chunks}"
+
+    def move_encoders(self, device: torch.device, *, text: bool) -> None:
+        """Put the VAE (and with `text` the text encoders) on a device."""
+        self.vae.to(device)
+        if text:
+            self.networks["text_encoder"].to(device)
+            self.networks["text_encoder_2"].to(device)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8), the mode of the VAE's distribution."""
+        mode = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist.mode()
+        shift = self.vae.config.shift_factor or 0.0
+        return (mode - shift) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The way back, clamped to [-1, 1], on the CPU; always float32, the SDXL VAE overflows in fp16."""
+        shift = self.vae.config.shift_factor or 0.0
+        unscaled = latents.to(self.vae.device, torch.float32) / self.vae.config.scaling_factor + shift
+        pictures = [self.vae.decode(one[None]).sample for one in unscaled]
+        return torch.cat(pictures).clamp(-1, 1).cpu()
+
+    def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        """prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second), as SDXL reads captions."""
+        first, _ = self._encode("text_encoder", self._parts.tokenizer, captions)
+        second, pooled = self._encode("text_encoder_2", self._parts.tokenizer_2, captions)
+        assert pooled is not None
+        return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled": pooled}
+
+    def _encode(self, name: str, tokenizer: object, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        encoder = self.networks[name]
+        ids = token_chunks(tokenizer, captions, self._caption_chunks)  # type: ignore[arg-type]
+        num, chunks, length = ids.shape
+        output = encoder(ids.view(num * chunks, length).to(encoder.device), output_hidden_states=True)
+        hidden = output.hidden_states[-2].unflatten(0, (num, chunks)).flatten(1, 2)
+        if name == "text_encoder":
+            return hidden, None
+        return hidden, output.text_embeds.unflatten(0, (num, chunks))[:, 0]
+
+    def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The conditioning guidance moves away from: zeros for an empty prompt where the model was trained so."""
+        conditioning = self.encode_captions(negative_prompts)
+        if self._parts.zeros_for_empty_prompt:
+            empty = [index for index, prompt in enumerate(negative_prompts) if not prompt]
+            for tensor in conditioning.values():
+                tensor[empty] = 0.0
+        return conditioning
+
+    def predict(
+        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor
+    ) -> Tensor:
+        """The U-Net's output (n, c, h, w); inputs are moved to its device and type."""
+        device, dtype = self._device, self.unet.dtype
+        output = self.unet(
+            noisy.to(device, dtype),
+            timesteps.to(device),
+            encoder_hidden_states=conditioning["prompt_embeds"].to(device, dtype),
+            added_cond_kwargs={
+                "text_embeds": conditioning["pooled"].to(device, dtype),
+                "time_ids": time_ids.to(device, dtype),
+            },
+            return_dict=False,
+        )[0]
+        assert isinstance(output, Tensor)
+        return output
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[str], generators: Sequence[Generator], settings: SamplingSettings
+    ) -> Tensor:
+        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""
+        height, width = settings.height_px, settings.width_px
+        channels, factor = self.latent_shape
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts), dtype=torch.float32)
+        positive = self.encode_captions(prompts)
+        negative = self.unconditional([settings.negative_prompt] * len(prompts))
+        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+
+        def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+            if settings.guidance_scale == 1:
+                return self.predict(latents, timestep, positive, time_ids).float()
+            twice = torch.cat([latents, latents])
+            output = self.predict(twice, timestep, both, torch.cat([time_ids, time_ids])).float()
+            unconditional, conditional = output.chunk(2)
+            return guided(conditional, unconditional, settings.guidance_scale)
+
+        noise = initial_noise((channels, height // factor, width // factor), generators).to(self._device)
+        latents = sample_euler(
+            denoise, noise, scheduler_config=self.scheduler_config, num_inference_steps=settings.num_inference_steps
+        )
+        return self.decode_latents(latents)
+
+
+def load_sdxl(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1) -> SDXL:
+    """The SDXL-style model that `config` names: frozen, in evaluation mode, its U-Net on `device`."""
+    return SDXL(load_components(config, dtype), config, device, caption_chunks)
+
+
+def digest_weights(*networks: nn.Module) -> str:
+    """A digest of all weights, by name and value."""
+    digest = hashlib.blake2b(digest_size=16)
+    for network in networks:
+        for name, tensor in sorted(network.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _unused_text_layers(encoder: nn.Module) -> tuple[str, ...]:
+    """SDXL reads the last but one hidden state of the first text encoder, so its last layer does nothing."""
+    last = int(encoder.config.num_hidden_layers) - 1  # type: ignore[union-attr, arg-type]
+    names = [name for name, _ in encoder.named_modules()]
+    return tuple(name for name in names if name.endswith((f"encoder.layers.{last}", "final_layer_norm")))
