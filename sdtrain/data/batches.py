@@ -1,0 +1,141 @@
+"""The batches of every step, from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdtrain.config.schema import DataConfig
+from sdtrain.data import cache as store
+from sdtrain.data.buckets import Placement, bucket_sizes, place
+from sdtrain.data.encoding import Progress, encode_captions, encode_pictures
+from sdtrain.data.examples import Example
+from sdtrain.data.order import Order, dropped
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What turns pictures and captions into what is trained on; handed in, so that no model is seen here.
+
+    Both are called with one thing at a time, on the CPU, and may return tensors on any device and in any dtype. They
+    must not draw from random generators: what they return is cached. The fingerprints name the weights that they use.
+    """
+
+    pixels: Callable[[Tensor], Tensor]  # (n, 3, H, W) float32 in [-1, 1] -> latents (n, c, h, w), scaled for the U-Net
+    captions: Callable[[list[str]], dict[str, Tensor]] | None  # None: the training loop encodes captions itself
+    vae_fingerprint: str
+    text_fingerprint: str
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: n pictures of one bucket, on the CPU."""
+
+    index: int  # within the step, from 0
+    latents: Tensor  # (n, c, h, w) float32
+    time_ids: Tensor  # (n, 6) float32: original height, width, crop top, left, target height, width
+    captions: tuple[str, ...]  # "" where dropped
+    conditioning: dict[str, Tensor]  # name -> (n, ...) float32; empty if the loop encodes captions itself
+    examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One picture, ready to be batched."""
+
+    example: Example
+    placement: Placement
+    latents: Path
+
+
+class Batches:
+    """What every step sees: a pure function of (seed, step), whatever was asked for before."""
+
+    def __init__(
+        self, rows: Sequence[_Row], captions: Mapping[str, Path], order: Order, *, caption_dropout: float, seed: int
+    ) -> None:
+        self._rows, self._captions, self._order = rows, captions, order
+        self._caption_dropout, self._seed = caption_dropout, seed
+        self._entries = store.hold([*(row.latents for row in rows), *captions.values()], store.HELD_BYTES)
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps after which every picture was seen `repeats` times; a step may reach into the next epoch."""
+        return self._order.steps_per_epoch
+
+    @property
+    def num_examples(self) -> int:
+        """Pictures in an epoch, repeats counted."""
+        return self._order.num_images
+
+    def at(self, step: int) -> Iterator[tuple[Batch, float]]:
+        """The micro-batches of a step, counted from 0, each with its share of the step's pictures; shares sum to 1.
+
+        Raises UserError if a cache entry was damaged or removed during the run.
+        """
+        batches = self._order.step(step)
+        num_images = sum(len(numbers) for numbers in batches)
+        for index, numbers in enumerate(batches):
+            yield self._batch(step, index, [self._rows[number] for number in numbers]), len(numbers) / num_images
+
+    def _batch(self, step: int, index: int, rows: Sequence[_Row]) -> Batch:
+        empty = dropped(self._seed, step, index, len(rows), self._caption_dropout)
+        captions = ["" if is_empty else row.example.caption for row, is_empty in zip(rows, empty, strict=True)]
+        latents = [self._entries.get(row.latents)["latents"] for row in rows]
+        return Batch(
+            index=index,
+            latents=torch.stack(latents).to(torch.float32),
+            time_ids=torch.tensor([row.placement.time_ids() for row in rows], dtype=torch.float32),
+            captions=tuple(captions),
+            conditioning=self._conditioning(captions),
+            examples=tuple(row.example for row in rows),
+        )
+
+    def _conditioning(self, captions: Sequence[str]) -> dict[str, Tensor]:
+        if not self._captions:
+            return {}
+        encoded = [self._entries.get(self._captions[caption]) for caption in captions]
+        return {name: torch.stack([one[name] for one in encoded]).to(torch.float32) for name in sorted(encoded[0])}
+
+
+def prepare_batches(
+    config: DataConfig,
+    examples: Sequence[Example],
+    encoders: Encoders,
+    *,
+    cache: Path,
+    seed: int,
+    on_progress: Callable[[str, int, int], None],
+) -> Batches:
+    """Encodes what the cache folder lacks and puts the batches in order. `examples` must be scan_folders' order.
+
+    `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must be
+    encoded and cannot be read before any is encoded, if an encoding is not finite, and if the cache cannot be written.
+    """
+    buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
+    pictures = [(example, place(example.width_px, example.height_px, buckets)) for example in examples]
+    order = Order(
+        [placement.bucket for _, placement in pictures],
+        [example.repeats for example in examples],
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation,
+        seed=seed,
+    )
+    with torch.no_grad():
+        paths = encode_pictures(pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress)
+        captions = _encode_captions(config, examples, encoders, cache, on_progress)
+    rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
+    return Batches(rows, captions, order, caption_dropout=config.caption_dropout, seed=seed)
+
+
+def _encode_captions(
+    config: DataConfig, examples: Sequence[Example], encoders: Encoders, cache: Path, on_progress: Progress
+) -> dict[str, Path]:
+    if encoders.captions is None:
+        return {}
+    needed = [example.caption for example in examples] + ([""] if config.caption_dropout > 0 else [])
+    return encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)

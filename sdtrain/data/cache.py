@@ -1,0 +1,136 @@
+"""Encoded pictures and captions on disk, one small safetensors file each.
+
+A file is named by a hash of everything its content follows from, so that it is never stale: an edited picture is
+looked up under another name. Files appear whole or not at all, so that several runs may share the folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from sdtrain.data.buckets import Placement
+from sdtrain.data.pixels import PIXELS_VERSION
+from sdtrain.errors import user_error
+
+FORMAT_VERSION = 1
+HELD_BYTES = 1 << 30  # up to this much is held in memory; more is read at every use
+_CHECKSUM = "checksum"
+
+
+class DamagedError(Exception):
+    """The file is not what was written."""
+
+
+def latents_path(cache: Path, file_digest: bytes, placement: Placement, vae_fingerprint: str) -> Path:
+    """Where the latents of a picture file in this placement by this VAE stand."""
+    geometry = (placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top)
+    return _path(cache, "latents", file_digest, repr(geometry), vae_fingerprint, str(PIXELS_VERSION))
+
+
+def caption_path(cache: Path, caption: str, text_fingerprint: str) -> Path:
+    """Where the encoding of a caption by these text encoders stands."""
+    return _path(cache, "captions", caption, text_fingerprint)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes an entry under a temporary name and renames it. Raises UserError if there is no room or no permission."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    content = safetensors.torch.save(whole, metadata={_CHECKSUM: _checksum(whole)})
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        what = (
+            f"cannot write to the cache: {error.strerror or error}; free some space or set data.cache to another folder"
+        )
+        raise user_error(str(path.parents[2]), "data.cache", what) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of an entry, as they were written. Raises DamagedError, also if there is no file."""
+    try:
+        # Bytes rather than a memory map: another run may replace the file, or a user delete the folder.
+        content = path.read_bytes()
+        tensors = safetensors.torch.load(content)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DamagedError(f"{path}: {error}") from error
+    if metadata.get(_CHECKSUM) != _checksum(tensors):
+        raise DamagedError(f"{path}: the content does not match its checksum")
+    return tensors
+
+
+def is_whole(path: Path, *, thorough: bool) -> bool:
+    """Whether an entry is there and undamaged: thoroughly by its checksum, or quickly by its header and length."""
+    try:
+        if thorough:
+            read(path)
+        else:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+    except (OSError, SafetensorError, DamagedError):
+        return False
+    return True
+
+
+def num_bytes(paths: Iterable[Path]) -> int:
+    """Size of those of the files that exist."""
+    return sum(path.stat().st_size for path in set(paths) if path.exists())
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries ready for use: in memory if they were few enough, else on disk. The results are the same."""
+
+    held: Mapping[Path, dict[str, Tensor]]
+
+    def get(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of an entry. Raises UserError if its file was damaged or removed during the run."""
+        return self.held[path] if path in self.held else _read_for_use(path)
+
+
+def hold(paths: Iterable[Path], budget_bytes: int) -> Entries:
+    """Takes the entries into memory if all of them together fit into the budget. Raises UserError as Entries.get."""
+    distinct = set(paths)
+    return Entries({path: _read_for_use(path) for path in distinct} if num_bytes(distinct) <= budget_bytes else {})
+
+
+def _read_for_use(path: Path) -> dict[str, Tensor]:
+    try:
+        return read(path)
+    except DamagedError as error:
+        path.unlink(missing_ok=True)
+        what = "was damaged or removed during the run; go on with --resume, and it is encoded anew"
+        raise user_error("cache", str(path), what) from error
+
+
+def _path(cache: Path, kind: str, *fields: str | bytes) -> Path:
+    digest = hashlib.blake2b(digest_size=20)
+    for field in (str(FORMAT_VERSION), kind, *fields):
+        content = field if isinstance(field, bytes) else field.encode()
+        digest.update(len(content).to_bytes(8, "little") + content)  # lengths keep "ab", "c" apart from "a", "bc"
+    name = digest.hexdigest()
+    return cache / kind / name[:2] / f"{name}.safetensors"  # no folder with a hundred thousand files
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,90 @@
+"""Laws of the order in which pictures are seen."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdtrain.data.order import Order, dropped
+
+SHAPES = [(64, 64), (96, 32), (32, 96)]
+
+
+@st.composite
+def orders(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[int], int, int, int]:
+    num = draw(st.integers(1, 20))
+    buckets = draw(st.lists(st.sampled_from(SHAPES), min_size=num, max_size=num))
+    repeats = draw(st.lists(st.integers(1, 3), min_size=num, max_size=num))
+    return buckets, repeats, draw(st.integers(1, 5)), draw(st.integers(1, 4)), draw(st.integers(0, 9))
+
+
+Setting = tuple[list[tuple[int, int]], list[int], int, int, int]
+
+
+def make(setting: Setting) -> Order:
+    buckets, repeats, batch_size, accumulation, seed = setting
+    return Order(buckets, repeats, batch_size=batch_size, accumulation=accumulation, seed=seed)
+
+
+@given(orders(), st.integers(0, 5))
+def test_each_picture_is_seen_exactly_repeats_times_in_every_epoch(setting: Setting, epoch: int) -> None:
+    order = make(setting)
+    seen = Counter(number for batch in order.epoch(epoch) for number in batch)
+    assert seen == dict(enumerate(setting[1]))
+    assert order.num_images == sum(setting[1])
+
+
+@given(orders())
+def test_a_batch_never_mixes_buckets_and_is_never_too_large_or_empty(setting: Setting) -> None:
+    for batch in make(setting).epoch(0):
+        assert len({setting[0][number] for number in batch}) == 1
+        assert 1 <= len(batch) <= setting[2]
+
+
+@given(orders(), st.lists(st.integers(0, 60), min_size=1, max_size=8))
+def test_what_a_step_sees_does_not_depend_on_the_steps_before(setting: Setting, steps: list[int]) -> None:
+    wandering = make(setting)
+    for step in steps:
+        assert wandering.step(step) == make(setting).step(step)
+
+
+@given(orders())
+def test_steps_one_after_the_other_are_the_epochs_one_after_the_other(setting: Setting) -> None:
+    order = make(setting)
+    accumulation = setting[3]
+    steps = [order.step(step) for step in range(order.batches_per_epoch)]
+    assert all(len(batches) == accumulation for batches in steps)
+    epochs = [batch for epoch in range(accumulation) for batch in order.epoch(epoch)]
+    assert [batch for batches in steps for batch in batches] == epochs
+    assert order.steps_per_epoch * accumulation == order.batches_per_epoch
+
+
+def test_epochs_and_seeds_differ() -> None:
+    setting: Setting = ([SHAPES[0]] * 30, [1] * 30, 4, 1, 0)
+    assert make(setting).epoch(0) != make(setting).epoch(1)
+    assert make(setting).epoch(0) != make((*setting[:4], 1)).epoch(0)
+
+
+def test_batches_of_all_buckets_are_shuffled_together() -> None:
+    buckets = SHAPES[:2] * 40
+    batches = make((buckets, [1] * 80, 1, 1, 0)).epoch(0)
+    first_half = Counter(buckets[batch[0]] for batch in batches[:40])
+    assert all(count > 10 for count in first_half.values())
+
+
+def test_the_order_of_a_seed_is_the_same_on_every_machine_and_in_every_version() -> None:
+    assert make(([SHAPES[0]] * 6, [1] * 6, 2, 1, 3)).epoch(2) == [(1, 4), (3, 0), (2, 5)]
+
+
+@given(st.integers(0, 9), st.integers(0, 999), st.integers(0, 3))
+def test_dropout_is_a_function_of_seed_step_and_place_and_obeys_its_limits(seed: int, step: int, index: int) -> None:
+    assert dropped(seed, step, index, 8, 0.5) == dropped(seed, step, index, 8, 0.5)
+    assert not any(dropped(seed, step, index, 8, 0.0))
+    assert all(dropped(seed, step, index, 8, 1.0))
+
+
+def test_dropout_leaves_empty_about_its_share() -> None:
+    empty = [flag for step in range(2000) for flag in dropped(0, step, 0, 4, 0.1)]
+    assert 0.08 < sum(empty) / len(empty) < 0.12
