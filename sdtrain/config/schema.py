@@ -26,7 +26,7 @@ class ModelConfig(Settings):
     vae: str = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
     components: str = Field(
         default="",
-        description="Folder with the configs and tokenizers that a single file lacks (a diffusers folder without weights).",
+        description="Folder with the configs and tokenizers that a single file lacks: a diffusers folder, weights not needed.",
     )
     variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
     prediction: Literal["auto", "epsilon", "v_prediction"] = Field(

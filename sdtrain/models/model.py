@@ -21,7 +21,6 @@ class SamplingSettings:
     guidance_scale: float
     width_px: int
     height_px: int
-    negative_prompt: str = ""
 
 
 class Model(Protocol):
@@ -36,10 +35,12 @@ class Model(Protocol):
         """Prefixes of module names whose output nobody reads, per network; they never enter a group."""
 
     @property
-    def schedule(self) -> NoiseSchedule: ...
+    def schedule(self) -> NoiseSchedule:
+        """How much signal is left at every timestep."""
 
     @property
-    def prediction(self) -> Prediction: ...
+    def prediction(self) -> Prediction:
+        """What the U-Net predicts."""
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -60,15 +61,17 @@ class Model(Protocol):
     def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
         """The conditioning guidance moves away from."""
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor) -> Tensor:
         """The U-Net's output for noisy latents (n, c, h, w), timesteps (n,), conditioning and size ids (n, 6)."""
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
 
     def sample(
-        self, prompts: Sequence[str], generators: Sequence[Generator], settings: SamplingSettings
+        self,
+        positive: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        generators: Sequence[Generator],
+        settings: SamplingSettings,
     ) -> Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own generator."""
+        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""

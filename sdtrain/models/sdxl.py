@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -13,7 +14,7 @@ from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
 from sdtrain.models.files import Components, load_components
 from sdtrain.models.model import SamplingSettings
-from sdtrain.models.prompts import token_chunks
+from sdtrain.models.prompts import Tokenizer, token_chunks
 from sdtrain.models.sampling import guided, initial_noise, sample_euler
 
 
@@ -24,8 +25,8 @@ class SDXL:
         self._parts = components
         self._device = device
         self._caption_chunks = caption_chunks
-        self.unet = components.unet
-        self.vae = components.vae
+        self.unet: Any = components.unet
+        self.vae: Any = components.vae
         self.networks: dict[str, nn.Module] = {
             "unet": components.unet,
             "text_encoder": components.text_encoder,
@@ -92,9 +93,9 @@ class SDXL:
         assert pooled is not None
         return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled": pooled}
 
-    def _encode(self, name: str, tokenizer: object, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        encoder = self.networks[name]
-        ids = token_chunks(tokenizer, captions, self._caption_chunks)  # type: ignore[arg-type]
+    def _encode(self, name: str, tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        encoder: Any = self.networks[name]
+        ids = token_chunks(tokenizer, captions, self._caption_chunks)
         num, chunks, length = ids.shape
         output = encoder(ids.view(num * chunks, length).to(encoder.device), output_hidden_states=True)
         hidden = output.hidden_states[-2].unflatten(0, (num, chunks)).flatten(1, 2)
@@ -111,9 +112,7 @@ class SDXL:
                 tensor[empty] = 0.0
         return conditioning
 
-    def predict(
-        self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor
-    ) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor) -> Tensor:
         """The U-Net's output (n, c, h, w); inputs are moved to its device and type."""
         device, dtype = self._device, self.unet.dtype
         output = self.unet(
@@ -131,21 +130,22 @@ class SDXL:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[str], generators: Sequence[Generator], settings: SamplingSettings
+        self,
+        positive: Mapping[str, Tensor],
+        negative: Mapping[str, Tensor],
+        generators: Sequence[Generator],
+        settings: SamplingSettings,
     ) -> Tensor:
         """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""
-        height, width = settings.height_px, settings.width_px
+        height, width, num = settings.height_px, settings.width_px, len(generators)
         channels, factor = self.latent_shape
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(prompts), dtype=torch.float32)
-        positive = self.encode_captions(prompts)
-        negative = self.unconditional([settings.negative_prompt] * len(prompts))
+        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(2 * num, 1)
         both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
 
         def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
             if settings.guidance_scale == 1:
-                return self.predict(latents, timestep, positive, time_ids).float()
-            twice = torch.cat([latents, latents])
-            output = self.predict(twice, timestep, both, torch.cat([time_ids, time_ids])).float()
+                return self.predict(latents, timestep, positive, time_ids[:num]).float()
+            output = self.predict(torch.cat([latents, latents]), timestep, both, time_ids).float()
             unconditional, conditional = output.chunk(2)
             return guided(conditional, unconditional, settings.guidance_scale)
 
@@ -171,8 +171,8 @@ def digest_weights(*networks: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _unused_text_layers(encoder: nn.Module) -> tuple[str, ...]:
+def _unused_text_layers(encoder: Any) -> tuple[str, ...]:
     """SDXL reads the last but one hidden state of the first text encoder, so its last layer does nothing."""
-    last = int(encoder.config.num_hidden_layers) - 1  # type: ignore[union-attr, arg-type]
+    last = int(encoder.config.num_hidden_layers) - 1
     names = [name for name, _ in encoder.named_modules()]
     return tuple(name for name in names if name.endswith((f"encoder.layers.{last}", "final_layer_norm")))

@@ -1,0 +1,52 @@
+"""A Config becomes TOML again: the resolved config of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdtrain.config.schema import Config
+
+
+def config_to_toml(config: Config) -> str:
+    """TOML text that reads back as the same config."""
+    return "\n".join(_table(config.model_dump(mode="python"), "")).strip() + "\n"
+
+
+def _table(table: Mapping[str, Any], path: str) -> list[str]:
+    plain = {key: value for key, value in table.items() if not _is_table(value)}
+    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    for key, value in table.items():
+        name = f"{path}{_key(key)}"
+        if isinstance(value, Mapping):
+            lines += ["", f"[{name}]", *_table(value, f"{name}.")]
+        elif _is_table(value):
+            for entry in value:
+                lines += ["", f"[[{name}]]", *_table(entry, f"{name}.")]
+    return lines
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) or (
+        isinstance(value, list) and bool(value) and all(isinstance(entry, Mapping) for entry in value)
+    )
+
+
+def _key(key: str) -> str:
+    plain = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
+    return key if plain else _string(key)
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _string(value)
+    if isinstance(value, Sequence):
+        return "[" + ", ".join(_value(entry) for entry in value) + "]"
+    return repr(value)
+
+
+def _string(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,72 @@
+"""Everything that can be wrong with a run, found without torch and without changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sdtrain.config.read import read_config
+from sdtrain.config.schema import Config
+from sdtrain.data.examples import scan_folders
+from sdtrain.data.report import DataReport, summarise
+from sdtrain.errors import Problem, UserError
+from sdtrain.models.inspect import ModelFacts, inspect_model
+
+
+def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
+    """Check the config, then its model and every picture; print what a run would see. Raises UserError."""
+    config = read_config(path, overrides)
+    facts, problems = inspect_model(config.model)
+    if facts is not None:
+        problems = [*problems, *size_problems(config, facts)]
+    examples, data_problems = scan_folders(config.data, decode=True)
+    problems = [*problems, *data_problems]
+    if problems or facts is None:
+        raise UserError(str(path), problems)
+    report = summarise(examples, config.data)
+    console.print(f"{path}: no problems found", highlight=False)
+    for line in (*_model_lines(config, facts), *report_lines(report)):
+        console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+
+
+def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+    """Picture sizes that the model's halvings do not fit."""
+    step = facts.latent_step_px
+    sizes = {
+        "data.bucket_step_px": config.data.bucket_step_px,
+        "preview.width_px": config.preview.width_px or config.data.resolution_px,
+        "preview.height_px": config.preview.height_px or config.data.resolution_px,
+    }
+    return [
+        Problem(where, f"{size} is not a multiple of {step}, which this model needs")
+        for where, size in sizes.items()
+        if size % step
+    ]
+
+
+def _model_lines(config: Config, facts: ModelFacts) -> list[str]:
+    end = "zero terminal SNR" if facts.zero_terminal_snr else "the usual schedule"
+    freeze = config.optimizer.prodigy_steps
+    return [
+        f"model: {config.model.path}, {facts.prediction}, {end}",
+        f"method: {config.method.kind} on {', '.join(config.method.train)}, {config.steps} steps",
+        f"optimizer: preset {config.optimizer.preset}, prodigy_steps {freeze}, d0 {config.optimizer.d0:g}",
+    ]
+
+
+def report_lines(report: DataReport) -> list[str]:
+    """What the pictures are like, a line each."""
+    buckets = ", ".join(f"{num} at {width}x{height}" for (width, height), num in report.buckets)
+    lines = [
+        f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
+        f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
+        f"buckets: {buckets}",
+    ]
+    share, path = report.worst_cropped
+    lines.append(f"cropped: {report.mean_cropped_share:.1%} of a picture on average, at most {share:.1%} ({path.name})")
+    factor, path = report.worst_upscale
+    if report.num_upscaled:
+        lines.append(f"enlarged: {report.num_upscaled} pictures, at most {factor:.2f} times ({path.name})")
+    return lines

@@ -1,0 +1,127 @@
+"""One training run, from a config to pictures and weights. `train` is the loop."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from optim import ProdigyPlusScheduleFree, averaged
+from sdtrain.config.schema import Config
+from sdtrain.data.batches import Batches
+from sdtrain.data.examples import Example
+from sdtrain.models.model import Model
+from sdtrain.training.checkpoint import load_state, save_state, saved_states
+from sdtrain.training.export import export_weights
+from sdtrain.training.guard import NonFiniteGuard
+from sdtrain.training.objective import Objective
+from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.parameters import Trainable, train_parameters
+from sdtrain.training.prepare import encode_everything, load
+from sdtrain.training.preview import Prompts, labelled_grid, render, sampling_settings, save_picture
+from sdtrain.training.report import Report
+from sdtrain.training.run import Run, open_run, write_resolved_config
+from sdtrain.training.signals import stop_requests
+from sdtrain.training.summary import banner, farewell, summary
+
+
+@dataclass
+class Training:
+    """Everything a run holds while it trains."""
+
+    run: Run
+    model: Model
+    trainable: Trainable
+    optimizer: ProdigyPlusScheduleFree
+    batches: Batches
+    prompts: Prompts
+
+
+def fit(config: Config, console: Console, *, resume: bool = False) -> bool:
+    """Train what the config says; True when the planned steps are done, False when it was stopped before.
+
+    Raises UserError for what the user can mend, before anything is changed wherever that can be known.
+    """
+    started = time.monotonic()
+    run = open_run(config, resume=resume)
+    model = load(run)
+    batches, prompts = encode_everything(model, run, console)
+    write_resolved_config(run)
+    trainable = train_parameters(model, run)
+    optimizer = build_optimizer(trainable, config)
+    training = Training(run, model, trainable, optimizer, batches, prompts)
+    first_step = _resumed_step(training) if resume else 0
+    console.print(banner(run, trainable, batches, first_step))
+    with (
+        stop_requests() as stop,
+        Report(console, run.folder, num_steps=config.steps, first_step=first_step, d0=config.optimizer.d0) as report,
+    ):
+        step = train(training, first_step, report, stop)
+    if step < config.steps:
+        console.print(farewell(run, step))
+        return False
+    console.print(summary(run, optimizer, time.monotonic() - started))
+    return True
+
+
+def train(training: Training, step: int, report: Report, stop: threading.Event) -> int:
+    """The loop: from `step` steps done to the planned number, or until `stop` is set; returns the steps done."""
+    run, optimizer, trainable = training.run, training.optimizer, training.trainable
+    config, guard = run.config, NonFiniteGuard()
+    objective = Objective(training.model, config)
+    if step == 0:
+        preview(training, step, report)
+    while step < config.steps and not stop.is_set():
+        losses: list[Tensor] = []
+        examples: list[Example] = []
+        for batch, share in training.batches.at(step):
+            loss = share * objective(batch, run.generator("noise", step, batch.index))
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+            examples += batch.examples
+        total = float(sum(losses))
+        problem = guard.accepts(total, examples, step)
+        if problem:
+            report.say(problem)
+        else:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        report.step(step, total, len(examples), optimizer.metrics())
+        if due(step, config.preview.every, config.steps):
+            preview(training, step, report)
+        if due(step, config.checkpoint.every, config.steps):
+            save_state(run.folder / "checkpoints", step, trainable, optimizer, config.checkpoint.keep)
+    save_state(run.folder / "checkpoints", step, trainable, optimizer, config.checkpoint.keep)
+    if step == config.steps:
+        with averaged(optimizer):
+            export_weights(training.model, run, run.weights_path, step, optimizer.metrics())
+    return step
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every so many steps, and at the end, happens after `step` steps; 0 is never."""
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def preview(training: Training, step: int, report: Report) -> None:
+    """Pictures with the averaged weights, into `previews/`; the training is as it was before."""
+    config, prompts = training.run.config, training.prompts
+    if not prompts.texts or not config.preview.every:
+        return
+    training.model.move_encoders(training.run.device, text=False)
+    with averaged(training.optimizer):
+        rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config))
+    training.model.move_encoders(torch.device("cpu"), text=False)
+    path = training.run.folder / "previews" / f"step-{step:06d}.png"
+    save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
+    report.say(f"step {step}: preview {path}")
+
+
+def _resumed_step(training: Training) -> int:
+    states = saved_states(training.run.folder / "checkpoints")
+    return load_state(states[-1], training.trainable, training.optimizer) if states else 0

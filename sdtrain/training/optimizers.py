@@ -1,0 +1,36 @@
+"""From settings to the optimizer."""
+
+from __future__ import annotations
+
+from optim import ProdigyPlusScheduleFree
+from sdtrain.config.schema import Config
+from sdtrain.training.parameters import Trainable
+
+
+def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusScheduleFree:
+    """Prodigy + Schedule-Free over the named groups."""
+    settings = config.optimizer
+    groups = [
+        {"name": group.name, "params": list(group.parameters.values()), "lr": settings.lr * group.lr}
+        for group in trainable.groups
+    ]
+    return ProdigyPlusScheduleFree(
+        groups,
+        lr=settings.lr,
+        betas=settings.betas,
+        beta3=None if settings.beta3 == "auto" else settings.beta3,
+        beta4=None if settings.beta4 == "auto" else settings.beta4,
+        weight_decay=settings.weight_decay,
+        d0=settings.d0,
+        d_coef=settings.d_coef,
+        d_limiter=settings.d_limiter,
+        prodigy_steps=settings.prodigy_steps,
+        eps=settings.eps or None,
+        split_groups=settings.split_groups,
+        split_groups_mean=None if settings.split_groups_mean == "off" else settings.split_groups_mean,
+        factored=settings.factored,
+        schedulefree_c=settings.schedulefree_c,
+        stochastic_rounding=settings.stochastic_rounding,
+        fused_back_pass=config.memory.fused_back_pass,
+        seed=config.seed,
+    )

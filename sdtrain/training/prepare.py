@@ -1,0 +1,90 @@
+"""Before the first step: the model is loaded and the pictures become batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sdtrain.data.batches import Batches, Encoders, prepare_batches
+from sdtrain.data.examples import scan_folders
+from sdtrain.errors import UserError
+from sdtrain.models.inspect import inspect_model
+from sdtrain.models.model import Model
+from sdtrain.models.sdxl import load_sdxl
+from sdtrain.training.preview import Prompts, prepare_prompts
+from sdtrain.training.run import Run
+
+
+def load(run: Run) -> Model:
+    """The model of a run. Raises UserError when it is missing or contradicts the config."""
+    facts, problems = inspect_model(run.config.model)
+    if problems or facts is None:
+        raise UserError("model", problems)
+    return load_sdxl(
+        run.config.model, device=run.device, dtype=run.dtype, caption_chunks=run.config.data.caption_chunks
+    )
+
+
+def encode_everything(model: Model, run: Run, console: Console) -> tuple[Batches, Prompts]:
+    """Batches and preview prompts; afterwards VAE and text encoders have left the device. Raises UserError."""
+    model.move_encoders(run.device, text=True)
+    batches = make_batches(model, run, console)
+    prompts = prepare_prompts(model, run.config, trains_text=_trains_text(run))
+    model.move_encoders(torch.device("cpu"), text=True)
+    return batches, prompts
+
+
+def make_batches(model: Model, run: Run, console: Console) -> Batches:
+    """Scan the folders and encode what the cache lacks. Raises UserError."""
+    config = run.config
+    examples, problems = scan_folders(config.data, decode=False)
+    if problems:
+        raise UserError("data", problems)
+    vae, text = model.fingerprints()
+    encoders = Encoders(
+        pixels=model.encode_pixels,
+        captions=None if _trains_text(run) else torch.no_grad()(model.encode_captions),
+        vae_fingerprint=vae,
+        text_fingerprint=text,
+    )
+    cache = Path(config.data.cache or Path(config.output) / "cache").expanduser()
+    with _EncodingProgress(console) as progress:
+        return prepare_batches(
+            config.data, examples, encoders, cache=cache, seed=config.seed, on_progress=progress.show
+        )
+
+
+def _trains_text(run: Run) -> bool:
+    return set(run.config.method.train) != {"unet"}
+
+
+class _EncodingProgress:
+    """A bar while pictures and captions are encoded; nothing where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _EncodingProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._progress.stop()
+
+    def show(self, what: str, done: int, total: int) -> None:
+        """Called by the encoding with how many of what are done."""
+        if what not in self._tasks:
+            self._tasks[what] = self._progress.add_task(what, total=total)
+        self._progress.update(self._tasks[what], completed=done)

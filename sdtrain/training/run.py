@@ -1,0 +1,107 @@
+"""One run: its folder, its device and its randomness."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+from sdtrain.config.read import differences
+from sdtrain.config.schema import Config
+from sdtrain.config.write import config_to_toml
+from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.training.start import stored_config
+
+CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "data.cache")
+"""Settings a resumed run may change: none of them changes what a step computes."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run writes, where it computes and how it draws."""
+
+    folder: Path
+    config: Config
+    device: torch.device
+    dtype: torch.dtype
+
+    def generator(self, stream: str, *indices: int) -> Generator:
+        """A CPU generator that depends on (seed, stream, indices) alone, never on what was drawn before."""
+        return generator_of(self.config.seed, stream, *indices)
+
+    @property
+    def weights_path(self) -> Path:
+        """The file a finished run leaves."""
+        return self.folder / "weights" / f"{self.config.name}.safetensors"
+
+
+def generator_of(seed: int, stream: str, *indices: int) -> Generator:
+    """A CPU generator for one draw, seeded by a hash of (seed, stream, indices)."""
+    text = "/".join([str(seed), stream, *map(str, indices)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def pick_device(config: Config) -> torch.device:
+    """The device a config means. Raises UserError when it asks for a GPU that is not there."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise user_error("this machine", "device", "cuda was asked for, but torch finds no GPU; use `auto` or `cpu`")
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
+    """Precision of the networks: bfloat16 on a GPU that has it, else float32, unless the config says so."""
+    match config.model.dtype:
+        case "float32":
+            return torch.float32
+        case "bfloat16":
+            return torch.bfloat16
+        case "auto":
+            fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+            return torch.bfloat16 if fast else torch.float32
+
+
+def open_run(config: Config, *, resume: bool) -> Run:
+    """The run of a config; refuses to mix with what already lies in its folder. Raises UserError."""
+    folder = Path(config.output).expanduser() / config.name
+    if resume:
+        _require_same(config, folder)
+    elif (folder / "config.toml").exists():
+        done = (folder / "weights" / f"{config.name}.safetensors").exists()
+        what = "a finished run" if done else "a run that was not finished"
+        longer = f"add --resume --set steps=N to train it beyond {stored_config(folder).steps} steps"
+        more = longer if done else "add --resume to go on"
+        raise user_error(str(folder), "name", f"holds {what}; {more}, or choose another `name` (--set name=...)")
+    device = pick_device(config)
+    return Run(folder, config, device, pick_dtype(config, device))
+
+
+def write_resolved_config(run: Run) -> None:
+    """Make the run's folder and put the resolved config into it, before anything else is done."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / "config.toml", config_to_toml(run.config))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _require_same(config: Config, folder: Path) -> None:
+    before = json.loads(stored_config(folder).model_dump_json())
+    after = json.loads(config.model_dump_json())
+    problems = [
+        Problem(path, f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name")
+        for path, old, new in differences(before, after)
+        if not path.startswith(CHANGEABLE)
+    ]
+    if problems:
+        raise UserError(f"--resume {folder}", problems)

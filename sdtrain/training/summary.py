@@ -1,0 +1,75 @@
+"""The first and the last thing a run tells its user."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+from rich.panel import Panel
+
+from optim import ProdigyPlusScheduleFree
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.data.batches import Batches
+from sdtrain.training.parameters import Trainable
+from sdtrain.training.report import duration, facts_table
+from sdtrain.training.run import Run
+
+
+def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
+    """What will be trained, with what, on how many pictures, for how many steps."""
+    config = run.config
+    rows = {
+        "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}",
+        "method": _method(config),
+    }
+    for group in trainable.groups:
+        rows[f"  {group.name}"] = f"{group.num_parameters:,} parameters in {len(group.parameters)} tensors"
+    images = config.data.batch_size * config.data.gradient_accumulation
+    rows["pictures"] = f"{batches.num_examples} an epoch of {batches.steps_per_epoch:.1f} steps, up to {images} a step"
+    rows["steps"] = f"{config.steps}" + (f", of which {first_step} are done" if first_step else "")
+    rows["optimizer"] = _optimizer(config)
+    rows["run folder"] = str(run.folder)
+    return Panel(facts_table(rows), title=f"sdtrain fit: {config.name}", title_align="left", expand=False)
+
+
+def _method(config: Config) -> str:
+    method = config.method
+    match method:
+        case LoraConfig():
+            return f"LoRA, rank {method.rank}, alpha {method.alpha:g}, on {method.targets}"
+        case FullConfig():
+            return "all weights"
+        case _:
+            assert_never(method)
+
+
+def _optimizer(config: Config) -> str:
+    settings = config.optimizer
+    steps = settings.prodigy_steps
+    if steps == "auto":
+        freeze = "d freezes when it has stopped growing"
+    else:
+        freeze = f"d freezes at step {steps}" if steps else "d never freezes"
+    return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
+
+
+def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Panel:
+    """Where everything is, and what to do next."""
+    rows = {"weights": str(run.weights_path)}
+    previews = sorted((run.folder / "previews").glob("step-*.png"))
+    if previews:
+        rows["previews"] = f"{previews[0]} ... {previews[-1].name}" if len(previews) > 1 else str(previews[0])
+    rows["log"] = str(run.folder / "log.jsonl")
+    for group in optimizer.metrics():
+        rows[f"d of {group.name}"] = f"{group.d:.2e}, effective_lr {group.effective_lr:.2e}"
+    rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
+    rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
+    title = f"done: {run.config.steps} steps in {duration(seconds)}"
+    return Panel(facts_table(rows), title=title, title_align="left", expand=False)
+
+
+def farewell(run: Run, step: int) -> str:
+    """What a stopped run says: nothing is lost, and how to go on."""
+    return (
+        f"stopped after {step} of {run.config.steps} steps; the training state is saved.\n"
+        f"go on: sdtrain fit {run.folder / 'config.toml'} --resume"
+    )
