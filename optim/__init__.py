@@ -1,0 +1,8 @@
+"""Prodigy + Schedule-Free in one optimizer: no learning rate, no schedule, no number of steps to choose. See
+README.md."""
+
+from optim.optimizer import GroupMetrics, ProdigyPlusScheduleFree
+from optim.saving import flatten_state, unflatten_state
+from optim.schedule_free import averaged
+
+__all__ = ["GroupMetrics", "ProdigyPlusScheduleFree", "averaged", "flatten_state", "unflatten_state"]

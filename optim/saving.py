@@ -1,0 +1,158 @@
+"""State in and out: exact, checked, and as plain tensors and text for safetensors."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from optim import sharding, stacks
+from optim.stacks import Kind
+
+if TYPE_CHECKING:
+    from optim.optimizer import ProdigyPlusScheduleFree
+
+VERSION = 1
+MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_focus", "use_schedulefree", "use_speed")
+"""Settings without which a state would mean something else: they must be the same when it is loaded."""
+
+
+def pack(optimizer: "ProdigyPlusScheduleFree") -> dict[str, Any]:
+    """See `ProdigyPlusScheduleFree.state_dict`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, (stack, place) in sorted(optimizer._place.items()):
+        state[index] = stack.state_of(place)
+        if optimizer._lent is not None and index in optimizer._lent:
+            state[index]["y"] = optimizer._lent[index]
+    groups = []
+    for group, (start, stop) in zip(optimizer.param_groups, optimizer._group_ranges(), strict=True):
+        groups.append(
+            {**{key: value for key, value in group.items() if key != "params"}, "params": list(range(start, stop))}
+        )
+    chosen = asdict(optimizer.settings)
+    settings = {key: list(value) if isinstance(value := chosen[key], tuple) else value for key in MEANING}
+    return {
+        "state": state,
+        "param_groups": groups,
+        "version": VERSION,
+        "settings": settings,
+        "numbers": optimizer._buffer.clone(),
+        "steps": optimizer._steps,
+        "seed": optimizer._seed,
+        "lent": optimizer.lent,
+    }
+
+
+def unpack(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) -> None:
+    """See `ProdigyPlusScheduleFree.load_state_dict`."""
+    if problems := _problems(optimizer, saved):
+        raise ValueError("this state does not belong to this optimizer: " + "; ".join(problems))
+    built = _build_stacks(optimizer, saved["state"])
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group.update({key: value for key, value in old.items() if key != "params"})
+    optimizer._restore(
+        built,
+        numbers=saved["numbers"].to(optimizer._buffer, copy=True),
+        steps=saved["steps"],
+        seed=saved["seed"],
+        lent={i: s["y"] for i, s in saved["state"].items() if "y" in s} if saved["lent"] else None,
+    )
+
+
+def _problems(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) -> list[str]:
+    """Everything that does not fit, with what was found and what was expected."""
+    mine = pack(optimizer)
+    if missing := sorted(set(mine) - set(saved)):
+        return [f"it lacks {', '.join(missing)} (is it another optimizer's?)"]
+    if saved["version"] != VERSION:
+        return [f"version {saved['version']} of the state, this is version {VERSION}"]
+    problems = []
+    for key, value in mine["settings"].items():
+        if saved["settings"].get(key) != value:
+            problems.append(f"{key} was {saved['settings'].get(key)!r}, is {value!r}")
+    old, new = saved["param_groups"], mine["param_groups"]
+    if len(old) != len(new):
+        return [*problems, f"it has {len(old)} groups, the optimizer {len(new)}"]
+    for index, (before, now) in enumerate(zip(old, new, strict=True)):
+        if before["name"] != now["name"]:
+            problems.append(f"group {index} was {before['name']!r}, is {now['name']!r}")
+        if len(before["params"]) != len(now["params"]):
+            problems.append(f"group {now['name']!r} had {len(before['params'])} parameters, has {len(now['params'])}")
+    if saved["numbers"].shape != mine["numbers"].shape:
+        problems.append(f"numbers of shape {tuple(saved['numbers'].shape)}, expected {tuple(mine['numbers'].shape)}")
+    for index, tensors in saved["state"].items():
+        if not 0 <= index < len(optimizer._parameters):
+            problems.append(f"state of a parameter {index}, there are {len(optimizer._parameters)}")
+            continue
+        local = sharding.local_part(optimizer._parameters[index])
+        for name in ("z", "y"):
+            if (name == "z" or saved["lent"]) and name in tensors and tensors[name].shape != local.shape:
+                was, now = tuple(tensors[name].shape), tuple(local.shape)
+                problems.append(f"parameter {index} had shape {was}, has {now}")
+    return problems
+
+
+def _build_stacks(
+    optimizer: "ProdigyPlusScheduleFree", state: Mapping[int, Mapping[str, Tensor]]
+) -> list[stacks.Stack]:
+    """Stacks with the saved tensors in them; shapes and dtypes are those a fresh start would give."""
+    kinds: dict[tuple[Kind, bool], list[int]] = {}
+    for index, tensors in sorted(state.items()):
+        local = sharding.local_part(optimizer._parameters[index])
+        estimating = "s" in tensors or "norms" in tensors
+        kind = optimizer._kind(index, local, "p0" not in tensors)
+        kinds.setdefault((kind, estimating), []).append(index)
+    built = []
+    for (kind, estimating), indices in kinds.items():
+        weights = [sharding.local_part(optimizer._parameters[index]) for index in indices]
+        stack = stacks.build_stack(kind, indices, optimizer._keys(indices), weights, optimizer.settings)
+        if not estimating:
+            stack.free_prodigy_state()
+        for name, target in stack.tensors().items():
+            for place, index in enumerate(indices):
+                source = state[index].get(name)
+                if source is None or source.shape != target[place].shape or source.dtype != target.dtype:
+                    was = "nothing" if source is None else f"{tuple(source.shape)} {source.dtype}"
+                    raise ValueError(
+                        f"this state does not belong to this optimizer: {name!r} of parameter {index} is {was}, "
+                        f"must be {tuple(target[place].shape)} {target.dtype}"
+                    )
+                target[place].copy_(source)
+        built.append(stack)
+    return built
+
+
+def flatten_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A `state_dict()` as tensors by name and text by name, which is what a safetensors file holds.
+
+    Tensors are copies on the CPU, each with memory of its own. `unflatten_state` is the exact inverse.
+    """
+    tensors = {"numbers": state_dict["numbers"]}
+    for index, state in state_dict["state"].items():
+        tensors |= {f"state.{index}.{name}": value for name, value in state.items()}
+    plain = {key: value for key, value in state_dict.items() if key not in ("state", "numbers")}
+    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    return copies, {"prodigy_plus_schedule_free": json.dumps(plain)}
+
+
+def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The `state_dict()` that `flatten_state` was given.
+
+    Raises:
+        ValueError: the metadata are not those of such a state.
+    """
+    text = metadata.get("prodigy_plus_schedule_free")
+    if text is None:
+        raise ValueError(
+            f"no state of this optimizer: metadata has {sorted(metadata)}, not 'prodigy_plus_schedule_free'"
+        )
+    result: dict[str, Any] = json.loads(text)
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name == "numbers":
+            result["numbers"] = value
+            continue
+        _, index, field = name.split(".")
+        state.setdefault(int(index), {})[field] = value
+    return {"state": dict(sorted(state.items())), **result}

@@ -1,0 +1,67 @@
+"""Schedule-Free's sequences: y, where gradients are taken; z, the fast iterate; x, their average, which is never
+stored.
+
+Sources: Schedule-Free arXiv 2405.15682 (eqs. 2 to 4); cautious updates arXiv 2411.16085; Grams arXiv 2412.17107.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from optim.transforms import cautious, grams
+
+
+class Lends(Protocol):
+    """What `averaged` needs of an optimizer."""
+
+    @property
+    def lent(self) -> bool: ...
+
+    def eval(self) -> None: ...
+
+    def train(self) -> None: ...
+
+
+@contextmanager
+def averaged(optimizer: Lends) -> Iterator[None]:
+    """Within the block the model holds x, the averaged weights: sample, validate and save there.
+
+    Afterwards it holds y again, bit for bit, also if the block raised. Within another such block it changes nothing.
+    While it lasts a copy of y is kept, `step()` raises RuntimeError, and changes to the weights are lost at its end.
+    """
+    if optimizer.lent:
+        yield
+        return
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+
+
+def average(y: Tensor, z: Tensor, beta1: float) -> Tensor:
+    """x = y + (1 - 1/beta1)(z - y), in float32."""
+    return y.float().lerp(z.float(), 1 - 1 / beta1)
+
+
+def advance(y: Tensor, z: Tensor, u: Tensor, dlr: Tensor, weight: Tensor, y_share: Tensor) -> None:
+    """One step, in place: y moves towards z by the weight c, then both move against the update u, y by its share.
+
+    y, z, u: float32, one shape; u is used up. dlr, weight, y_share: 0-dim, of the group.
+    """
+    y.lerp_(z, weight)
+    u.mul_(dlr)
+    z.sub_(u)
+    y.addcmul_(u, y_share, value=-1)
+
+
+def advance_by_signs(
+    y: Tensor, z: Tensor, u: Tensor, dlr: Tensor, weight: Tensor, y_share: Tensor, *, use_cautious: bool
+) -> None:
+    """As `advance`, with y's whole move made cautious, or signed by the update (Grams). y, z, u: [tensors,
+    elements]."""
+    move = (y - z).mul_(weight).addcmul_(u, dlr * y_share)
+    z.addcmul_(u, dlr, value=-1)
+    y.sub_(cautious(move, u) if use_cautious else grams(move, u))

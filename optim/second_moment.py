@@ -1,0 +1,56 @@
+"""The second moment of the gradient, full or factored, and the updates that are made of it.
+
+Sources: Adafactor arXiv 1804.04235 (algorithm 4), Adam-atan2 arXiv 2407.05872 (section 3.3), StableAdamW arXiv
+2304.13013 (algorithm 2).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+MIN_DIM_TO_FACTOR = 32
+FOUR_OVER_PI = 4 / math.pi
+TINY = 1.1754943508222875e-38
+"""The smallest normal float32: keeps 0 / 0 from being anything but 0, and moves no other value."""
+
+
+def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
+    """The two largest axes, in the order they stand in, over which the second moment of this shape is factored.
+
+    None if the tensor has fewer than two axes or all of them are shorter than 32: there factors would save next to
+    nothing.
+    """
+    if len(shape) < 2 or max(shape) < MIN_DIM_TO_FACTOR:
+        return None
+    by_size = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))
+    first, second = sorted(by_size[-2:])
+    return first, second
+
+
+def factor_roots(row: Tensor, col: Tensor, col_axis: int) -> tuple[Tensor, Tensor]:
+    """sqrt v = a b with a = sqrt(R / mean(R)) and b = sqrt(C) (Adafactor, eq. 4).
+
+    row: the mean over `col_axis` (size 1 there); col: the mean over the other factored axis. mean(R) equals the mean of
+        C over
+    `col_axis`, for both are the mean of all squares; C's is taken because under sharding every rank holds all of C.
+    The roots are taken of the factors and not of their product: fewer roots, and the product of small factors cannot
+    underflow.
+    """
+    return (row / col.mean(dim=col_axis, keepdim=True).clamp_min(TINY)).sqrt(), col.sqrt()
+
+
+def atan2_update(numerator: Tensor, root: Tensor) -> Tensor:
+    """u = (4/pi) atan2(d g, sqrt v): bounded by 2, 1 where |d g| = sqrt v, and free of any epsilon. Where both are 0,
+    0."""
+    return torch.atan2(numerator, root).mul_(FOUR_OVER_PI)
+
+
+def epsilon_update(numerator: Tensor, root: Tensor, d_eps: Tensor) -> Tensor:
+    """u = d g / (sqrt v + d eps), Adam's update in Prodigy's scaling."""
+    return numerator / (root + d_eps)
+
+
+def rms_divisor(sum_of_squares: Tensor, count: int) -> Tensor:
+    """StableAdamW: what to divide u by, sqrt(max(1, rms(u))); one value a tensor, from its sum of squares."""
+    return (sum_of_squares / count).sqrt_().clamp_min_(1.0).sqrt_()

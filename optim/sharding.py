@@ -1,0 +1,120 @@
+"""Parameters that are split over ranks (FSDP2: DTensors sharded along their first axis): where a shard stands in the
+whole, and the few sums that need all shards.
+
+Every rank joins every collective, also one whose shards are all empty: what is summed depends only on the whole shapes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.settings import Settings
+from optim.stacks import Stack
+
+if dist.is_available():
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    SHARDED: tuple[type, ...] = (DTensor,)
+else:  # a build of torch without torch.distributed has no DTensor either
+    SHARDED = ()
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor is split: over which ranks, and the number of the first row here."""
+
+    ranks: "dist.ProcessGroup"
+    first_row: int
+
+
+def local_part(t: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank: all of it, or its shard; shares the memory. Scalars get an axis."""
+    if isinstance(t, SHARDED):
+        local = t.to_local()  # type: ignore[attr-defined]
+        return local.detach()  # type: ignore[no-any-return]
+    return t.detach() if t.dim() else t.detach().view(1)
+
+
+def split_of(t: Tensor) -> Split | None:
+    """None for a tensor that is whole here. Rows are dealt out as by `torch.chunk`: the last ranks may have none."""
+    if not isinstance(t, SHARDED):
+        return None
+    assert isinstance(t, DTensor)
+    for axis, placement in enumerate(t.placements):
+        if isinstance(placement, Shard) and t.device_mesh.size(axis) > 1:
+            num_rows = -(-t.shape[0] // t.device_mesh.size(axis))
+            first_row = min(num_rows * t.device_mesh.get_local_rank(axis), t.shape[0])
+            return Split(t.device_mesh.get_group(axis), first_row)
+    return None
+
+
+def problems(p: Tensor, settings: Settings) -> list[str]:
+    """Why a DTensor cannot be optimized, as sentences; an empty list for whole tensors and for rows split over one mesh
+    axis."""
+    if not isinstance(p, SHARDED):
+        return []
+    assert isinstance(p, DTensor)
+    shards = [placement for placement in p.placements if not isinstance(placement, Replicate)]
+    found = []
+    if len(shards) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in shards):
+        found.append(
+            f"placements {tuple(p.placements)}: must be Shard(0) over one mesh axis and Replicate() over the others"
+        )
+    if settings.fused_back_pass:
+        found.append(
+            "fused_back_pass with sharded parameters: their gradients arrive reduced, after backward; set it to False"
+        )
+    for name, asked in (
+        ("use_cautious", settings.use_cautious),
+        ("use_orthograd", settings.use_orthograd),
+        ("use_adopt without use_schedulefree", settings.use_adopt and not settings.use_schedulefree),
+    ):
+        if asked:
+            found.append(f"{name} with sharded parameters: it needs a mean over the whole tensor within the update")
+    return found
+
+
+def reduce_together(tensors: list[Tensor], ranks: list["dist.ProcessGroup"]) -> None:
+    """Sums over the ranks, in place, in one collective for each process group."""
+    for group in dict.fromkeys(ranks):
+        mine = [tensor for tensor, its in zip(tensors, ranks, strict=True) if its is group]
+        flat = torch.cat([tensor.reshape(-1) for tensor in mine])
+        dist.all_reduce(flat, group=group)
+        for tensor, total in zip(mine, torch.split(flat, [tensor.numel() for tensor in mine]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
+
+def reduce_measures(active: list[Stack]) -> None:
+    """The column sums and the totals of g^2 of all sharded stacks: one collective."""
+    tensors, ranks = [], []
+    for stack in active:
+        split = stack.kind.split
+        if not isinstance(split, Split):
+            continue
+        parts = [stack.totals]
+        if stack.kind.axes is not None and stack.kind.axes[0] == 0 and stack.col_now is not None:
+            parts.append(stack.col_now)
+        tensors += parts
+        ranks += [split.ranks] * len(parts)
+    reduce_together(tensors, ranks)
+
+
+def reduce_sums(sums: Tensor, used: list[Stack]) -> None:
+    """Prodigy's sums of all sharded parameters: one collective. sums: [parameters, sums], in place."""
+    sharded = [(stack, stack.kind.split) for stack in used if isinstance(stack.kind.split, Split)]
+    parts = [sums[stack.places] for stack, _ in sharded]
+    reduce_together(parts, [split.ranks for _, split in sharded])
+    for (stack, _), part in zip(sharded, parts, strict=True):
+        sums.index_copy_(0, stack.places, part)
+
+
+def reduce_counts(counts: Tensor, splits: list[Split | None]) -> Tensor:
+    """Counts of each tensor, [tensors], over all shards."""
+    places = [place for place, split in enumerate(splits) if split is not None]
+    parts = [counts[place].clone() for place in places]
+    reduce_together(parts, [split.ranks for split in splits if split is not None])
+    for place, part in zip(places, parts, strict=True):
+        counts[place] = part
+    return counts

@@ -1,0 +1,343 @@
+"""Stacks: the parameters of one group that share their shape, with their state packed in few tensors.
+
+A model has thousands of tensors but few shapes, so the work is done on pieces of a stack: large enough that calls do
+not cost, small enough that a piece stays in the cache from its first operation to its last. This file is the plain
+path, in torch operations alone; `native.py` has its fast twin on the CPU.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.prodigy import SLICE_P, Coefficients, exact_dtype
+from optim.rounding import random_bits, round_stochastic
+from optim.schedule_free import advance, advance_by_signs
+from optim.second_moment import atan2_update, epsilon_update, factor_roots, rms_divisor
+from optim.settings import Settings
+from optim.transforms import cautious, focus, grams, orthogonal
+
+NUM_SUMS = 3
+"""Sums of each tensor: <g, p0 - z>; |s|_1 or, with SPEED, |p0 - z|_1; and with SPEED |p0 - z|_2 squared."""
+
+
+class Kind(NamedTuple):
+    """What parameters must have in common to share a stack."""
+
+    group: int
+    shape: torch.Size  # of the part that is here
+    whole: torch.Size  # of the whole tensor, which differs from `shape` in a shard
+    split: object  # how it is split over ranks (`sharding.Split`), None if it is whole here
+    offset: int  # number of the first element here within the whole tensor
+    dtype: torch.dtype
+    axes: tuple[int, int] | None  # over which the second moment is factored
+    starts_at_zero: bool  # then nothing is stored for p0
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def first_slice(self) -> int:
+        """Where, among the elements here, the first of every 11th element of the whole tensor stands."""
+        return -self.offset % SLICE_P
+
+    @property
+    def num_slices(self) -> int:
+        return max(0, -(-(self.numel - self.first_slice) // SLICE_P))
+
+    def sliced(self, values: Tensor) -> Tensor:
+        """Every 11th element of the whole tensors: [N, numel] to [N, num_slices], a view."""
+        return values[:, self.first_slice :: SLICE_P]
+
+
+@dataclass(eq=False)
+class Stack:
+    """N parameters of one kind and their state; `indices` are their places among all parameters of the optimizer."""
+
+    kind: Kind
+    indices: list[int]
+    places: Tensor  # the same, int64 [N], on the device
+    keys: Tensor  # int32 [N]: for the rounding
+    z: Tensor  # [N, *shape], the parameter's dtype: the fast iterate, or the first moment without Schedule-Free
+    row: Tensor | None = None  # [N, ...], R: mean of g^2 over the second factored axis, size 1 there
+    col: Tensor | None = None  # [N, ...], C: mean over the first
+    v: Tensor | None = None  # [N, *shape] float32, where nothing is factored (FOCUS: the average weights)
+    s: Tensor | None = None  # [N, num_slices] bfloat16
+    p0: Tensor | None = None  # [N, num_slices] bfloat16
+    norms: Tensor | None = None  # [N, 3] float64, SPEED: averaged dot product, largest |p0 - z|_1 and |p0 - z|_2
+    # within a step only
+    row_now: Tensor | None = None  # float32 like row: sums of g^2, then sqrt(R / mean(R))
+    col_now: Tensor | None = None  # float32 like col: sums of g^2, then sqrt(C)
+    totals: Tensor = field(init=False)  # [N] float32, sum of g^2 here
+    sums: Tensor = field(init=False)  # [N, 3] float64
+
+    def __post_init__(self) -> None:
+        device = self.z.device
+        self.totals = torch.zeros(len(self.indices), device=device)
+        self.sums = torch.zeros(len(self.indices), NUM_SUMS, dtype=exact_dtype(device), device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of state this stack has, by the names of its fields."""
+        named = {
+            "z": self.z,
+            "row": self.row,
+            "col": self.col,
+            "v": self.v,
+            "s": self.s,
+            "p0": self.p0,
+            "norms": self.norms,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def state_of(self, place: int) -> dict[str, Tensor]:
+        """The state of the parameter at `place` in this stack, as views."""
+        return {name: value[place] for name, value in self.tensors().items()}
+
+    def free_prodigy_state(self) -> None:
+        """p0 and s are not needed once d is frozen."""
+        self.p0 = self.s = self.norms = None
+
+
+def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[Tensor], settings: Settings) -> Stack:
+    """A stack at its start: z and p0 are the weights (or the first moment is 0), everything else is 0."""
+    num, shape, device = len(indices), kind.shape, weights[0].device
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    z = torch.stack([weight.detach() for weight in weights])
+    stack = Stack(
+        kind=kind,
+        indices=indices,
+        places=torch.tensor(indices, device=device),
+        keys=torch.tensor(keys, dtype=torch.int32, device=device),
+        z=z if settings.use_schedulefree else torch.zeros_like(z),
+    )
+    if settings.use_focus:
+        stack.v = z.float()
+    elif kind.axes is None:
+        stack.v = torch.zeros(num, *shape, device=device)
+    else:
+        first, second = kind.axes
+        factor_dtype = torch.float32 if settings.factored_fp32 else kind.dtype
+        rows, cols = list(shape), list(shape)
+        rows[second] = cols[first] = 1
+        stack.row = torch.zeros(num, *rows, dtype=factor_dtype, device=device)
+        stack.col = torch.zeros(num, *cols, dtype=factor_dtype, device=device)
+    if not kind.starts_at_zero:
+        stack.p0 = torch.stack([values[kind.first_slice :: SLICE_P].to(torch.bfloat16) for values in flat])
+    if settings.use_speed:
+        stack.norms = torch.zeros(num, 3, dtype=stack.sums.dtype, device=device)
+    else:
+        stack.s = torch.zeros(num, kind.num_slices, dtype=torch.bfloat16, device=device)
+    return stack
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """float32 [n, *shape], always a copy."""
+    if len(tensors) == 1:
+        return tensors[0].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).unsqueeze(0)
+    return torch.stack(tensors).float() if tensors[0].dtype != torch.float32 else torch.stack(tensors)
+
+
+def measure(stack: Stack, piece: slice, grads: list[Tensor]) -> None:
+    """Sums of g^2 over a piece of the stack: what the factors and the check for finite gradients need."""
+    square = stacked(grads).square_()
+    if stack.kind.axes is None or stack.row_now is None or stack.col_now is None:
+        stack.totals[piece] = square.flatten(1).sum(1)
+        return
+    first, second = (axis + 1 for axis in stack.kind.axes)
+    torch.sum(square, dim=first, keepdim=True, out=stack.col_now[piece])
+    torch.sum(square, dim=second, keepdim=True, out=stack.row_now[piece])
+    stack.totals[piece] = stack.col_now[piece].flatten(1).sum(1)
+
+
+def begin_stack(stack: Stack) -> None:
+    """Room for the sums of a step, all 0."""
+    if stack.row is not None and stack.col is not None:
+        stack.row_now = torch.zeros_like(stack.row, dtype=torch.float32)
+        stack.col_now = torch.zeros_like(stack.col, dtype=torch.float32)
+    stack.totals.zero_()
+    stack.sums.zero_()
+
+
+def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor, settings: Settings) -> None:
+    """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums.
+
+    With ADOPT the roots are those from before.
+    """
+    if stack.row is None or stack.col is None or stack.kind.axes is None:
+        return
+    assert stack.row_now is not None and stack.col_now is not None
+    first, second = stack.kind.axes
+    row, col = stack.row[piece], stack.col[piece]
+    before = factor_roots(row.float(), col.float(), second + 1) if settings.use_adopt else None
+    for factor, total, axis in ((row, stack.row_now[piece], second), (col, stack.col_now[piece], first)):
+        gain = torch.where(sound, total, 0.0).mul_(c.square / stack.kind.whole[axis])
+        factor.copy_(torch.addcmul(gain, factor, c.beta2))
+    roots = before or factor_roots(row.float(), col.float(), second + 1)
+    stack.row_now[piece], stack.col_now[piece] = roots
+
+
+@dataclass
+class Piece:
+    """A part of a stack in the middle of its step: float32 copies of what the step reads and changes, each [n,
+    *shape]."""
+
+    stack: Stack
+    piece: slice
+    y: Tensor
+    z: Tensor  # or the first moment
+    g: Tensor
+    c: Coefficients
+
+
+def update(stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], c: Coefficients, sound: Tensor,
+           settings: Settings, step_key: int, divisor: Tensor | None = None) -> None:  # fmt: skip
+    """The step of a piece: u, Prodigy's sums, y and z, and everything written back.
+
+    sound: bool, 0-dim; where False, `c` must be neutral. divisor: [n], StableAdamW's, where it cannot be had from this
+        shard.
+    """
+    y, z, g = stacked(params), stack.z[piece], torch.where(sound, stacked(grads), 0.0)
+    work = Piece(stack, piece, y, z.float(), g, c)
+    if settings.use_schedulefree:
+        _update_schedule_free(work, settings, divisor)
+    else:
+        _update_with_moment(work, settings, divisor)
+    _write_back(work, params, settings, step_key)
+
+
+def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], c: Coefficients, sound: Tensor,
+                          settings: Settings) -> Tensor:  # fmt: skip
+    """[n]: this shard's part of |u|^2, before anything is changed; for StableAdamW on sharded tensors."""
+    g, z = torch.where(sound, stacked(grads), 0.0), stack.z[piece].float()
+    numerator = g * c.d if settings.use_schedulefree else _moment(Piece(stack, piece, g, z.clone(), g, c), settings)
+    root, _ = _root(Piece(stack, piece, g, z, g, c), settings)
+    return epsilon_update(numerator, root, c.d_eps).flatten(1).square().sum(1)
+
+
+def _root(work: Piece, settings: Settings) -> tuple[Tensor, Tensor | None]:
+    """sqrt v as the update divides by it, and the new full second moment where there is one."""
+    stack, c = work.stack, work.c
+    if stack.row_now is not None and stack.col_now is not None:
+        return stack.row_now[work.piece] * stack.col_now[work.piece], None
+    assert stack.v is not None
+    v = stack.v[work.piece]
+    new = (v * c.beta2).addcmul_(work.g * c.square, work.g)
+    return (v if settings.use_adopt else new).sqrt(), new
+
+
+def _raw_update(numerator: Tensor, work: Piece, settings: Settings) -> Tensor:
+    """u before it is scaled, decayed or projected; the full second moment, where there is one, is brought up to
+    date."""
+    stack, c = work.stack, work.c
+    root, new = _root(work, settings)
+    if new is not None and stack.v is not None:
+        stack.v[work.piece].copy_(new)
+    if settings.eps is None:
+        return atan2_update(numerator, root)
+    return epsilon_update(numerator, root, c.d_eps)
+
+
+def _focus_update(direction: Tensor, weights: Tensor, work: Piece) -> Tensor:
+    """FOCUS keeps the average of the weights where others keep the second moment."""
+    assert work.stack.v is not None
+    mean = work.stack.v[work.piece]
+    mean.lerp_(weights, 1 - work.c.beta2)
+    return focus(direction, weights, mean)
+
+
+def _finish_update(u: Tensor, at: Tensor, work: Piece, settings: Settings, divisor: Tensor | None) -> Tensor:
+    """OrthoGrad and StableAdamW's scaling."""
+    kind = work.stack.kind
+    if settings.use_orthograd:
+        u = orthogonal(u.flatten(1), at.flatten(1)).view_as(u)
+    if settings.scales_by_rms:
+        if divisor is None:
+            divisor = rms_divisor(u.flatten(1).square().sum(1), kind.whole.numel())
+        u = u.div_(divisor.view(-1, *(1 for _ in kind.shape)))
+    return u
+
+
+def _prodigy_sums(work: Piece, at: Tensor) -> None:
+    """Each tensor's part of num and den, from g and the point it was at (z, or the weights without Schedule-Free)."""
+    stack, kind, c = work.stack, work.stack.kind, work.c
+    if stack.s is None and stack.norms is None:
+        return
+    g = kind.sliced(work.g.flatten(1))
+    here = kind.sliced(at.flatten(1))
+    away = -here if stack.p0 is None else stack.p0[work.piece].float() - here
+    sums = stack.sums[work.piece]
+    sums[:, 0] = (g * away).sum(1)
+    if stack.s is not None:
+        s = stack.s[work.piece]
+        # as upstream: each of the two operations rounds to bfloat16
+        s.copy_(s.float() * c.beta3).copy_(torch.addcmul(s.float(), g, c.lam))
+        sums[:, 0] *= c.lam
+        sums[:, 1] = s.float().abs().sum(1)
+    else:
+        sums[:, 1] = away.abs().sum(1)
+        sums[:, 2] = away.square().sum(1)
+
+
+def _update_schedule_free(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
+    y, z, c = work.y, work.z, work.c
+    u = _focus_update(work.g, z, work) if settings.use_focus else _raw_update(work.g * c.d, work, settings)
+    u = _finish_update(u, z, work, settings, divisor)
+    _prodigy_sums(work, z)
+    start = None if settings.weight_decay_by_lr else y.clone()
+    if settings.weight_decay_by_lr:
+        u.addcmul_(y, c.decay)
+    if settings.use_cautious or settings.use_grams:
+        flat = (y.flatten(1), z.flatten(1), u.flatten(1))
+        advance_by_signs(*flat, c.dlr, c.weight, c.y_share, use_cautious=settings.use_cautious)
+    else:
+        advance(y, z, u, c.dlr, c.weight, c.y_share)
+    if start is not None:
+        z.addcmul_(start, c.decay_apart, value=-1)
+        y.addcmul_(start, c.decay_apart * c.y_share, value=-1)
+
+
+def _moment(work: Piece, settings: Settings) -> Tensor:
+    """Prodigy's first moment, which takes z's place in the state: m <- beta1 m + (1 - beta1) d g; returns what u is
+    made of.
+
+    With ADOPT what is averaged is the update itself, clamped to k^(1/4) (arXiv 2411.02853, algorithm 2).
+    """
+    m, c = work.z, work.c
+    taken = work.g * c.d
+    if settings.use_adopt:
+        taken = torch.clamp(_raw_update(taken, work, settings), -c.clamp, c.clamp)
+    m.mul_(c.beta1).addcmul_(taken, c.gain)
+    if settings.use_cautious:
+        return cautious(m.flatten(1), work.g.flatten(1)).view_as(m)
+    if settings.use_grams:
+        return grams(m.flatten(1), work.g.flatten(1)).view_as(m)
+    return m
+
+
+def _update_with_moment(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
+    """Plain Prodigy: no average, the weights take the whole step; for an outside schedule."""
+    y, c = work.y, work.c
+    direction = _moment(work, settings)
+    if settings.use_focus:
+        u = _focus_update(direction, y, work)
+    else:
+        u = direction.clone() if settings.use_adopt else _raw_update(direction, work, settings)
+    u = _finish_update(u, y, work, settings, divisor)
+    _prodigy_sums(work, y)
+    y.mul_(1 - c.dlr * c.decay - c.decay_apart)
+    y.addcmul_(u, c.dlr, value=-1)
+
+
+def _write_back(work: Piece, params: list[Tensor], settings: Settings, step_key: int) -> None:
+    """y to the parameters, z to the state, rounded to their dtype."""
+    stack, y, z = work.stack, work.y, work.z
+    target = stack.z[work.piece]
+    if stack.kind.dtype == torch.bfloat16 and settings.stochastic_rounding:
+        bits = random_bits(stack.keys[work.piece] ^ step_key, stack.kind.numel, stack.kind.offset)
+        y = round_stochastic(y.flatten(1), bits).view_as(y)
+        z = round_stochastic(z.flatten(1), bits >> 16).view_as(z)
+    if z.data_ptr() != target.data_ptr():
+        target.copy_(z)
+    torch._foreach_copy_(params, list(y.unbind(0)))

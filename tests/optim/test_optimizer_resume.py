@@ -1,0 +1,192 @@
+"""Resume: state_dict -> safetensors -> load_state_dict continues bit for bit, and foreign state is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from optim import ProdigyPlusScheduleFree, averaged, flatten_state, unflatten_state
+
+SHAPES = [(16, 48), (40, 8), (16, 48), (40, 4, 3, 3), (7,), (), (3, 5)]
+
+
+def model(dtype: torch.dtype) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(3)
+    params = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    params[1].data.zero_()
+    return params
+
+
+def build(params: list[nn.Parameter], **settings: Any) -> ProdigyPlusScheduleFree:
+    groups = [{"params": params[:3], "name": "unet"}, {"params": params[3:], "name": "text_encoder", "lr": 0.5}]
+    return ProdigyPlusScheduleFree(groups, **{"d0": 1e-4, **settings})
+
+
+def steps(params: list[nn.Parameter], optimizer: ProdigyPlusScheduleFree, first: int, last: int) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        for p in params:
+            noise = torch.randn(p.shape, generator=generator)
+            p.grad = (p.detach().float() + 0.3 * noise).to(p.dtype)
+        optimizer.step()
+
+
+def through_a_file(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    tensors, metadata = flatten_state(state)
+    save_file(tensors, path, metadata=metadata)
+    with safe_open(path, framework="pt") as file:
+        return unflatten_state({name: file.get_tensor(name) for name in file.keys()}, file.metadata())  # noqa: SIM118
+
+
+def everything(params: list[nn.Parameter], optimizer: ProdigyPlusScheduleFree) -> dict[str, Tensor]:
+    tensors, _ = flatten_state(optimizer.state_dict())
+    return tensors | {f"y.{index}": p.detach().clone() for index, p in enumerate(params)}
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "joint": {"split_groups": False},
+    "eps": {"eps": 1e-8},
+    "not factored": {"factored": False},
+    "factors in bf16": {"factored_fp32": False},
+    "speed": {"use_speed": True},
+    "first moment": {"use_schedulefree": False},
+    "frozen": {"prodigy_steps": 8},
+    "auto": {"prodigy_steps": "auto"},
+    "bias correction": {"use_bias_correction": True},
+    "adopt": {"use_adopt": True},
+    "focus": {"use_focus": True, "factored": False},
+    "beta4": {"beta4": 0.9},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_resumed_is_uninterrupted_bit_for_bit(settings: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
+    params = model(dtype)
+    optimizer = build(params, **settings)
+    steps(params, optimizer, 0, 12)
+    weights = [p.detach().clone() for p in params]
+    state = through_a_file(optimizer.state_dict(), tmp_path / "state.safetensors")
+    steps(params, optimizer, 12, 24)
+
+    again = [nn.Parameter(w) for w in weights]
+    resumed = build(again, **settings)
+    resumed.load_state_dict(state)
+    steps(again, resumed, 12, 24)
+
+    expected, found = everything(params, optimizer), everything(again, resumed)
+    assert expected.keys() == found.keys()
+    for name, tensor in expected.items():
+        assert tensor.dtype == found[name].dtype
+        assert torch.equal(tensor, found[name]), name
+    assert optimizer.metrics() == resumed.metrics()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_taken_while_x_is_lent_gives_back_y(dtype: torch.dtype, tmp_path: Path) -> None:
+    params = model(dtype)
+    optimizer = build(params)
+    steps(params, optimizer, 0, 12)
+    with averaged(optimizer):
+        x = [p.detach().clone() for p in params]
+        state = through_a_file(optimizer.state_dict(), tmp_path / "state.safetensors")
+
+    again = [nn.Parameter(w) for w in x]
+    resumed = build(again)
+    resumed.load_state_dict(state)
+    assert resumed.lent
+    resumed.train()
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+    steps(params, optimizer, 12, 20)
+    steps(again, resumed, 12, 20)
+    assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
+
+
+def test_state_of_before_the_first_step_can_be_loaded() -> None:
+    params = model(torch.float32)
+    optimizer = build(params)
+    optimizer.load_state_dict(optimizer.state_dict())
+    steps(params, optimizer, 0, 2)
+
+
+def test_lr_of_a_schedule_is_part_of_the_state() -> None:
+    params = model(torch.float32)
+    optimizer = build(params)
+    optimizer.param_groups[0]["lr"] = 0.25
+    steps(params, optimizer, 0, 1)
+    again = model(torch.float32)
+    resumed = build(again)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [m.lr for m in resumed.metrics()] == [0.25, 0.5]
+
+
+def saved() -> dict[str, Any]:
+    params = model(torch.float32)
+    optimizer = build(params)
+    steps(params, optimizer, 0, 3)
+    return optimizer.state_dict()
+
+
+def refused(state: dict[str, Any], match: str, **settings: Any) -> None:
+    params = model(torch.float32)
+    optimizer = build(params, **settings)
+    steps(params, optimizer, 0, 2)
+    before = everything(params, optimizer)
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(state)
+    after = everything(params, optimizer)
+    assert all(torch.equal(before[name], after[name]) for name in before), "a refused state must leave all as it was"
+
+
+def test_another_version_is_refused_showing_both() -> None:
+    refused({**saved(), "version": 7}, "version 7 .* version 1")
+
+
+def test_other_settings_are_refused_showing_both() -> None:
+    refused(saved(), "factored was True, is False", factored=False)
+
+
+def test_other_groups_are_refused_showing_both() -> None:
+    state = saved()
+    state["param_groups"] = state["param_groups"][:1]
+    refused(state, "1 groups, the optimizer 2")
+
+
+def test_other_names_are_refused_showing_both() -> None:
+    state = saved()
+    state["param_groups"][1]["name"] = "vae"
+    refused(state, "'vae', is 'text_encoder'")
+
+
+def test_another_number_of_parameters_is_refused_showing_both() -> None:
+    state = saved()
+    state["param_groups"][1]["params"] = [3, 4]
+    refused(state, "had 2 parameters, has 4")
+
+
+def test_another_shape_is_refused_showing_both() -> None:
+    state = saved()
+    state["state"][0]["z"] = torch.zeros(16, 47)
+    refused(state, r"\(16, 47\), has \(16, 48\)")
+
+
+def test_another_dtype_is_refused_showing_both() -> None:
+    state = saved()
+    state["state"][0]["row"] = state["state"][0]["row"].bfloat16()
+    refused(state, "bfloat16, must be .* torch.float32")
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    params = model(torch.float32)
+    other = torch.optim.AdamW(params)
+    refused(other.state_dict(), "another optimizer's")
+
+
+def test_text_without_our_key_is_refused() -> None:
+    with pytest.raises(ValueError, match="metadata has"):
+        unflatten_state({}, {"format": "pt"})
