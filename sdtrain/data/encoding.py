@@ -8,10 +8,7 @@ A single 1024 px picture keeps a GPU busy; memory stays that of one picture.
 from __future__ import annotations
 
 import hashlib
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,14 +20,12 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example, unreadable_problems
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
+from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
 
 Picture = tuple[Example, Placement]
 Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
-R = TypeVar("R")
-
-_NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 def encode_pictures(
@@ -45,20 +40,17 @@ def encode_pictures(
     `encode` takes (1, 3, H, W) and returns (1, c, h, w). Raises UserError with all pictures that would have to be
     encoded and cannot be read, before any is encoded; and if an encoding is not finite.
     """
-    with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        digests = _ahead(threads, lambda picture: _file_digest(picture[0].path), pictures)
-        paths: list[Path] = []
-        for (_, placement), digest in zip(pictures, digests, strict=True):
-            paths.append(store.latents_path(cache, digest, placement, fingerprint))
-            on_progress("reading pictures", len(paths), len(pictures))
-        missing = _missing(dict(zip(paths, pictures, strict=True)))
-        _check(threads, list(missing.values()), on_progress)
-        loaded = _ahead(threads, _load, missing.values())
-        for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
-            latents = _to_disk_form(encode(pixels[None])[0])
-            _refuse_not_finite(latents, example.path)
-            store.write(path, {"latents": latents})
-            on_progress("encoding pictures", done, len(missing))
+    digests = map_ahead(_file_digest, [example.path for example, _ in pictures])
+    paths: list[Path] = []
+    for (_, placement), digest in zip(pictures, digests, strict=True):
+        paths.append(store.latents_path(cache, digest, placement, fingerprint))
+        on_progress("reading pictures", len(paths), len(pictures))
+    missing = _missing(dict(zip(paths, pictures, strict=True)))
+    _check(list(missing.values()), on_progress)
+    loaded = map_ahead(_load, missing.values())
+    for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
+        _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
+        on_progress("encoding pictures", done, len(missing))
     return paths
 
 
@@ -76,8 +68,7 @@ def encode_captions(
     paths = {caption: store.caption_path(cache, caption, fingerprint) for caption in captions}
     missing = _missing({path: caption for caption, path in paths.items()})
     for done, (path, caption) in enumerate(missing.items(), 1):
-        encoded = {name: _to_disk_form(tensor[0]) for name, tensor in encode([caption]).items()}
-        store.write(path, encoded)
+        _store(path, encode([caption]), f"caption {caption[:40]!r}", "text encoder")
         on_progress("encoding captions", done, len(missing))
     return paths
 
@@ -88,7 +79,7 @@ def _missing(wanted: dict[Path, T]) -> dict[Path, T]:
     return {path: thing for path, thing in wanted.items() if not store.is_whole(path, thorough=thorough)}
 
 
-def _check(threads: ThreadPoolExecutor, pictures: Sequence[Picture], on_progress: Progress) -> None:
+def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
     """Raises UserError with all pictures that cannot be read or that are not what was scanned."""
 
     def reason(picture: Picture) -> str:
@@ -101,7 +92,7 @@ def _check(threads: ThreadPoolExecutor, pictures: Sequence[Picture], on_progress
         return "picture has changed while it was in use; start again" if changed else ""
 
     wrong: list[tuple[Path, str]] = []
-    for done, ((example, _), what) in enumerate(zip(pictures, _ahead(threads, reason, pictures), strict=True), 1):
+    for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
         if what:
             wrong.append((example.path, what))
         on_progress("checking pictures", done, len(pictures))
@@ -125,25 +116,10 @@ def _file_digest(path: Path) -> bytes:
         raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
 
 
-def _refuse_not_finite(latents: Tensor, picture: Path) -> None:
-    if not torch.isfinite(latents).all():
-        what = (
-            "the VAE gives NaN or infinity for this picture; in half precision SDXL's own VAE does that: "
-            "use one that is made for it (model.vae), or bfloat16 or float32"
-        )
-        raise user_error("data", str(picture), what)
-
-
-def _to_disk_form(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu").contiguous()
-
-
-def _ahead(threads: ThreadPoolExecutor, function: Callable[[T], R], things: Iterable[T]) -> Iterator[R]:
-    """The results in order, computed by threads a little ahead of their use: memory holds a few, not all."""
-    waiting: deque[Future[R]] = deque()
-    for thing in things:
-        waiting.append(threads.submit(function, thing))
-        if len(waiting) > 2 * _NUM_THREADS:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()
+def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:
+    """Writes the only row of each tensor. Raises UserError if a number is not finite: it would ruin every later run."""
+    rows = {name: tensor[0].detach().to("cpu") for name, tensor in encoded.items()}
+    if not all(torch.isfinite(row).all() for row in rows.values()):
+        what = f"the {encoder} gives NaN or infinity for it; its weights are damaged or do not belong to this model"
+        raise user_error("data", thing, what)
+    store.write(path, rows)

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions import CaptionError, read_caption
 from sdtrain.data.pictures import SUFFIXES, UNSUPPORTED_SUFFIXES, PictureError, measure
+from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
 
 BUILTIN_FOLDERS = {"builtin:quickstart": Path(__file__).resolve().parents[1] / "builtin" / "quickstart"}
 MAX_ALIKE = 12
-NUM_THREADS = min(16, 2 * (os.cpu_count() or 1))
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,15 @@ def scan_folders(config: DataConfig, *, decode: bool) -> tuple[list[Example], li
         findings += wrong + _shared(where, index, found, owners)
         pairs += found
     examples, wrong = _read(pairs, decode=decode)
-    return examples, shorten(findings + wrong)
+    return examples, _shorten(findings + wrong)
 
 
-def shorten(findings: Sequence[_Finding]) -> list[Problem]:
+def unreadable_problems(reasons: Sequence[tuple[Path, str]]) -> list[Problem]:
+    """Problems for pictures and the reasons why they cannot be read, the list cut where it gets long."""
+    return _shorten([_Finding("unreadable picture", Problem(str(path), reason)) for path, reason in reasons])
+
+
+def _shorten(findings: Sequence[_Finding]) -> list[Problem]:
     """The problems in their order; of each sort at most MAX_ALIKE and a line that counts the others."""
     by_sort: dict[str, list[Problem]] = defaultdict(list)
     for finding in findings:
@@ -90,11 +93,6 @@ def shorten(findings: Sequence[_Finding]) -> list[Problem]:
         if len(alike) > MAX_ALIKE:
             problems.append(Problem("...", f"and {len(alike) - MAX_ALIKE} more like this: {sort}"))
     return problems
-
-
-def unreadable_problems(reasons: Sequence[tuple[Path, str]]) -> list[Problem]:
-    """Problems for pictures and the reasons why they cannot be read, the list cut where it gets long."""
-    return shorten([_Finding("unreadable picture", Problem(str(path), reason)) for path, reason in reasons])
 
 
 def _unusable(folder: FolderConfig, root: Path) -> str:
@@ -190,8 +188,7 @@ def _read(pairs: Sequence[_Pair], *, decode: bool) -> tuple[list[Example], list[
     def read(pair: _Pair) -> tuple[Example | None, list[_Finding]]:
         return _read_one(pair, decode=decode)
 
-    with ThreadPoolExecutor(NUM_THREADS) as threads:
-        results = list(threads.map(read, pairs))
+    results = list(map_ahead(read, pairs))
     examples = [example for example, _ in results if example is not None]
     return examples, [finding for _, findings in results for finding in findings]
 

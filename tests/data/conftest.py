@@ -8,12 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
 from torch import Tensor
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import scan_folders
+
+# No deadline: on a busy machine any example may take long.
+settings.register_profile("data", deadline=None, max_examples=50)
+settings.load_profile("data")
 
 
 class CountingEncoders:

@@ -15,7 +15,7 @@ import torch
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
 from sdtrain.data.batches import Batch, Batches, Encoders, prepare_batches
-from sdtrain.data.examples import Example
+from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
 
 Prepare = Callable[..., Batches]
@@ -283,9 +283,36 @@ def test_latents_that_are_not_finite_are_refused_with_the_name_of_the_picture(
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
 
 
-def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting: Any, tmp_path: Path) -> None:
-    from sdtrain.data.examples import scan_folders
+def test_caption_encodings_that_are_not_finite_are_refused_with_the_caption(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
+) -> None:
+    def broken(captions: list[str]) -> dict[str, torch.Tensor]:
+        return {"pooled": torch.full((len(captions), 4), float("inf"))}
 
+    with pytest.raises(UserError, match=r"caption 'caption 0'.*infinity"):
+        prepare(config(pictures), Encoders(counting.encode_pixels, broken, "vae", "text"))
+
+
+def test_an_encoding_does_not_depend_on_what_else_the_cache_lacks(
+    prepare: Prepare, config: MakeConfig, pictures: Path, picture: Callable[..., None], counting: Any
+) -> None:
+    """As with real networks, whose last bits change with the number of things that are encoded together."""
+
+    def pixels(many: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(counting.encode_pixels(many)).float() + len(many)
+
+    def captions(many: list[str]) -> dict[str, torch.Tensor]:
+        return {"pooled": torch.full((len(many), 4), float(len(many)))}
+
+    encoders = Encoders(pixels, captions, "vae", "text")
+    prepare(config(pictures), encoders)
+    for number in range(3):
+        picture(pictures / f"{number}.png", (64, 64), f"edited {number}", seed=50 + number)
+    grown, fresh = prepare(config(pictures), encoders), prepare(config(pictures), encoders, cache="fresh")
+    assert_same_steps(grown, fresh, range(7))
+
+
+def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting: Any, tmp_path: Path) -> None:
     settings = config(pictures)
     calls: list[tuple[str, int, int]] = []
     prepare_batches(
