@@ -1,23 +1,317 @@
-"""Adapter files, under the names other tools know the layers by."""
+"""Adapter files, in sd-scripts names or in diffusers names.
+
+**sd-scripts names** are what ComfyUI, A1111, Forge and the kohya tools read: down, up and alpha for every layer.
+diffusers reads them too, but misnames the alphas of attention layers when a network has several, and then gives all
+of them the most frequent one (diffusers 0.42, `get_peft_kwargs`); so a file has one alpha in each network, and where
+there were several the difference is multiplied into the up matrices.
+
+**diffusers names** have no place for alpha. Where alpha / rank can be multiplied into the up matrices and taken out
+again bit for bit, it is, and every reader computes the same dW. Where it cannot, the matrices stay as they are and
+alpha stands in the `lora_adapter_metadata` of the header, which diffusers reads since 0.35.
+
+`sdtrain.alpha` in the header keeps the alphas that were multiplied in, so that reading gives the same bits back.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from sdtrain.adapters.lora import LoraWeights
+from sdtrain.adapters.files import Header, hash_tensors, read_header, read_tensors, write_tensors
+from sdtrain.adapters.metadata import (
+    ALPHA_KEY,
+    DIFFUSERS_KEY,
+    FileFacts,
+    Shape,
+    header_metadata,
+    pack_alphas,
+    unpack_alpha,
+)
+from sdtrain.adapters.names import COMPONENTS, diffusers_names, is_sdxl, plain_modules, sd_scripts_names
+from sdtrain.adapters.peft_metadata import alpha_in_metadata, peft_metadata
+from sdtrain.adapters.tensors import Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.weights import Adapters, AdapterWeights, DoraWeights, LoraWeights, kind_of, mapped
+from sdtrain.errors import Problem, UserError, user_error
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """What an adapter file holds."""
+
+    adapters: dict[str, dict[str, AdapterWeights]]
+    """component -> module -> weights, tensors as stored, on the CPU."""
+    metadata: dict[str, str]
+    names: Names
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Adapters whose alphas a format can hold, and the alphas they had before where that can be undone exactly."""
+
+    adapters: dict[str, dict[str, AdapterWeights]]
+    alphas: dict[str, dict[str, float]]
+
+
+def write_lora(
+    path: Path,
+    adapters: Adapters,
+    networks: Mapping[str, nn.Module],
+    *,
+    names: Names,
+    facts: FileFacts,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write adapters (component -> module -> weights) to one safetensors file, whole or not at all.
+
+    `networks` are the networks the modules belong to, on any device (meta too): their trees make the names. `dtype`
+    is the type tensors are stored in, None keeps theirs. Raises UserError for a kind the names have no words for, for
+    weights that are not finite, and for a full disk.
+    """
+    check_adapters(path, adapters, names)
+    plain = {component: dict(modules) for component, modules in adapters.items() if modules}
+    scaled = one_alpha_each(plain, dtype) if names == "sd-scripts" else scale_of_one(plain, dtype)
+    tensors = adapter_tensors(scaled.adapters, networks, names)
+    metadata = header_metadata(facts, _shape(plain, networks))
+    if scaled.alphas:
+        metadata[ALPHA_KEY] = pack_alphas(scaled.alphas, plain)
+    if names == "diffusers":
+        text = peft_metadata(path, scaled.adapters)
+        metadata |= {DIFFUSERS_KEY: text} if text else {}
+    metadata |= {"format": "pt"}
+    hashes = hash_tensors(tensors, metadata)
+    metadata |= {
+        "sshs_model_hash": hashes.data,
+        "sshs_legacy_hash": hashes.legacy,
+        "modelspec.hash_sha256": f"0x{hashes.data}",
+    }
+    write_tensors(path, tensors, metadata)
+
+
+def check_adapters(path: Path, adapters: Adapters, names: Names) -> None:
+    """Raise UserError for what cannot or should not be written under these names."""
+    problems = []
+    for component, modules in adapters.items():
+        for module, weights in modules.items():
+            if not expressible(weights, names):
+                what = f"is {kind_of(weights)}, for which {names} names have no words; choose diffusers names, or merge"
+                problems.append(Problem(f"{component}.{module}", what))
+            elif not all(bool(tensor.isfinite().all()) for tensor in encode(weights, names).values()):
+                problems.append(Problem(f"{component}.{module}", "is not finite: the training has diverged"))
+    if not any(adapters.values()):
+        problems.append(Problem("adapters", "there are none to write"))
+    if problems:
+        raise UserError(str(path), shortened(problems))
+
+
+def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names: Names) -> dict[str, Tensor]:
+    """Every tensor of a file by its name in it."""
+    table = sd_scripts_names(networks) if names == "sd-scripts" else diffusers_names(networks)
+    return {
+        f"{table[component][module]}.{part}": tensor.detach().cpu().contiguous()
+        for component, modules in adapters.items()
+        for module, weights in modules.items()
+        for part, tensor in encode(weights, names).items()
+    }
+
+
+def _shape(adapters: Adapters, networks: Mapping[str, nn.Module]) -> Shape:
+    every = [weights for modules in adapters.values() for weights in modules.values()]
+    return Shape(
+        kinds=frozenset(kind_of(weights) for weights in every),
+        ranks=Counter(weights.rank for weights in every),
+        alphas=Counter(weights.alpha for weights in every),
+        sdxl=is_sdxl(networks),
+    )
+
+
+def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
+    """The same dW with one alpha in each network, the most frequent one; kinds other than LoRA and DoRA keep theirs."""
+    found: dict[str, dict[str, AdapterWeights]] = {}
+    alphas: dict[str, dict[str, float]] = {}
+    for component, modules in adapters.items():
+        common = Counter(weights.alpha for weights in modules.values()).most_common(1)[0][0]
+        found[component] = {}
+        for module, weights in modules.items():
+            stored = cast(weights, dtype)
+            if weights.alpha != common and undoable(stored, common):
+                alphas.setdefault(component, {})[module] = weights.alpha
+                stored = rescaled(stored, common)
+            elif weights.alpha != common:
+                stored = cast(rescaled(weights, common), dtype)  # rounded once, after the multiplication
+            found[component][module] = stored
+    return Scaled(found, alphas)
+
+
+def scale_of_one(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
+    """The same dW with alpha = rank, or everything as it was where that would lose a bit anywhere."""
+    stored = {
+        component: {module: cast(weights, dtype) for module, weights in modules.items()}
+        for component, modules in adapters.items()
+    }
+    every = [weights for modules in stored.values() for weights in modules.values()]
+    if not all(undoable(weights, float(weights.rank)) for weights in every):
+        return Scaled(stored, {})
+    unscaled = {
+        component: {module: rescaled(weights, float(weights.rank)) for module, weights in modules.items()}
+        for component, modules in stored.items()
+    }
+    if all(weights.alpha == weights.rank for weights in every):
+        return Scaled(unscaled, {})
+    alphas = {
+        component: {name: weights.alpha for name, weights in modules.items()} for component, modules in stored.items()
+    }
+    return Scaled(unscaled, alphas)
+
+
+def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
+    """A LoRA or DoRA of the same dW with this alpha; other kinds as they are."""
+    match weights:
+        case LoraWeights():
+            factor = weights.alpha / alpha
+            up = weights.up if factor == 1 else (weights.up.float() * factor).to(weights.up.dtype)
+            return replace(weights, up=up, alpha=alpha)
+        case DoraWeights():
+            direction = rescaled(weights.direction, alpha)
+            assert isinstance(direction, LoraWeights)
+            return replace(weights, direction=direction)
+        case _:
+            return weights
+
+
+def undoable(weights: AdapterWeights, alpha: float) -> bool:
+    """Whether rescaling to this alpha and back gives the same bits."""
+    match weights:
+        case LoraWeights():
+            there_and_back = rescaled(rescaled(weights, alpha), weights.alpha)
+            assert isinstance(there_and_back, LoraWeights)
+            return torch.equal(there_and_back.up, weights.up)
+        case DoraWeights():
+            return undoable(weights.direction, alpha)
+        case _:
+            return False
+
+
+def cast(weights: AdapterWeights, dtype: torch.dtype | None) -> AdapterWeights:
+    """The adapter with its tensors in another type; None keeps theirs."""
+    return weights if dtype is None else mapped(weights, lambda tensor: tensor.to(dtype))
+
+
+def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
+    """The adapters in a file, in either naming, for the layers of these networks (on any device, meta too).
+
+    Raises UserError, naming the key, for a file that is damaged or no adapter, for layers that these networks do not
+    have, and for adapters of other shapes than their layers.
+    """
+    header = read_header(path)
+    names = names_of(path, header)
+    layers = _layers(networks, names)
+    weight = {component: dict(plain_modules(network)) for component, network in networks.items()}
+    found: dict[str, dict[str, AdapterWeights]] = {}
+    problems = []
+    for name, parts in _grouped(read_tensors(path), layers).items():
+        if name not in layers:
+            problems.append(Problem(name, _no_such_layer(name, header)))
+            continue
+        component, module = layers[name]
+        try:
+            weights = _decoded(parts, names, header.metadata, component, module)
+        except ValueError as error:
+            problems.append(Problem(name, str(error)))
+            continue
+        base = weight[component][module].weight
+        assert isinstance(base, Tensor)
+        problem = shape_problem(weights, base)
+        if problem:
+            problems.append(Problem(name, f"{problem}: it was made for another model"))
+        found.setdefault(component, {})[module] = weights
+    if problems:
+        raise UserError(str(path), shortened(problems))
+    return LoraFile(found, dict(header.metadata), names)
+
+
+def names_of(path: Path, header: Header) -> Names:
+    """The naming of an adapter file. Raises UserError for other files."""
+    first = next(iter(header.tensors), "")
+    if any(key.startswith(("lora_unet_", "lora_te")) for key in header.tensors):
+        return "sd-scripts"
+    if any(key.startswith(tuple(f"{component}." for component in COMPONENTS)) for key in header.tensors):
+        return "diffusers"
+    if first.startswith(("model.diffusion_model.", "conditioner.", "first_stage_model.", "cond_stage_model.")):
+        raise user_error(str(path), first, "is of a whole checkpoint; `sdtrain extract` makes a LoRA of two of them")
+    raise user_error(str(path), first or "file", "is no adapter known here: names start with `lora_unet_` or `unet.`")
+
+
+def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[str, str]]:
+    """Name in the file -> (component, module). Some trainers write SDXL in sd-scripts style but diffusers' layout."""
+    if names == "diffusers":
+        tables = [diffusers_names(networks)]
+    else:
+        flat = {
+            component: {module: "lora_unet_" + module.replace(".", "_") for module in modules}
+            for component, modules in sd_scripts_names(networks).items()
+            if component == "unet"
+        }
+        tables = [flat, sd_scripts_names(networks)]
+    return {
+        name: (component, module)
+        for table in tables
+        for component, modules in table.items()
+        for module, name in modules.items()
+    }
+
+
+def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dict[str, dict[str, Tensor]]:
+    """Layer name -> part -> tensor; names of diffusers contain dots, so that the longest known layer name counts."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        pieces = key.replace(".processor.", ".").split(".")
+        cuts = (".".join(pieces[:cut]) for cut in range(len(pieces) - 1, 0, -1))
+        layer = next((name for name in cuts if name in layers), None)
+        if layer is None:
+            layer = key.split(".lora")[0] if not key.startswith("lora_") else pieces[0]
+        found.setdefault(layer, {})[key.replace(".processor.", ".").removeprefix(layer + ".")] = tensor
+    return found
+
+
+def _decoded(
+    parts: Mapping[str, Tensor], names: Names, metadata: Mapping[str, str], component: str, module: str
+) -> AdapterWeights:
+    weights = decode(parts, names)
+    elsewhere = alpha_in_metadata(metadata, component, module, weights.rank)
+    if elsewhere is not None and "alpha" not in parts:
+        weights = decode(parts, names, elsewhere)
+    original = unpack_alpha(metadata, component, module)
+    return weights if original is None else rescaled(weights, original)
+
+
+def _no_such_layer(name: str, header: Header) -> str:
+    """The likely reason that a layer of the file is not in the model."""
+    if name.startswith("lora_te_"):
+        return "is a text encoder of SD 1.x or 2.x; this file is not for the model in use, choose one made for it"
+    widths = {header.tensors[key].shape[-1] for key in header.tensors if "attn2_to_k.lora_down" in key}
+    if widths & {768, 1024}:
+        return (
+            f"is not in this model; the file is for SD 1.x or 2.x (text is {min(widths)} wide), choose one made for it"
+        )
+    return "is not in this model; choose a file made for it"
+
+
+def shortened(problems: Sequence[Problem]) -> list[Problem]:
+    """The first three, and how many more there are: one mistake shows in hundreds of keys."""
+    rest = [Problem("...", f"and {len(problems) - 3} more like these")] if len(problems) > 4 else list(problems[3:])
+    return [*problems[:3], *rest]
 
 
 def peft_tensors(adapters: Mapping[str, Mapping[str, LoraWeights]]) -> dict[str, Tensor]:
-    """Tensors under diffusers' names (`unet.<module>.lora_A.weight`), by network and module; float32, contiguous.
-
-    These names have no place for alpha: the scale alpha / rank is multiplied into the up matrix.
-    """
-    tensors = {}
-    for component, modules in adapters.items():
-        for module, weights in modules.items():
-            scale = weights.alpha / weights.rank
-            tensors[f"{component}.{module}.lora_A.weight"] = weights.down.float().contiguous()
-            tensors[f"{component}.{module}.lora_B.weight"] = (weights.up.float() * scale).contiguous()
-    return tensors
+    """Tensors under diffusers' names with alpha / rank multiplied in, float32: for handing on without a file."""
+    return {
+        f"{component}.{module}.{part}": tensor
+        for component, modules in adapters.items()
+        for module, weights in modules.items()
+        for part, tensor in encode(rescaled(cast(weights, torch.float32), float(weights.rank)), "diffusers").items()
+    }

@@ -4,32 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor, nn
 
+from sdtrain.adapters.weights import LoraWeights
 
-@dataclass(frozen=True)
-class LoraWeights:
-    """The adapter of one layer: dW = alpha / rank * up @ down.
-
-    down: (rank, in) or (rank, in, kh, kw); up: (out, rank) or (out, rank, 1, 1).
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """The inner dimension."""
-        return self.down.shape[0]
-
-    def delta(self) -> Tensor:
-        """dW in float32, shaped like the layer's weight."""
-        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
-        return (self.alpha / self.rank) * product.view(self.up.shape[0], *self.down.shape[1:])
+__all__ = ["LoraWeights", "attach_lora", "lora_weights"]
 
 
 def attach_lora(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal, assert_never
+from typing import Literal, assert_never, cast
 
 from torch import nn
 
@@ -34,7 +34,11 @@ def select_modules(
 def _is_target(name: str, module: nn.Module, targets: TargetPreset | Sequence[str]) -> bool:
     if not isinstance(targets, str):
         return any(fnmatchcase(name, pattern) for pattern in targets)
-    match targets:
+    return _in_preset(name, module, cast(TargetPreset, targets))  # a plain str is a Sequence[str] to the type checker
+
+
+def _in_preset(name: str, module: nn.Module, preset: TargetPreset) -> bool:
+    match preset:
         case "attention":
             return any(fnmatchcase(name, pattern) for pattern in ATTENTION)
         case "attention+ff":
@@ -44,4 +48,4 @@ def _is_target(name: str, module: nn.Module, targets: TargetPreset | Sequence[st
         case "all":
             return True
         case _:
-            assert_never(targets)
+            assert_never(preset)

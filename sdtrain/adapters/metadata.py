@@ -1,0 +1,129 @@
+"""What the header of an adapter file says about it, in the keys that other tools read.
+
+`modelspec.*` is Stability's model metadata standard 1.0.1; `ss_*` are the keys sd-scripts writes, which the web
+interfaces show; `sshs_*` are the hashes they identify a file by; `sdtrain.*` are our own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+CONFIG_KEY = "sdtrain.config"
+D_KEY = "sdtrain.d"
+ALPHA_KEY = "sdtrain.alpha"
+DIFFUSERS_KEY = "lora_adapter_metadata"
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What only the run knows about the file it writes. Empty strings and zeros leave their keys out."""
+
+    title: str
+    date: str
+    """ISO 8601 with seconds, UTC: `2026-11-22T15:00:00+00:00`."""
+    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    resolution_px: tuple[int, int] = (1024, 1024)
+    """Width and height."""
+    steps: int = 0
+    num_images: int = 0
+    """Different pictures in the data."""
+    num_epochs: int = 0
+    base_model: str = ""
+    """Name of the model file or folder, without the path to it."""
+    optimizer: str = ""
+    tag_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Folder -> tag -> how many captions have it."""
+    config_toml: str = ""
+    """The resolved configuration."""
+    d: Mapping[str, float] = field(default_factory=dict)
+    """Step size d by network, to go on from (`method.init_from`)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the header says about the adapters themselves."""
+
+    kinds: frozenset[str]
+    ranks: Mapping[int, int]
+    """rank -> number of layers."""
+    alphas: Mapping[float, int]
+    """alpha -> number of layers."""
+    sdxl: bool = True
+
+
+def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
+    """All keys but the hashes. Values are strings, as the format wants them; deterministic."""
+    found = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": ("stable-diffusion-xl-v1-base" if shape.sdxl else "stable-diffusion-v1") + "/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": facts.title,
+        "modelspec.date": facts.date,
+        "modelspec.prediction_type": "v" if facts.prediction == "v_prediction" else "epsilon",
+        "modelspec.resolution": f"{facts.resolution_px[0]}x{facts.resolution_px[1]}",
+        "ss_output_name": facts.title,
+        "ss_base_model_version": "sdxl_base_v1-0" if shape.sdxl else "sd_v1",
+        "ss_resolution": f"({facts.resolution_px[0]}, {facts.resolution_px[1]})",
+        "ss_v2": "False",
+        **_network_keys(shape),
+    }
+    optional = {
+        "ss_sd_model_name": facts.base_model,
+        "ss_steps": str(facts.steps or ""),
+        "ss_num_train_images": str(facts.num_images or ""),
+        "ss_num_epochs": str(facts.num_epochs or ""),
+        "ss_optimizer": facts.optimizer,
+        "ss_tag_frequency": _json(facts.tag_counts) if facts.tag_counts else "",
+        CONFIG_KEY: facts.config_toml,
+        D_KEY: _json(facts.d) if facts.d else "",
+    }
+    return found | {key: value for key, value in optional.items() if value}
+
+
+def _network_keys(shape: Shape) -> dict[str, str]:
+    """The module that makes the network in sd-scripts, its rank and alpha; `Dynamic` is its word for mixed ones."""
+    algorithm = next(iter(sorted(shape.kinds)), "lora")
+    plain = algorithm == "lora"
+    keys = {
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": _one_or_dynamic(shape.ranks),
+        "ss_network_alpha": _one_or_dynamic(shape.alphas),
+    }
+    if not plain:
+        arguments = {"algo": "lora", "dora_wd": "True"} if algorithm == "dora" else {"algo": algorithm}
+        keys["ss_network_args"] = _json(arguments)
+    return keys
+
+
+def _one_or_dynamic(counts: Mapping[int, int] | Mapping[float, int]) -> str:
+    values = list(counts)
+    return f"{values[0]:g}" if len(values) == 1 else "Dynamic"
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str, Collection[str]]) -> str:
+    """component -> module -> alpha as JSON; where all modules of a network are listed, the commonest alpha is `*`."""
+    packed = {}
+    for component, modules in alphas.items():
+        rest = dict(modules)
+        if set(rest) == set(adapters[component]):
+            common = Counter(rest.values()).most_common(1)[0][0]
+            rest = {"*": common} | {name: alpha for name, alpha in rest.items() if alpha != common}
+        packed[component] = rest
+    return _json(packed)
+
+
+def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> float | None:
+    """The alpha that `pack_alphas` kept for a module, None where there is none."""
+    if ALPHA_KEY not in metadata:
+        return None
+    modules = json.loads(metadata[ALPHA_KEY]).get(component, {})
+    value = modules.get(module, modules.get("*"))
+    return None if value is None else float(value)

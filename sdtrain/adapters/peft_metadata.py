@@ -1,0 +1,127 @@
+"""The settings of peft that give a file in diffusers names its meaning, as diffusers keeps them in the header.
+
+diffusers reads the JSON under `lora_adapter_metadata`, keys prefixed by the network, and builds peft's config from it
+as it stands: either every network of a file is described or none.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+from sdtrain.adapters.metadata import DIFFUSERS_KEY
+from sdtrain.adapters.weights import Adapters, AdapterWeights, LokrWeights, kind_of
+from sdtrain.errors import user_error
+
+
+def peft_metadata(path: Path, adapters: Adapters) -> str:
+    """The JSON, empty when readers need none: LoRA with alpha = rank everywhere."""
+    kinds = {kind_of(weights) for modules in adapters.values() for weights in modules.values()}
+    if len(kinds) > 1:
+        found = ", ".join(sorted(kinds))
+        raise user_error(str(path), "adapters", f"are of several kinds ({found}); diffusers names hold one kind a file")
+    plain = kinds <= {"lora", "dora"}
+    if plain and all(w.alpha == w.rank for modules in adapters.values() for w in modules.values()):
+        return ""
+    settings = {
+        f"{component}.{key}": value
+        for component, modules in adapters.items()
+        for key, value in _settings(path, component, modules).items()
+    }
+    return json.dumps(settings, indent=2, sort_keys=True)
+
+
+def _settings(path: Path, component: str, modules: Mapping[str, AdapterWeights]) -> dict[str, Any]:
+    """Arguments of peft's config. Modules go without `text_model.`: peft matches the ends of names, so that a text
+    encoder is found by classes that have the prefix and by those that do not."""
+    stripped = {module.removeprefix("text_model."): weights for module, weights in modules.items()}
+    ranks = {module: _peft_rank(weights) for module, weights in stripped.items()}
+    alphas = {module: _peft_alpha(weights) for module, weights in stripped.items()}
+    rank, rank_pattern = _common(ranks)
+    alpha, alpha_pattern = _common(alphas)
+    found = {
+        "target_modules": sorted(stripped),
+        "r": rank,
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    kind = kind_of(next(iter(modules.values())))
+    match kind:
+        case "lora" | "dora":
+            return found | {"lora_alpha": alpha, "use_dora": kind == "dora", "use_rslora": False, "lora_bias": False}
+        case "loha":
+            return found | {"alpha": alpha}
+        case "lokr":
+            factor = _decompose_factor(path, [w for w in modules.values() if isinstance(w, LokrWeights)])
+            both = any(isinstance(w, LokrWeights) and isinstance(w.w1, tuple) for w in modules.values())
+            return found | {"alpha": alpha, "decompose_both": both, "decompose_factor": factor}
+        case "oft":
+            if rank_pattern:
+                raise user_error(str(path), component, "has OFT blocks of several sizes, which peft has no words for")
+            return {"target_modules": sorted(stripped), "r": 0, "oft_block_size": rank, "use_cayley_neumann": False}
+        case _:
+            assert_never(kind)
+
+
+def _peft_rank(weights: AdapterWeights) -> int:
+    if isinstance(weights, LokrWeights) and not weights.rank:
+        assert not isinstance(weights.w2, tuple)
+        return max(weights.w2.shape[:2])  # large enough for peft to keep both factors whole
+    return weights.rank
+
+
+def _peft_alpha(weights: AdapterWeights) -> float:
+    whole = isinstance(weights, LokrWeights) and not weights.rank
+    return float(_peft_rank(weights)) if whole else weights.alpha
+
+
+def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The most frequent value, and the others under peft's pattern for exactly that module."""
+    common = Counter(values.values()).most_common(1)[0][0]
+    return common, {re.escape(module): value for module, value in values.items() if value != common}
+
+
+def _decompose_factor(path: Path, modules: Iterable[LokrWeights]) -> int:
+    """The setting from which peft derives the same factors. Raises UserError when there is none."""
+    from peft.tuners.lokr.layer import factorization
+
+    shapes = [(_shape(weights.w1), _shape(weights.w2)) for weights in modules]
+    for factor in [-1, *sorted({left[0] for left, _ in shapes})]:
+        if all(
+            factorization(left[axis] * right[axis], factor) == (left[axis], right[axis])
+            for left, right in shapes
+            for axis in (0, 1)
+        ):
+            return int(factor)
+    raise user_error(str(path), "adapters", "have Kronecker factors that peft cannot name; use sd-scripts names")
+
+
+def _shape(factor: Any) -> tuple[int, int]:
+    if isinstance(factor, tuple):
+        return factor[0].shape[0], factor[1].shape[1]
+    return factor.shape[0], factor.shape[1]
+
+
+def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, rank: int) -> float | None:
+    """The alpha that `lora_adapter_metadata` gives a module, rank-stabilised scales turned into alpha; None without."""
+    if DIFFUSERS_KEY not in metadata:
+        return None
+    every = json.loads(metadata[DIFFUSERS_KEY])
+    settings = {key.removeprefix(f"{component}."): v for key, v in every.items() if key.startswith(f"{component}.")}
+    default = settings.get("lora_alpha", settings.get("alpha"))
+    if default is None:
+        return None
+    alpha = float(_matching(settings.get("alpha_pattern") or {}, module, default))
+    return alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    """As peft matches: a pattern stands for the end of a module's name, from a dot on."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default

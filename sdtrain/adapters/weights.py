@@ -1,0 +1,227 @@
+"""What an adapter does to the layer it sits on: the kinds, their tensors and the change dW they mean.
+
+`delta` is the definition that every file format, the merge tool and the live layers are held against.
+Sources: LoRA arXiv 2106.09685; rank-stabilised scale arXiv 2312.03732 (kept as alpha, see `rslora_alpha`); DoRA arXiv
+2402.09353, eq. 5; LoHa arXiv 2108.06098, prop. 2; LoKr arXiv 2309.14859, eq. 6; OFT arXiv 2306.07280, eq. 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+AdapterKind = Literal["lora", "rslora", "dora", "loha", "lokr", "oft"]
+
+
+@dataclass(frozen=True)
+class LoraWeights:
+    """The adapter of one layer: dW = alpha / rank * up @ down.
+
+    down: (rank, in) or (rank, in, kh, kw); up: (out, rank) or (out, rank, 1, 1).
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension."""
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """dW in float32, shaped like the layer's weight."""
+        product = self.up.float().flatten(1) @ self.down.float().flatten(1)
+        return (self.alpha / self.rank) * product.view(self.up.shape[0], *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class DoraWeights:
+    """A direction and a length for each output: W + dW = magnitude * V / |V|, V = W + direction.delta().
+
+    magnitude: (out,); |V| is the norm over everything but the output axis.
+    """
+
+    direction: LoraWeights
+    magnitude: Tensor
+
+    @property
+    def alpha(self) -> float:
+        """Of the direction."""
+        return self.direction.alpha
+
+    @property
+    def rank(self) -> int:
+        """Of the direction."""
+        return self.direction.rank
+
+
+@dataclass(frozen=True)
+class LohaWeights:
+    """dW = alpha / rank * (w1_a @ w1_b) * (w2_a @ w2_b), the product elementwise.
+
+    w1_a, w2_a: (out, rank); w1_b, w2_b: (rank, in * kh * kw).
+    """
+
+    w1_a: Tensor
+    w1_b: Tensor
+    w2_a: Tensor
+    w2_b: Tensor
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of both products."""
+        return self.w1_b.shape[0]
+
+
+@dataclass(frozen=True)
+class LokrWeights:
+    """dW = scale * kron(w1, w2); each factor is whole, or a product `a @ b` of the given rank.
+
+    scale = alpha / rank, and 1 where both factors are whole: no rank is left to scale by, and readers ignore alpha.
+    w1: (out1, in1); w2: (out2, in2) or (out2, in2, kh, kw); w2_a: (out2, rank); w2_b: (rank, in2 * kh * kw).
+    """
+
+    w1: Tensor | tuple[Tensor, Tensor]
+    w2: Tensor | tuple[Tensor, Tensor]
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension of the factors that are products; 0 when none is."""
+        for factor in (self.w2, self.w1):
+            if isinstance(factor, tuple):
+                return factor[1].shape[0]
+        return 0
+
+    @property
+    def scale(self) -> float:
+        """The factor on the Kronecker product."""
+        return self.alpha / self.rank if self.rank else 1.0
+
+
+@dataclass(frozen=True)
+class OftWeights:
+    """A rotation of the inputs in blocks: W + dW = W R^T, R = Cayley(skew(vectors)) on each block of inputs.
+
+    vectors: (blocks, block_size * (block_size - 1) / 2), the upper triangles, row by row.
+    """
+
+    vectors: Tensor
+    block_size: int
+
+    @property
+    def rank(self) -> int:
+        """The size of a block, which is what limits an OFT as the rank limits a LoRA."""
+        return self.block_size
+
+    @property
+    def alpha(self) -> float:
+        """A rotation has no scale; equal to the rank, as an unscaled LoRA's would be."""
+        return float(self.block_size)
+
+
+AdapterWeights = LoraWeights | DoraWeights | LohaWeights | LokrWeights | OftWeights
+Adapters = Mapping[str, Mapping[str, AdapterWeights]]
+"""component -> module -> weights."""
+
+
+def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", "oft"]:
+    """The kind; a rank-stabilised LoRA is a LoRA with a larger alpha."""
+    match weights:
+        case LoraWeights():
+            return "lora"
+        case DoraWeights():
+            return "dora"
+        case LohaWeights():
+            return "loha"
+        case LokrWeights():
+            return "lokr"
+        case OftWeights():
+            return "oft"
+        case _:
+            assert_never(weights)
+
+
+def rslora_alpha(alpha: float, rank: int) -> float:
+    """The alpha with which other tools, who scale by alpha / rank, get alpha / sqrt(rank) (arXiv 2312.03732)."""
+    return alpha * math.sqrt(rank)
+
+
+def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
+    """dW in float32, shaped like `base`, the weight of the layer (out, in) or (out, in, kh, kw)."""
+    match weights:
+        case LoraWeights():
+            return weights.delta()
+        case DoraWeights():
+            direction = base.float() + weights.direction.delta().to(base.device)
+            length: Tensor = direction.flatten(1).norm(dim=1)
+            factor = weights.magnitude.float().to(base.device) / length
+            return direction * factor.view(-1, *[1] * (base.dim() - 1)) - base.float()
+        case LohaWeights():
+            left = weights.w1_a.float() @ weights.w1_b.float()
+            right = weights.w2_a.float() @ weights.w2_b.float()
+            return (weights.alpha / weights.rank) * (left * right).view(base.shape)
+        case LokrWeights():
+            return weights.scale * _kronecker(whole(weights.w1), whole(weights.w2)).view(base.shape)
+        case OftWeights():
+            flat = base.float().flatten(1)
+            rotated: Tensor = flat @ _rotation(weights).to(base.device).T
+            return rotated.view(base.shape) - base.float()
+        case _:
+            assert_never(weights)
+
+
+def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> AdapterWeights:
+    """The same kind of adapter with every tensor changed."""
+    match weights:
+        case LoraWeights():
+            return LoraWeights(change(weights.down), change(weights.up), weights.alpha)
+        case DoraWeights():
+            direction = LoraWeights(change(weights.direction.down), change(weights.direction.up), weights.alpha)
+            return DoraWeights(direction, change(weights.magnitude))
+        case LohaWeights():
+            w1_a, w1_b, w2_a, w2_b = map(change, (weights.w1_a, weights.w1_b, weights.w2_a, weights.w2_b))
+            return LohaWeights(w1_a, w1_b, w2_a, w2_b, weights.alpha)
+        case LokrWeights():
+            return LokrWeights(_mapped_factor(weights.w1, change), _mapped_factor(weights.w2, change), weights.alpha)
+        case OftWeights():
+            return OftWeights(change(weights.vectors), weights.block_size)
+        case _:
+            assert_never(weights)
+
+
+def _mapped_factor(
+    factor: Tensor | tuple[Tensor, Tensor], change: Callable[[Tensor], Tensor]
+) -> Tensor | tuple[Tensor, Tensor]:
+    return (change(factor[0]), change(factor[1])) if isinstance(factor, tuple) else change(factor)
+
+
+def whole(factor: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """A Kronecker factor in float32, multiplied out if it is a product."""
+    if isinstance(factor, tuple):
+        return factor[0].float() @ factor[1].float()
+    return factor.float()
+
+
+def _kronecker(left: Tensor, right: Tensor) -> Tensor:
+    return torch.kron(left.view(*left.shape, *[1] * (right.dim() - 2)), right.contiguous())
+
+
+def _rotation(weights: OftWeights) -> Tensor:
+    """The block-diagonal R = (I - Q)(I + Q)^-1, (in, in), by Cayley's transform of Q = skew(vectors)."""
+    blocks, size = weights.vectors.shape[0], weights.block_size
+    rows, columns = torch.triu_indices(size, size, 1)
+    skew = torch.zeros(blocks, size, size)
+    skew[:, rows, columns] = weights.vectors.detach().float().cpu()
+    skew = skew - skew.transpose(1, 2)
+    one = torch.eye(size).expand_as(skew)
+    rotation = torch.zeros(blocks, size, blocks, size)
+    rotation[torch.arange(blocks), :, torch.arange(blocks)] = torch.linalg.solve(one + skew, one - skew, left=False)
+    return rotation.view(blocks * size, blocks * size)

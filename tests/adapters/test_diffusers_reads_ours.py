@@ -1,0 +1,117 @@
+"""diffusers' own loader computes the dW that was in memory, from both namings, with nothing missing or unexpected."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdtrain.adapters.formats import write_lora
+from sdtrain.adapters.metadata import FileFacts
+from sdtrain.adapters.targets import select_modules
+from sdtrain.adapters.tensors import Names
+from sdtrain.adapters.weights import Adapters, LoraWeights
+
+MakeNetworks = Callable[[], dict[str, nn.Module]]
+FACTS = FileFacts(title="test", date="2026-11-22T15:00:00+00:00")
+RANKS_AND_ALPHAS = {
+    "alpha is rank": [(4, 4.0)],
+    "alpha is not rank": [(4, 3.0)],
+    "mixed ranks": [(4, 8.0), (6, 8.0), (2, 8.0)],
+    "mixed ranks and alphas": [(4, 1.0), (6, 2.5), (2, 8.0), (4, 8.0)],
+}
+
+
+def random_lora(
+    networks: dict[str, nn.Module], pairs: list[tuple[int, float]], targets: str = "attention+ff"
+) -> Adapters:
+    generator = torch.Generator().manual_seed(1)
+    found: dict[str, dict[str, LoraWeights]] = {}
+    for component, network in networks.items():
+        found[component] = {}
+        for index, module in enumerate(select_modules(network, targets)):
+            rank, alpha = pairs[index % len(pairs)]
+            shape = network.get_submodule(module).weight.shape
+            down = torch.randn(rank, *shape[1:], generator=generator)
+            up = torch.randn(shape[0], rank, *[1] * (len(shape) - 2), generator=generator)
+            found[component][module] = LoraWeights(down, up * 0.02, alpha)
+    return found
+
+
+def pipeline(networks: dict[str, nn.Module]):
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae, tokenizer=None, tokenizer_2=None, scheduler=EulerDiscreteScheduler(), **networks
+    )
+
+
+def picture(pipe) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    pipe.set_progress_bar_config(disable=True)
+    ids = torch.arange(8)[None]
+    first = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+    second = pipe.text_encoder_2(ids, output_hidden_states=True)
+    prompt = torch.cat([first, second.hidden_states[-2]], dim=-1)
+    return pipe(
+        prompt_embeds=prompt,
+        pooled_prompt_embeds=second.text_embeds,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+        output_type="latent",
+        generator=generator,
+    ).images
+
+
+def loaded_delta(network: nn.Module, module: str) -> Tensor:
+    layer = network.get_submodule(module)
+    return layer.get_delta_weight("default_0").detach()
+
+
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+@pytest.mark.parametrize("case", RANKS_AND_ALPHAS)
+def test_diffusers_computes_the_same_delta(
+    make_networks: MakeNetworks, tmp_path: Path, case: str, names: Names, caplog: pytest.LogCaptureFixture
+) -> None:
+    networks = make_networks()
+    adapters = random_lora(networks, RANKS_AND_ALPHAS[case])
+    write_lora(tmp_path / "a.safetensors", adapters, networks, names=names, facts=FACTS)
+    pipe = pipeline(networks)
+    with torch.no_grad():
+        before = picture(pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # peft's word for settings that match nothing
+        pipe.load_lora_weights(tmp_path / "a.safetensors")
+    assert not [record for record in caplog.records if "unexpected" in record.message or "missing" in record.message]
+    for component, modules in adapters.items():
+        for module, weights in modules.items():
+            wanted = weights.delta()
+            assert (loaded_delta(networks[component], module) - wanted).norm() <= 1e-3 * wanted.norm(), module
+        wrapped = {n for n, m in networks[component].named_modules() if hasattr(m, "lora_A")}
+        assert wrapped == set(modules)
+    with torch.no_grad():
+        assert not torch.equal(picture(pipe), before)
+
+
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+def test_diffusers_reads_convolutions_and_embeddings(make_networks: MakeNetworks, tmp_path: Path, names: Names) -> None:
+    networks = {"unet": make_networks()["unet"]}
+    adapters = random_lora(networks, [(4, 2.0), (3, 2.0)], "all")
+    write_lora(tmp_path / "a.safetensors", adapters, networks, names=names, facts=FACTS)
+    rest = make_networks() | networks
+    pipeline(rest).load_lora_weights(tmp_path / "a.safetensors")
+    for module, weights in adapters["unet"].items():
+        wanted = weights.delta()
+        assert (loaded_delta(networks["unet"], module) - wanted).norm() <= 1e-3 * wanted.norm(), module
