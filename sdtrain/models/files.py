@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, assert_never, cast
 
 import torch
 from torch import nn
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.models.inspect import model_folder, read_json
+from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.models.checkpoint import (
+    Checkpoint,
+    DiffusersFolder,
+    TokenizerSource,
+    find_tokenizers,
+    locate,
+    missing_parts,
+    open_checkpoint,
+    read_json,
+)
+from sdtrain.models.hub import cached_model, fetch_model, is_hub_id
+from sdtrain.models.keys import Component, Family
+from sdtrain.models.markers import scheduler_of
+from sdtrain.models.networks import Loaded, load_network, load_vae
 from sdtrain.models.prompts import Tokenizer
+from sdtrain.models.vae_source import vae_source
 
 
 @dataclass
 class Components:
-    """The parts of an SDXL-style model, as read; nothing is moved or frozen yet."""
+    """The parts of an SDXL-style model, as read; nothing is moved or frozen yet.
+
+    stored_dtypes: the type each network's weights have on disk. tokenizer_sources: where the tokenizers came from.
+    """
 
     unet: nn.Module
     vae: nn.Module
@@ -26,28 +43,94 @@ class Components:
     tokenizer_2: Tokenizer
     scheduler_config: dict[str, Any]
     zeros_for_empty_prompt: bool
+    stored_dtypes: dict[Component, torch.dtype] = field(default_factory=dict)
+    tokenizer_sources: tuple[TokenizerSource, ...] = ()
+    family: Family = "sdxl"
+
+    def network(self, component: Component) -> nn.Module:
+        """A network by its name."""
+        match component:
+            case "unet":
+                return self.unet
+            case "vae":
+                return self.vae
+            case "text_encoder":
+                return self.text_encoder
+            case "text_encoder_2":
+                return self.text_encoder_2
+            case _:
+                assert_never(component)
+
+
+def fetch_if_missing(config: ModelConfig) -> None:
+    """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
+    for path in (config.path, config.vae):
+        if path and is_hub_id(path) and cached_model(path, config.variant) is None:
+            fetch_model(path, config.variant)
 
 
 def load_components(config: ModelConfig, dtype: torch.dtype) -> Components:
-    """The components `config.path` names, U-Net and text encoders in `dtype`, the VAE in float32."""
-    folder = model_folder(config.path)
-    return _load_folder(folder, config.variant or None, dtype)
+    """The components `config.path` names, U-Net and text encoders in `dtype`, the VAE in float32.
 
-
-def _load_folder(folder: Path, variant: str | None, dtype: torch.dtype) -> Components:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-
-    index = read_json(folder / "model_index.json")
+    Peak memory is the networks themselves and one tensor more. Raises UserError for everything that does not fit.
+    """
+    checkpoint = open_checkpoint(locate(config.path, config.variant), config.variant)
+    if checkpoint.family != "sdxl":
+        raise user_error(
+            str(checkpoint.path),
+            "model.path",
+            f"is a Stable Diffusion {checkpoint.family[2:]}.x model, not an SDXL one",
+        )
+    networks = load_networks(checkpoint, config, dtype)
+    sources = find_tokenizers(checkpoint, config.components)
     return Components(
-        unet=UNet2DConditionModel.from_pretrained(folder / "unet", variant=variant, torch_dtype=dtype),
-        vae=AutoencoderKL.from_pretrained(folder / "vae", variant=variant, torch_dtype=torch.float32),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder", variant=variant, dtype=dtype),
-        text_encoder_2=CLIPTextModelWithProjection.from_pretrained(
-            folder / "text_encoder_2", variant=variant, dtype=dtype
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=CLIPTokenizer.from_pretrained(folder / "tokenizer_2"),
-        scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
-        zeros_for_empty_prompt=bool(index.get("force_zeros_for_empty_prompt", False)),
+        unet=networks["unet"].network,
+        vae=networks["vae"].network,
+        text_encoder=networks["text_encoder"].network,
+        text_encoder_2=networks["text_encoder_2"].network,
+        tokenizer=load_tokenizer(sources[0]),
+        tokenizer_2=load_tokenizer(sources[1]),
+        scheduler_config=scheduler_of(checkpoint, config.components),
+        zeros_for_empty_prompt=_zeros_for_empty_prompt(checkpoint),
+        stored_dtypes={part: loaded.stored_dtype for part, loaded in networks.items()},
+        tokenizer_sources=sources,
     )
+
+
+def load_networks(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> dict[Component, Loaded]:
+    """The networks of a checkpoint, by component."""
+    missing = missing_parts(checkpoint, own_vae=not config.vae)
+    if missing:
+        raise UserError(
+            str(checkpoint.path),
+            [
+                Problem("model.vae" if part == "vae" else part, f"no {part} there; name or fetch one")
+                for part in missing
+            ],
+        )
+    text: tuple[Component, ...] = (
+        ("text_encoder", "text_encoder_2") if checkpoint.family == "sdxl" else ("text_encoder",)
+    )
+    networks = {part: load_network(checkpoint, part, dtype, config.components) for part in (*text, "unet")}
+    if config.vae:
+        source = vae_source(config.vae, config.variant, checkpoint.family)
+        networks["vae"] = load_vae(source, checkpoint.family, torch.float32)
+    else:
+        networks["vae"] = load_network(checkpoint, "vae", torch.float32, config.components)
+    return networks
+
+
+def load_tokenizer(source: TokenizerSource) -> Tokenizer:
+    """A CLIP tokenizer from a folder."""
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    if source.pad_token:
+        return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
+    return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder))
+
+
+def _zeros_for_empty_prompt(checkpoint: Checkpoint) -> bool:
+    """SDXL itself was sampled with zeros for an empty negative prompt; a folder may say otherwise."""
+    if isinstance(checkpoint, DiffusersFolder):
+        return bool(read_json(checkpoint.path / "model_index.json").get("force_zeros_for_empty_prompt", False))
+    return True

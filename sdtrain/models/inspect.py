@@ -2,99 +2,168 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, TypeVar
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.errors import Problem, user_error
+from sdtrain.errors import Problem, UserError
+from sdtrain.models.checkpoint import (
+    BUILTIN,
+    Checkpoint,
+    DiffusersFolder,
+    SingleFile,
+    builtin_folder,
+    find_tokenizers,
+    locate,
+    missing_parts,
+    model_folder,
+    open_checkpoint,
+    read_json,
+    weight_files,
+)
+from sdtrain.models.header import explain, read_header
+from sdtrain.models.keys import COMPONENTS, Component, Family
+from sdtrain.models.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
+from sdtrain.models.shapes import config_of
+from sdtrain.models.vae_source import vae_source
 
-BUILTIN = "builtin:"
-MODEL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+__all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]
+
+FAMILIES: tuple[Family, ...] = ("sdxl",)
+"""The families that can be trained."""
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ModelFacts:
     """What can be known before the weights are read."""
 
-    prediction: Literal["epsilon", "v_prediction"]
+    prediction: Prediction
     zero_terminal_snr: bool
     latent_step_px: int
     """Widths and heights of pictures must be multiples of this, or the U-Net's halvings do not fit."""
-
-
-def builtin_folder() -> Path:
-    """Where the embedded model and pictures lie."""
-    return Path(__file__).parent.parent / "builtin"
-
-
-def model_folder(path: str) -> Path:
-    """The folder of a model path; `builtin:NAME` is inside the package."""
-    if path.startswith(BUILTIN):
-        return builtin_folder() / path.removeprefix(BUILTIN)
-    return Path(path).expanduser()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model. Raises UserError when it is missing or not JSON."""
-    try:
-        return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise user_error(str(path), path.name, "is missing; is this a whole model?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise user_error(str(path), path.name, f"is not readable JSON: {error}") from None
+    family: Family = "sdxl"
 
 
 def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]]:
-    """What the model says of itself, and everything that would keep it from loading."""
-    folder = model_folder(config.path)
-    problems = _missing_parts(config.path, folder)
+    """What the model says of itself, and everything that would keep it from loading. Never uses the network."""
+    problems: list[Problem] = []
+    checkpoint = _attempt(
+        "model.path", problems, lambda: open_checkpoint(locate(config.path, config.variant), config.variant)
+    )
+    if checkpoint is None:
+        return None, problems
+    if checkpoint.family not in FAMILIES:
+        return None, [Problem("model.path", f"{checkpoint.path} {_wrong_family(checkpoint.family)}")]
+    problems += _part_problems(config, checkpoint)
+    _attempt("model.components", problems, lambda: find_tokenizers(checkpoint, config.components))
     if problems:
         return None, problems
-    facts = _facts(folder)
-    return facts, _conflicts(config, facts)
+    facts = _attempt("model.path", problems, lambda: _facts(config, checkpoint))
+    if facts is None:
+        return None, problems
+    stated = _attempt("model.path", problems, lambda: markers_of(checkpoint)) or Markers()
+    return facts, [*problems, *_conflicts(config, facts, stated)]
 
 
-def _missing_parts(path: str, folder: Path) -> list[Problem]:
-    if not folder.is_dir():
-        names = sorted(entry.name for entry in builtin_folder().iterdir() if (entry / "model_index.json").exists())
-        hint = f"built in: {', '.join(BUILTIN + name for name in names)}" if path.startswith(BUILTIN) else "no such folder"
-        return [Problem("model.path", f"{hint}: {path}")]
-    missing = [part for part in MODEL_PARTS if not (folder / part).is_dir()]
-    if missing:
-        return [Problem("model.path", f"{folder} is not an SDXL model folder: it has no {', '.join(missing)}")]
-    return []
+def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) -> Result | None:
+    """The call's result, or None and one more problem at the setting that named the file."""
+    try:
+        return call()
+    except UserError as error:
+        problems.append(Problem(setting, explain(error)))
+        return None
 
 
-def _facts(folder: Path) -> ModelFacts:
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    unet = read_json(folder / "unet" / "config.json")
-    vae = read_json(folder / "vae" / "config.json")
+def _wrong_family(family: Family) -> str:
+    return f"is a Stable Diffusion {family[2:]}.x checkpoint; only SDXL and its relatives can be trained"
+
+
+def _part_problems(config: ModelConfig, checkpoint: Checkpoint) -> list[Problem]:
+    """Parts that are missing, cut off, pickled or of a shape that no network has."""
+    missing = missing_parts(checkpoint, own_vae=not config.vae)
+    problems = [Problem(*_missing(checkpoint, part)) for part in missing]
+    for part in COMPONENTS[checkpoint.family]:
+        if part not in missing and not (part == "vae" and config.vae):
+            _attempt("model.path", problems, lambda part=part: _check_part(checkpoint, part))  # type: ignore[misc]
+    if config.vae:
+        _attempt("model.vae", problems, lambda: vae_source(config.vae, config.variant, checkpoint.family))
+    return problems
+
+
+def _missing(checkpoint: Checkpoint, part: str) -> tuple[str, str]:
+    if part == "vae":
+        return "model.vae", f"{checkpoint.path} holds no VAE: name one here, a folder or a .safetensors file"
+    return "model.path", f"{checkpoint.path} is not a whole model folder: {part}/config.json is missing"
+
+
+def _check_part(checkpoint: Checkpoint, component: Component) -> None:
+    match checkpoint:
+        case SingleFile(header, family):
+            config_of(header, family, component)
+        case DiffusersFolder(path, variant):
+            for file in weight_files(path / component, component, variant):
+                read_header(file)
+
+
+def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
+    scheduler = scheduler_of(checkpoint, config.components)
+    unet = network_config(checkpoint, "unet")
+    vae = vae_source(config.vae, config.variant, checkpoint.family).config if config.vae else None
+    vae = vae or network_config(checkpoint, "vae")
     pixels = 2 ** (len(vae["block_out_channels"]) - 1)
     halvings = 2 ** (len(unet["block_out_channels"]) - 1)
-    prediction = "v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
     return ModelFacts(
-        prediction=cast(Literal["epsilon", "v_prediction"], prediction),
+        prediction="v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
         latent_step_px=pixels * halvings,
+        family=checkpoint.family,
     )
 
 
-def _conflicts(config: ModelConfig, facts: ModelFacts) -> list[Problem]:
+def network_config(checkpoint: Checkpoint, component: Component) -> dict[str, Any]:
+    """The configuration that comes with a network, or else follows from its shapes."""
+    match checkpoint:
+        case SingleFile(header, family):
+            return stored_configs(header).get(component) or config_of(header, family, component)
+        case DiffusersFolder(path):
+            return read_json(Path(path) / component / "config.json")
+
+
+def _conflicts(config: ModelConfig, facts: ModelFacts, stated: Markers) -> list[Problem]:
+    """Settings that contradict what the model says; what it does not say is the user's to decide."""
     problems = []
-    if config.prediction not in ("auto", facts.prediction):
+    if stated.prediction and config.prediction not in ("auto", stated.prediction):
         problems.append(
             Problem(
                 "model.prediction",
-                f"{config.prediction}, but the model was trained with {facts.prediction}; leave it at `auto`",
+                f"{config.prediction}, but the model says {stated.prediction} ({stated.prediction_source}); "
+                "leave it at `auto`",
             )
         )
-    if config.zero_terminal_snr == "on" and facts.prediction == "epsilon":
+    if stated.zero_terminal_snr and config.zero_terminal_snr == "off":
         problems.append(
             Problem(
                 "model.zero_terminal_snr",
-                "on, but the model predicts epsilon: at pure noise there is nothing to learn from; use `off` or `auto`",
+                f"off, but the model was trained with it ({stated.zero_source}); leave it at `auto`",
             )
         )
+    prediction = facts.prediction if config.prediction == "auto" else config.prediction
+    zero = facts.zero_terminal_snr if config.zero_terminal_snr == "auto" else config.zero_terminal_snr == "on"
+    if zero and prediction == "epsilon" and not problems:
+        problems.append(_nothing_to_learn(config, stated))
     return problems
+
+
+def _nothing_to_learn(config: ModelConfig, stated: Markers) -> Problem:
+    why = "at pure noise, epsilon is the input itself and there is nothing to learn"
+    if config.zero_terminal_snr == "on":
+        return Problem("model.zero_terminal_snr", f"on, but the model predicts epsilon: {why}; use `off` or `auto`")
+    return Problem(
+        "model.prediction",
+        f"epsilon, but the model has zero terminal SNR ({stated.zero_source or 'its scheduler config'}): {why}; "
+        "set it to `v_prediction` if that is what the model predicts",
+    )

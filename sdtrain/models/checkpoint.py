@@ -1,0 +1,251 @@
+"""Where a model lies and in what layout, found out without torch and without the network."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sdtrain.errors import user_error
+from sdtrain.models.header import Header, read_header
+from sdtrain.models.hub import cached_file, cached_model, is_hub_id, is_offline, not_cached
+from sdtrain.models.keys import COMPONENTS, VAE, Component, Family
+from sdtrain.models.shapes import detect_family
+
+BUILTIN = "builtin:"
+STEMS: dict[Component, str] = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+}
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
+CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A checkpoint in the original layout."""
+
+    header: Header
+    family: Family
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.header.path
+
+
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """A folder with one sub-folder for each part. variant: the infix of its weight files, such as `fp16`; or empty."""
+
+    path: Path
+    variant: str
+    family: Family
+
+
+Checkpoint = SingleFile | DiffusersFolder
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A folder with a CLIP tokenizer. pad_token: what to use instead of its own padding; empty: its own."""
+
+    folder: Path
+    pad_token: str = ""
+
+
+def builtin_folder() -> Path:
+    """Where the embedded model and pictures lie."""
+    return Path(__file__).parent.parent / "builtin"
+
+
+def model_folder(path: str) -> Path:
+    """The file or folder of a model path; `builtin:NAME` is inside the package."""
+    if path.startswith(BUILTIN):
+        return builtin_folder() / path.removeprefix(BUILTIN)
+    return Path(path).expanduser()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model. Raises UserError when it is missing or not JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise user_error(str(path), path.name, "is missing; is this a whole model?") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise user_error(str(path), path.name, f"is not readable JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise user_error(str(path), path.name, "holds no JSON object; is this a whole model?")
+    return content
+
+
+def locate(path: str, variant: str) -> Path:
+    """The file or folder a model path means. Raises UserError when it is nowhere on this machine."""
+    if is_hub_id(path):
+        folder = cached_model(path, variant)
+        if folder is None:
+            reason = "the network is off" if is_offline() else "this command does not use the network"
+            raise not_cached(path, variant, reason)
+        return folder
+    found = model_folder(path)
+    if found.exists():
+        return found
+    if path.startswith(BUILTIN):
+        names = sorted(entry.name for entry in builtin_folder().iterdir() if (entry / "model_index.json").exists())
+        raise user_error(path, "model.path", f"is not built in; there is {', '.join(BUILTIN + name for name in names)}")
+    raise user_error(path, "model.path", "no such file or folder")
+
+
+def open_checkpoint(path: Path, variant: str) -> Checkpoint:
+    """What lies at a path. Raises UserError when it is no whole Stable Diffusion checkpoint."""
+    if path.is_dir():
+        return DiffusersFolder(path, variant, _folder_family(path))
+    header = read_header(path)
+    return SingleFile(header, detect_family(header))
+
+
+def _folder_family(folder: Path) -> Family:
+    if not (folder / "unet").is_dir():
+        raise user_error(str(folder), "unet", _what_folder(folder))
+    unet = read_json(folder / "unet" / "config.json")
+    channels = unet.get("in_channels", 4)
+    if channels != 4:
+        raise user_error(
+            str(folder / "unet" / "config.json"),
+            "in_channels",
+            f"is {channels} instead of 4: an inpainting or editing model, which is not supported",
+        )
+    if (folder / "text_encoder_2").is_dir():
+        if not (folder / "text_encoder").is_dir():
+            raise user_error(str(folder), "text_encoder", "is missing: this is an SDXL refiner, or not a whole model")
+        return "sdxl"
+    return "sd2" if unet.get("use_linear_projection") else "sd1"
+
+
+def _what_folder(folder: Path) -> str:
+    files = sorted(entry.name for entry in folder.glob("*.safetensors"))
+    if files:
+        return f"is missing: this is no diffusers folder; did you mean the file {files[0]} in it?"
+    return "is missing: this is not a diffusers folder (a folder with model_index.json, unet, vae, ...)"
+
+
+def missing_parts(checkpoint: Checkpoint, *, own_vae: bool) -> list[str]:
+    """Names of the networks that a checkpoint should have and has not. own_vae: whether the VAE must be in it."""
+    expected = [part for part in COMPONENTS[checkpoint.family] if own_vae or part != "vae"]
+    match checkpoint:
+        case SingleFile(header):
+            vae_there = any(name.startswith(VAE) for name in header.entries)
+            return [part for part in expected if part == "vae" and not vae_there]
+        case DiffusersFolder(path):
+            return [part for part in expected if not (path / part / "config.json").is_file()]
+
+
+def weight_files(folder: Path, component: Component, variant: str) -> list[Path]:
+    """The safetensors files of one part of a diffusers folder, a single one or all shards.
+
+    A part without the variant is read in its plain form, as long as the U-Net has it. Raises UserError otherwise.
+    """
+    stem = STEMS[component]
+    found = _weight_files(folder, stem, variant)
+    if not found and variant and component != "unet":
+        found = _weight_files(folder, stem, "")
+    if found:
+        return found
+    raise user_error(str(folder), _file_name(stem, variant), _other_weights(folder, stem))
+
+
+def _file_name(stem: str, variant: str) -> str:
+    return f"{stem}.{variant}.safetensors" if variant else f"{stem}.safetensors"
+
+
+def _weight_files(folder: Path, stem: str, variant: str) -> list[Path]:
+    single = folder / _file_name(stem, variant)
+    if single.is_file():
+        return [single]
+    index = folder / f"{stem}.safetensors.index{'.' + variant if variant else ''}.json"
+    if not index.is_file():
+        return []
+    shards = cast(dict[str, str], read_json(index).get("weight_map", {}))
+    return [folder / name for name in sorted(set(shards.values()))]
+
+
+def _other_weights(folder: Path, stem: str) -> str:
+    names = [entry.name for entry in folder.glob(f"{stem}*.safetensors")]
+    variants = {
+        match[1] for name in names if (match := re.match(rf"{stem}\.([^.]+?)(-\d+-of-\d+)?\.safetensors", name))
+    }
+    if variants:
+        plain = " or leave model.variant empty" if f"{stem}.safetensors" in names else ""
+        return f"is missing; set model.variant to {' or '.join(sorted(variants))}{plain}"
+    if f"{stem}.safetensors" in names:
+        return "is missing; only the plain files are there: leave model.variant empty"
+    pickles = [entry.name for suffix in ("bin", "ckpt") for entry in folder.glob(f"*.{suffix}")]
+    if pickles:
+        return f"is missing; {pickles[0]} is a pickle, which can run any code: get the model as .safetensors"
+    return "is missing; is this a whole model?"
+
+
+# ---- tokenizers ----
+
+
+def find_tokenizers(checkpoint: Checkpoint, components: str) -> tuple[TokenizerSource, ...]:
+    """The tokenizers of a checkpoint, one for each text encoder. Raises UserError with what to fetch.
+
+    A single file has none: they come from the folder the user names, or from the hub cache. All published models of
+    these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
+    """
+    names = [part.replace("text_encoder", "tokenizer") for part in COMPONENTS[checkpoint.family] if "text" in part]
+    if components:
+        return _named_tokenizers(locate(components, ""), names, "model.components")
+    match checkpoint:
+        case DiffusersFolder(path):
+            return _named_tokenizers(path, names, "model.path")
+        case SingleFile():
+            return _cached_tokenizers(names)
+
+
+def _named_tokenizers(folder: Path, names: list[str], setting: str) -> tuple[TokenizerSource, ...]:
+    """Below the folder as in a diffusers folder, or in the folder itself."""
+    if has_tokenizer(folder):
+        return _shared_tokenizer(folder, names)
+    for name in names:
+        if not has_tokenizer(folder / name):
+            raise user_error(
+                str(folder / name), setting, f"needs a tokenizer there ({' and '.join(TOKENIZER_FILES)}); it is missing"
+            )
+    return tuple(TokenizerSource(folder / name) for name in names)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a CLIP tokenizer lies in a folder."""
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _shared_tokenizer(folder: Path, names: list[str]) -> tuple[TokenizerSource, ...]:
+    return tuple(TokenizerSource(folder, "!" if name == "tokenizer_2" else "") for name in names)
+
+
+def _cached_tokenizers(names: list[str]) -> tuple[TokenizerSource, ...]:
+    found = [_cached_tokenizer(SDXL_REPOSITORY, name + "/") for name in names]
+    if all(found):
+        return tuple(TokenizerSource(folder) for folder in found if folder)
+    clip = _cached_tokenizer(CLIP_REPOSITORY, "")
+    if clip:
+        return _shared_tokenizer(clip, names)
+    raise user_error(
+        "tokenizers",
+        "model.components",
+        "a single file holds no tokenizers: name a folder here with vocab.json and merges.txt of "
+        f"{CLIP_REPOSITORY}, or fetch them once with `hf download {CLIP_REPOSITORY} vocab.json merges.txt "
+        "tokenizer_config.json special_tokens_map.json`",
+    )
+
+
+def _cached_tokenizer(repository: str, below: str) -> Path | None:
+    files = [cached_file(repository, below + name) for name in TOKENIZER_FILES]
+    return files[0].parent if all(files) and files[0] else None

@@ -1,0 +1,180 @@
+"""Whole checkpoints out of memory, as a single file in the original layout or as a diffusers folder.
+
+What is written are the values the networks hold at that moment: the caller lends them the averaged weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.models.files import Components
+from sdtrain.models.header import Entry, Header
+from sdtrain.models.keys import COMPONENTS, Component, Family, Place, constants_of, places_of
+from sdtrain.models.markers import CONFIGS_KEY, V_PREDICTION_KEY, ZERO_TERMINAL_KEY, file_markers, single_file_scheduler
+from sdtrain.models.modelspec import Description, spec_metadata
+from sdtrain.models.published import CLIP_L_TEXT, SCHEDULER
+from sdtrain.models.shapes import config_of
+from sdtrain.models.writer import NAMES, Planned, check_space, write_safetensors
+
+Change = Callable[[Component, str, Tensor], Tensor]
+"""(component, parameter name, its value) -> the value to write, e.g. with an adapter merged in; same shape."""
+
+LOGIT_SCALE = math.log(100.0)
+"""OpenCLIP's temperature: all published SDXL files hold it, nothing but OpenCLIP's own training reads it."""
+
+
+def write_single_file(
+    components: Components,
+    path: Path,
+    description: Description,
+    *,
+    dtype: torch.dtype | None = None,
+    change: Change | None = None,
+) -> str:
+    """Write a checkpoint in the original layout, whole or not at all; returns its hash (`0x` and sha256 of the data).
+
+    dtype: of all weights; None: of each network as it was stored. Raises UserError for a full disk and for values that
+    are not finite in that type.
+    """
+    family = components.family
+    tensors: dict[str, Planned] = {}
+    for component in COMPONENTS[family]:
+        weights = changed_weights(component, components.network(component), change)
+        tensors |= original_tensors(family, component, weights, dtype or components.stored_dtypes[component])
+    tensors |= constant_tensors(components, dtype or components.stored_dtypes["text_encoder"])
+    check_space(path, sum(tensor.num_bytes for tensor in tensors.values()))
+    metadata = {
+        "format": "pt",
+        **spec_metadata(description, family, components.scheduler_config),
+        **configs_metadata(components, path, tensors),
+    }
+    return write_safetensors(path, tensors, metadata)
+
+
+def weights_of(network: nn.Module) -> dict[str, Tensor]:
+    """The network's own parameters by name. Layers that carry an adapter are named as if they had none."""
+    named = dict(network.named_parameters())
+    wrapped = {name.split(".base_layer.")[0] + "." for name in named if ".base_layer." in name}
+    own: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        if ".base_layer." in name:
+            own[name.replace(".base_layer.", ".")] = tensor
+        elif not any(name.startswith(prefix) for prefix in wrapped):
+            own[name] = tensor
+    return own
+
+
+def changed_weights(component: Component, network: nn.Module, change: Change | None) -> dict[str, Callable[[], Tensor]]:
+    """Every parameter as a function that gives its value when it is written, so that one at a time is in memory."""
+
+    def later(name: str, tensor: Tensor) -> Callable[[], Tensor]:
+        if change is None:
+            return lambda: tensor
+        return lambda: change(component, name, tensor)
+
+    return {name: later(name, tensor) for name, tensor in weights_of(network).items()}
+
+
+def original_tensors(
+    family: Family, component: Component, weights: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype
+) -> dict[str, Planned]:
+    """The tensors of one network in the original layout; fused ones are put together from their thirds."""
+    by_key: dict[str, list[tuple[Place, str]]] = {}
+    for name, place in places_of(family, component, weights).items():
+        by_key.setdefault(place.key, []).append((place, name))
+    planned = {}
+    for key, parts in by_key.items():
+        sources = [(place, weights[name]) for place, name in sorted(parts, key=lambda part: part[0].third or 0)]
+
+        def values(sources: list[tuple[Place, Callable[[], Tensor]]] = sources) -> Tensor:
+            return torch.cat([original_form(source(), place) for place, source in sources])
+
+        planned[key] = Planned(dtype, _shape(sources), values)
+    return planned
+
+
+def original_form(tensor: Tensor, place: Place) -> Tensor:
+    """A parameter as the original layout shapes it."""
+    match place.form:
+        case "transposed":
+            return tensor.T
+        case "convolution":
+            return tensor[:, :, None, None]
+        case "same":
+            return tensor
+
+
+def _shape(sources: list[tuple[Place, Callable[[], Tensor]]]) -> tuple[int, ...]:
+    shape = original_form(sources[0][1](), sources[0][0]).shape
+    return (shape[0] * len(sources), *shape[1:])
+
+
+def constant_tensors(components: Components, dtype: torch.dtype) -> dict[str, Planned]:
+    """Tensors that are no parameters: what the published files have besides, and the markers of the noise schedule."""
+    planned = {}
+    length: int = network_config(components.text_encoder)["max_position_embeddings"]
+    for key in constants_of(components.family):
+        if key.endswith("position_ids"):
+            planned[key] = Planned(torch.int64, (1, length), lambda: torch.arange(length)[None])
+        else:
+            planned[key] = Planned(dtype, (), lambda: torch.tensor(LOGIT_SCALE))
+    scheduler = components.scheduler_config
+    if scheduler.get("prediction_type") == "v_prediction":
+        planned[V_PREDICTION_KEY] = Planned(torch.float32, (0,), lambda: torch.empty(0))
+    if scheduler.get("rescale_betas_zero_snr"):
+        planned[ZERO_TERMINAL_KEY] = Planned(torch.float32, (0,), lambda: torch.empty(0))
+    return planned
+
+
+# ---- what shapes do not tell ----
+
+
+def configs_metadata(components: Components, path: Path, tensors: Mapping[str, Planned]) -> dict[str, str]:
+    """A header entry with those configurations that a reader could not derive from the file; mostly there are none."""
+    entries = {key: Entry(NAMES[tensor.dtype], tensor.shape, 0, 0) for key, tensor in tensors.items()}
+    header = Header(path, entries, {})
+    configs: dict[str, dict[str, Any]] = {}
+    for component in COMPONENTS[components.family]:
+        actual = network_config(components.network(component))
+        derived = config_of(header, components.family, component)
+        if not _same_config(actual, derived):
+            configs[component] = actual
+    usual = single_file_scheduler({}, file_markers(header))
+    if any(components.scheduler_config.get(key, SCHEDULER[key]) != usual[key] for key in SCHEDULER if key[0] != "_"):
+        configs["scheduler"] = dict(components.scheduler_config)
+    return {CONFIGS_KEY: json.dumps(configs)} if configs else {}
+
+
+def network_config(network: nn.Module) -> dict[str, Any]:
+    """The configuration of a network as plain JSON values."""
+    config: Any = network.config
+    if isinstance(config, Mapping):
+        kept = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    else:
+        content = config.to_dict()
+        kept = {key: content[key] for key in CLIP_L_TEXT if key in content}
+        kept["architectures"] = [type(network).__name__]
+    plain: dict[str, Any] = json.loads(json.dumps(kept))
+    return plain
+
+
+def _same_config(actual: Mapping[str, Any], derived: Mapping[str, Any]) -> bool:
+    """Whether two configurations make the same network; one number for all blocks is the same as a list of it."""
+    blocks = len(derived.get("block_out_channels", [0]))
+    return all(
+        _spread(actual.get(key), blocks) == _spread(value, blocks)
+        for key, value in derived.items()
+        if key not in ("_class_name", "sample_size") and (key in actual or value is not None)
+    )
+
+
+def _spread(value: Any, blocks: int) -> Any:
+    """Numbers as lists, one for each block; the nesting of single numbers does not matter."""
+    return [value] * blocks if isinstance(value, int) and not isinstance(value, bool) else value

@@ -1,0 +1,238 @@
+"""The names of tensors in the original checkpoint layout, derived by rule from diffusers' names.
+
+Only one direction is written down: from a network's own parameter names to the place in the original layout. The way
+back is the inverse of that table, so that the two can never disagree.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+Family = Literal["sdxl", "sd1", "sd2"]
+Component = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+Form = Literal["same", "transposed", "convolution"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a parameter lies in the original layout.
+
+    third: which third of the rows of a fused query-key-value matrix it is; None for a tensor of its own.
+    form: `transposed` matrices stand there as (in, out), a `convolution` has two trailing ones in its shape.
+    """
+
+    key: str
+    third: int | None = None
+    form: Form = "same"
+
+
+UNET = "model.diffusion_model."
+VAE = "first_stage_model."
+CLIP_L = "conditioner.embedders.0.transformer."
+OPEN_CLIP_G = "conditioner.embedders.1.model."
+SD1_CLIP = "cond_stage_model.transformer."
+SD2_OPEN_CLIP = "cond_stage_model.model."
+REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
+
+COMPONENTS: dict[Family, tuple[Component, ...]] = {
+    "sdxl": ("unet", "text_encoder", "text_encoder_2", "vae"),
+    "sd1": ("unet", "text_encoder", "vae"),
+    "sd2": ("unet", "text_encoder", "vae"),
+}
+
+
+def prefix_of(family: Family, component: Component) -> str:
+    """What the keys of a component start with in a single file."""
+    match component:
+        case "unet":
+            return UNET
+        case "vae":
+            return VAE
+        case "text_encoder":
+            return {"sdxl": CLIP_L, "sd1": SD1_CLIP, "sd2": SD2_OPEN_CLIP}[family]
+        case "text_encoder_2":
+            return OPEN_CLIP_G
+        case _:
+            assert_never(component)
+
+
+def places_of(family: Family, component: Component, names: Iterable[str]) -> dict[str, Place]:
+    """The place, prefix included, of every parameter of a network.
+
+    Text encoders' names start with `text_model.` or, as transformers 5 has it for encoders without projection, not.
+    """
+    prefix = prefix_of(family, component)
+    names = list(names)
+    match component:
+        case "unet":
+            rule = _unet_rule(names)
+        case "vae":
+            rule = _vae_rule(names)
+        case "text_encoder" | "text_encoder_2":
+            rule = _open_clip_place if is_open_clip(family, component) else _clip_place
+        case _:
+            assert_never(component)
+    places = {name: rule(name) for name in names}
+    return {name: Place(prefix + place.key, place.third, place.form) for name, place in places.items()}
+
+
+def is_open_clip(family: Family, component: Component) -> bool:
+    """Whether a text encoder is laid out as OpenCLIP does (fused projections) rather than as transformers does."""
+    return component == "text_encoder_2" or family == "sd2"
+
+
+def constants_of(family: Family) -> tuple[str, ...]:
+    """Keys the original layout has besides parameters; their values never change and readers may leave them out."""
+    match family:
+        case "sdxl":
+            return (CLIP_L + "text_model.embeddings.position_ids", OPEN_CLIP_G + "logit_scale")
+        case "sd1":
+            return (SD1_CLIP + "text_model.embeddings.position_ids",)
+        case "sd2":
+            return (SD2_OPEN_CLIP + "logit_scale",)
+        case _:
+            assert_never(family)
+
+
+# ---- U-Net ----
+
+UNET_ENDS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+
+def _unet_rule(names: list[str]) -> Callable[[str], Place]:
+    resnets = {match[1] for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))}
+    attends = {match[1] for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
+    return lambda name: Place(_unet_key(name, len(resnets), attends))
+
+
+def _unet_key(name: str, layers: int, attends: set[str]) -> str:
+    """Blocks are numbered through: each down block has its layers and a downsampler, each up block a layer more."""
+    stem, _, leaf = name.rpartition(".")
+    if stem in UNET_ENDS:
+        return f"{UNET_ENDS[stem]}.{leaf}"
+    if match := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
+        kind, index, rest = match.groups()
+        number = 2 * int(index) + (kind == "attentions")
+        return f"middle_block.{number}.{_layer_key(kind, rest)}"
+    match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    assert match, f"no rule for the U-Net's parameter {name}"
+    side, block, kind, index, rest = match.groups()
+    first = 1 + int(block) * (layers + 1) if side == "down" else int(block) * (layers + 1)
+    stem = f"{'input' if side == 'down' else 'output'}_blocks."
+    match kind:
+        case "downsamplers":
+            return f"{stem}{first + layers}.0.{rest.replace('conv.', 'op.', 1)}"
+        case "upsamplers":
+            return f"{stem}{first + layers}.{2 if block in attends else 1}.{rest}"
+        case _:
+            return f"{stem}{first + int(index)}.{int(kind == 'attentions')}.{_layer_key(kind, rest)}"
+
+
+def _layer_key(kind: str, rest: str) -> str:
+    if kind == "attentions":
+        return rest
+    layer, _, leaf = rest.rpartition(".")
+    return f"{RESNET[layer]}.{leaf}"
+
+
+# ---- VAE ----
+
+VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+OLD_VAE_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def _vae_rule(names: list[str]) -> Callable[[str], Place]:
+    blocks = {match[1] for name in names if (match := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
+    return lambda name: _vae_place(name, len(blocks))
+
+
+def _vae_place(name: str, blocks: int) -> Place:
+    """The original counts the decoder's blocks from the finest, diffusers from the coarsest."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    if match := re.match(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
+        side, layer, leaf = match.groups()
+        form: Form = "convolution" if leaf == "weight" and layer != "group_norm" else "same"
+        return Place(f"{side}.mid.attn_1.{VAE_ATTENTION[layer]}.{leaf}", form=form)
+    if match := re.match(r"(\w+)\.mid_block\.resnets\.(\d)\.(.+)", name):
+        return Place(f"{match[1]}.mid.block_{int(match[2]) + 1}.{match[3]}")
+    match = re.match(r"(\w+)\.(down|up)_blocks\.(\d+)\.(resnets|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
+    if not match:
+        return Place(name)
+    coder, side, block, kind, index, rest = match.groups()
+    number = int(block) if side == "down" else blocks - 1 - int(block)
+    layer = f"block.{index}" if kind == "resnets" else kind.removesuffix("rs")
+    return Place(f"{coder}.{side}.{number}.{layer}.{rest}")
+
+
+def old_vae_name(name: str) -> str:
+    """The name a parameter of the VAE's attention had in older diffusers folders; others keep theirs."""
+    for new, old in OLD_VAE_ATTENTION.items():
+        name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
+    return name
+
+
+def new_vae_name(name: str) -> str:
+    """The way back from `old_vae_name`; names that are new already stay."""
+    for new, old in OLD_VAE_ATTENTION.items():
+        name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
+    return name
+
+
+# ---- text encoders ----
+
+OPEN_CLIP_ENDS = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "final_layer_norm.weight": "ln_final.weight",
+    "final_layer_norm.bias": "ln_final.bias",
+}
+OPEN_CLIP_LAYERS = {
+    "self_attn.out_proj": "attn.out_proj",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def with_text_prefix(name: str) -> str:
+    """The name of a text encoder's parameter in files: below `text_model.`, but for the projection."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+
+
+def _clip_place(name: str) -> Place:
+    return Place(with_text_prefix(name))
+
+
+def _open_clip_place(name: str) -> Place:
+    if name == "text_projection.weight":
+        return Place("text_projection", form="transposed")
+    name = name.removeprefix("text_model.")
+    if name in OPEN_CLIP_ENDS:
+        return Place(OPEN_CLIP_ENDS[name])
+    match = re.match(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+    assert match, f"no rule for the text encoder's parameter {name}"
+    block, layer, leaf = match.groups()
+    stem = f"transformer.resblocks.{block}."
+    if projection := re.fullmatch(r"self_attn\.([qkv])_proj", layer):
+        return Place(f"{stem}attn.in_proj_{leaf}", third="qkv".index(projection[1]))
+    return Place(f"{stem}{OPEN_CLIP_LAYERS[layer]}.{leaf}")

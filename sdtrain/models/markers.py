@@ -1,0 +1,120 @@
+"""What a model says about its own training: what it predicts, and whether its noise schedule ends in pure noise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from sdtrain.errors import user_error
+from sdtrain.models.checkpoint import Checkpoint, DiffusersFolder, SingleFile, locate, read_json
+from sdtrain.models.header import Header
+from sdtrain.models.published import SCHEDULER
+
+Prediction = Literal["epsilon", "v_prediction"]
+
+V_PREDICTION_KEY = "v_pred"
+ZERO_TERMINAL_KEY = "ztsnr"
+CONFIGS_KEY = "sdtrain.configs"
+"""Header entry with those configurations, by component, that shapes alone do not tell."""
+MODELSPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
+MODELSPEC_NAMES: dict[str, Prediction] = {
+    "epsilon": "epsilon",
+    "eps": "epsilon",
+    "v": "v_prediction",
+    "v_prediction": "v_prediction",
+    "v-prediction": "v_prediction",
+}
+
+
+@dataclass(frozen=True)
+class Markers:
+    """prediction, zero_terminal_snr: what is said, None where nothing is. The *_source name the key that says so."""
+
+    prediction: Prediction | None = None
+    prediction_source: str = ""
+    zero_terminal_snr: bool | None = None
+    zero_source: str = ""
+
+
+def file_markers(header: Header) -> Markers:
+    """What a single file says: by empty tensors under agreed names, or else by its metadata."""
+    prediction: Prediction | None = None
+    source = ""
+    for key in MODELSPEC_KEYS:
+        named = MODELSPEC_NAMES.get(header.metadata.get(key, "").lower())
+        if named:
+            prediction, source = named, key
+    if V_PREDICTION_KEY in header.entries:
+        prediction, source = "v_prediction", V_PREDICTION_KEY
+    if ZERO_TERMINAL_KEY in header.entries:
+        return Markers(prediction, source, True, ZERO_TERMINAL_KEY)
+    return Markers(prediction, source)
+
+
+def scheduler_markers(scheduler: Mapping[str, Any], path: Path) -> Markers:
+    """What a scheduler config says. Raises UserError for a prediction that cannot be trained."""
+    prediction = scheduler.get("prediction_type")
+    if prediction not in ("epsilon", "v_prediction", None):
+        raise user_error(
+            str(path), "prediction_type", f"is {prediction}; only epsilon and v_prediction can be trained here"
+        )
+    zero = scheduler.get("rescale_betas_zero_snr")
+    return Markers(
+        prediction=cast(Prediction | None, prediction),
+        prediction_source="scheduler/scheduler_config.json: prediction_type" if prediction else "",
+        zero_terminal_snr=None if zero is None else bool(zero),
+        zero_source="" if zero is None else "scheduler/scheduler_config.json: rescale_betas_zero_snr",
+    )
+
+
+def stored_configs(header: Header) -> dict[str, dict[str, Any]]:
+    """The configurations a single file carries in its header, by component."""
+    text = header.metadata.get(CONFIGS_KEY, "{}")
+    try:
+        return cast(dict[str, dict[str, Any]], json.loads(text))
+    except json.JSONDecodeError as error:
+        raise user_error(str(header.path), CONFIGS_KEY, f"in the header is not readable JSON: {error}") from None
+
+
+def markers_of(checkpoint: Checkpoint) -> Markers:
+    """What a checkpoint itself says."""
+    match checkpoint:
+        case SingleFile(header):
+            return file_markers(header)
+        case DiffusersFolder(path):
+            config = path / "scheduler" / "scheduler_config.json"
+            return scheduler_markers(read_json(config), config)
+
+
+def scheduler_of(checkpoint: Checkpoint, components: str) -> dict[str, Any]:
+    """The configuration of the noise schedule, as diffusers' Euler scheduler reads it.
+
+    A single file's own markers count more than the folder that lends it the rest.
+    """
+    match checkpoint:
+        case DiffusersFolder(path):
+            return read_json(path / "scheduler" / "scheduler_config.json")
+        case SingleFile(header):
+            lent = stored_configs(header).get("scheduler") or _lent_scheduler(components)
+            return single_file_scheduler(lent, file_markers(header))
+
+
+def single_file_scheduler(lent: Mapping[str, Any], markers: Markers) -> dict[str, Any]:
+    """The family's published schedule, changed by what another config says, and then by what the file itself says."""
+    config = {**SCHEDULER, **lent}
+    if markers.prediction:
+        config["prediction_type"] = markers.prediction
+    if markers.zero_terminal_snr:
+        # Sampling has to start at pure noise then (arXiv 2305.08891, section 3.3).
+        config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return config
+
+
+def _lent_scheduler(components: str) -> dict[str, Any]:
+    if not components:
+        return {}
+    path = locate(components, "") / "scheduler" / "scheduler_config.json"
+    return read_json(path) if path.is_file() else {}

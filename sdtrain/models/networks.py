@@ -1,0 +1,196 @@
+"""Networks built without weights on torch's meta device, then filled from a checkpoint of either layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdtrain.errors import Problem, UserError
+from sdtrain.models.checkpoint import (
+    Checkpoint,
+    DiffusersFolder,
+    SingleFile,
+    locate,
+    read_json,
+    weight_files,
+)
+from sdtrain.models.header import Header, read_header
+from sdtrain.models.keys import (
+    Component,
+    Family,
+    Place,
+    old_vae_name,
+    places_of,
+    prefix_of,
+    with_text_prefix,
+)
+from sdtrain.models.markers import stored_configs
+from sdtrain.models.shapes import config_of
+from sdtrain.models.vae_source import VaeSource
+from sdtrain.models.weights import Stored, fill, raise_first, stored_dtype
+
+NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?|loss\..*|model_ema\..*")
+"""Keys beside the parameters that some writers leave in: constants, and projections that nothing reads."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network, and the type its weights are stored in."""
+
+    network: nn.Module
+    stored_dtype: torch.dtype
+
+
+def load_network(checkpoint: Checkpoint, component: Component, dtype: torch.dtype, components: str = "") -> Loaded:
+    """One network of a checkpoint in `dtype`. components: the folder that may lend a single file its configs.
+
+    Raises UserError when a parameter is missing, of another shape, or one too many.
+    """
+    match checkpoint:
+        case DiffusersFolder(path, variant):
+            folder = path / component
+            headers = [read_header(file) for file in weight_files(folder, component, variant)]
+            network = empty_network(component, read_json(folder / "config.json"), checkpoint.family)
+            return _loaded(network, _named_sources(network, headers), dtype)
+        case SingleFile(header, family):
+            prefix = prefix_of(family, component)
+            network = _fitting_network(checkpoint, component, components)
+            return _loaded(network, _original_sources(network, header, family, component, prefix), dtype)
+
+
+def load_vae(source: VaeSource, family: Family, dtype: torch.dtype) -> Loaded:
+    """A VAE that is named on its own."""
+    network = empty_network("vae", source.config, family)
+    if source.prefix is None:
+        return _loaded(network, _named_sources(network, source.headers), dtype)
+    return _loaded(network, _original_sources(network, source.headers[0], family, "vae", source.prefix), dtype)
+
+
+def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype) -> Loaded:
+    fill(network, stored, dtype)
+    _fill_buffers(network)
+    return Loaded(network.eval(), stored_dtype(stored.values()))
+
+
+def empty_network(component: Component, config: dict[str, Any], family: Family) -> nn.Module:
+    """A network of a configuration with parameters on the meta device: no memory, no time for initial values."""
+    # The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
+    network: nn.Module
+    with torch.device("meta"):
+        match component:
+            case "unet":
+                from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+                network = UNet2DConditionModel.from_config(config)
+            case "vae":
+                from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+                network = AutoencoderKL.from_config(config)
+            case "text_encoder" | "text_encoder_2":
+                network = _empty_text_encoder(config, with_projection=component == "text_encoder_2")
+    return network
+
+
+def _empty_text_encoder(config: dict[str, Any], *, with_projection: bool) -> nn.Module:
+    from transformers.models.clip.configuration_clip import CLIPTextConfig
+    from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
+
+    kind = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+    network: nn.Module = kind(CLIPTextConfig.from_dict(config))
+    return network
+
+
+def _fill_buffers(network: nn.Module) -> None:
+    """Buffers that no file holds: the text encoders count positions from 0."""
+    for module in network.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                assert name == "position_ids", f"buffer {name} has no value"
+                module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(1, -1).clone(), persistent=False)
+
+
+def _fitting_network(checkpoint: SingleFile, component: Component, components: str) -> nn.Module:
+    """The network of a single file's component, by the configuration that fits its tensors.
+
+    Shapes do not tell everything, so a configuration that comes along is preferred: the header's own, or that of the
+    user's folder, which may be of another model and is then not used.
+    """
+    header, family = checkpoint.header, checkpoint.family
+    own = stored_configs(header).get(component)
+    if own:
+        return empty_network(component, own, family)
+    lent = locate(components, "") / component / "config.json" if components else None
+    if lent and lent.is_file():
+        network = empty_network(component, read_json(lent), family)
+        if fits(network, header, family, component):
+            return network
+    return empty_network(component, config_of(header, family, component), family)
+
+
+def fits(network: nn.Module, header: Header, family: Family, component: Component) -> bool:
+    """Whether a network has just the parameters, in shape and number, that a single file has for it."""
+    try:
+        stored = _original_sources(network, header, family, component, prefix_of(family, component))
+    except UserError:
+        return False
+    return all(
+        where.place.third is not None or sorted(where.entry.shape) == sorted(parameter.shape)
+        for (name, parameter) in network.named_parameters()
+        for where in [stored[name]]
+    )
+
+
+def _original_sources(
+    network: nn.Module, header: Header, family: Family, component: Component, prefix: str
+) -> dict[str, Stored]:
+    """Where each parameter lies in a file of the original layout. Raises UserError unless it is one to one."""
+    usual = prefix_of(family, component)
+    places = {
+        name: Place(prefix + place.key.removeprefix(usual), place.third, place.form)
+        for name, place in places_of(family, component, _names(network)).items()
+    }
+    there = {key for key in header.entries if key.startswith(prefix)}
+    needed = {place.key for place in places.values()}
+    _check_names(header.path, needed, there, prefix, _left_out(network, family, component))
+    return {name: Stored(header, place) for name, place in places.items()}
+
+
+def _left_out(network: nn.Module, family: Family, component: Component) -> re.Pattern[str]:
+    """Keys that are in the file and rightly not in the network."""
+    if family == "sd2" and component == "text_encoder":  # its last layer is never read
+        layers: int = network.config.num_hidden_layers  # type: ignore[assignment,union-attr]
+        return re.compile(rf"{NOT_WEIGHTS.pattern}|transformer\.resblocks\.{layers}\..*")
+    return NOT_WEIGHTS
+
+
+def _named_sources(network: nn.Module, headers: Sequence[Header]) -> dict[str, Stored]:
+    """Where each parameter lies in files that use the libraries' own names, present or past."""
+    there = {key: header for header in headers for key in header.entries}
+    keys = {}
+    for name in _names(network):
+        spellings = [name, with_text_prefix(name), name.removeprefix("text_model."), old_vae_name(name)]
+        keys[name] = next((spelling for spelling in spellings if spelling in there), name)
+    _check_names(
+        headers[0].path, set(keys.values()), set(there), "", re.compile(f"(text_model.)?({NOT_WEIGHTS.pattern})")
+    )
+    return {name: Stored(there[key], Place(key)) for name, key in keys.items()}
+
+
+def _names(network: nn.Module) -> list[str]:
+    return [name for name, _ in network.named_parameters()]
+
+
+def _check_names(path: Path, needed: set[str], there: set[str], prefix: str, ignored: re.Pattern[str]) -> None:
+    missing = [Problem(key, "is missing; is the file whole?") for key in sorted(needed - there)]
+    extra = [
+        Problem(key, "has no place in the network: the model is of a kind that is not known")
+        for key in sorted(there - needed)
+        if not ignored.fullmatch(key.removeprefix(prefix))
+    ]
+    raise_first(path, missing + extra)

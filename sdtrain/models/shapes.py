@@ -1,0 +1,279 @@
+"""From the names and shapes of a single file's tensors to the configurations of its networks.
+
+What shapes cannot tell (heads, activations, groups of the norms) is as published for the family; `published.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sdtrain.errors import UserError, user_error
+from sdtrain.models.header import Header
+from sdtrain.models.keys import REFINER_OPEN_CLIP, UNET, Component, Family, is_open_clip, prefix_of
+from sdtrain.models.published import (
+    CLIP_L_TEXT,
+    HEAD_WIDTH,
+    OPEN_CLIP_G_TEXT,
+    SCALING_FACTORS,
+    SD1_HEADS,
+    SDXL_UNET,
+    SDXL_VAE,
+)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+LORA_MARKS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te", ".hada_w1", ".lokr_w1")
+EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
+
+
+def detect_family(header: Header) -> Family:
+    """The family of a whole checkpoint. Raises UserError, saying what the file is instead, for anything else."""
+    names = header.entries
+    source = str(header.path)
+    if any(mark in name for name in names for mark in LORA_MARKS):
+        raise user_error(
+            source, _first(header, LORA_MARKS), "is a LoRA's key: give model.path the checkpoint it is for"
+        )
+    edm = [name for name in EDM_KEYS if name in names]
+    if edm:
+        raise user_error(source, edm[0], "marks a model with EDM noise levels, which cannot be trained here")
+    if UNET + "input_blocks.0.0.weight" not in names:
+        raise user_error(source, UNET + "input_blocks.0.0.weight", _not_a_checkpoint(header))
+    _refuse_extra_inputs(header)
+    if any(name.startswith(REFINER_OPEN_CLIP) for name in names):
+        raise user_error(source, REFINER_OPEN_CLIP + "*", "marks an SDXL refiner; give model.path a base model")
+    families: tuple[Family, ...] = ("sdxl", "sd1", "sd2")
+    for family in families:
+        if any(name.startswith(prefix_of(family, "text_encoder")) for name in names):
+            return family
+    raise user_error(
+        source,
+        prefix_of("sdxl", "text_encoder") + "*",
+        "is missing: the file has no text encoders; give model.path a whole checkpoint",
+    )
+
+
+def _first(header: Header, marks: tuple[str, ...]) -> str:
+    return next(name for name in header.entries for mark in marks if mark in name)
+
+
+def _not_a_checkpoint(header: Header) -> str:
+    if any(name.startswith(("double_blocks.", "joint_blocks.", "model.diffusion_model.")) for name in header.entries):
+        return "is missing: this is a model of another family; Stable Diffusion XL, 1.x and 2.x are known"
+    if any(name.startswith(("encoder.", "decoder.")) for name in header.entries):
+        return "is missing: this is a VAE; it belongs into model.vae, next to a checkpoint in model.path"
+    if any(name.startswith("down_blocks.") for name in header.entries):
+        return "is missing: this is one part of a diffusers folder; give model.path the folder with model_index.json"
+    return "is missing: this is not a Stable Diffusion checkpoint in the original layout"
+
+
+def _refuse_extra_inputs(header: Header) -> None:
+    key = UNET + "input_blocks.0.0.weight"
+    channels = header.entries[key].shape[1]
+    kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}
+    if channels != 4:
+        kind = kinds.get(channels, "not a text-to-image model")
+        raise user_error(
+            str(header.path), key, f"has {channels} input channels instead of 4: this is {kind}, which is not supported"
+        )
+
+
+def shapes_of(header: Header, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors below a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): entry.shape for name, entry in header.entries.items() if name.startswith(prefix)}
+
+
+def config_of(header: Header, family: Family, component: Component, prefix: str | None = None) -> dict[str, Any]:
+    """The configuration of one network of a single file, as diffusers or transformers spell it.
+
+    Raises UserError when the component is not in the file or has a shape that cannot be expressed.
+    """
+    prefix = prefix_of(family, component) if prefix is None else prefix
+    shapes = shapes_of(header, prefix)
+    if not shapes:
+        raise user_error(str(header.path), prefix + "*", f"is missing: the file has no {component}")
+    try:
+        match component:
+            case "unet":
+                return unet_config(shapes, family, _pooled_width(header, family))
+            case "vae":
+                return vae_config(shapes, family)
+            case "text_encoder" | "text_encoder_2":
+                return open_clip_config(shapes, family) if is_open_clip(family, component) else clip_config(shapes)
+    except KeyError as error:
+        raise user_error(str(header.path), prefix + str(error.args[0]), "is missing; is the file whole?") from None
+    except UserError as error:
+        raise UserError(str(header.path), error.problems) from None
+
+
+def _pooled_width(header: Header, family: Family) -> int:
+    """Width of the pooled text that the U-Net's extra conditioning starts with; 0 where there is none."""
+    if family != "sdxl":
+        return 0
+    projection = prefix_of(family, "text_encoder_2") + "text_projection"
+    if projection not in header.entries:
+        raise user_error(str(header.path), projection, "is missing; is the file whole?")
+    return header.entries[projection].shape[1]
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many different numbers stand in the pattern's group."""
+    return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+
+# ---- U-Net ----
+
+
+def unet_config(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, Any]:
+    """Configuration of a U-Net from original names (without prefix) and shapes."""
+    downsamplers = [int(m[1]) for name in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
+    layers = min(downsamplers) - 1 if downsamplers else _count(shapes, r"input_blocks\.(\d+)\.") - 1
+    first_layers = [1 + block * (layers + 1) for block in range(len(downsamplers) + 1)]
+    channels = [shapes[f"input_blocks.{index}.0.out_layers.3.weight"][0] for index in first_layers]
+    down = [[_depth(shapes, f"input_blocks.{start + layer}.1") for layer in range(layers)] for start in first_layers]
+    up_starts = [block * (layers + 1) for block in range(len(channels))]
+    up = [[_depth(shapes, f"output_blocks.{start + layer}.1") for layer in range(layers + 1)] for start in up_starts]
+    config = {
+        **SDXL_UNET,
+        **_depth_config(down, up, _mid_depth(shapes)),
+        "block_out_channels": channels,
+        "layers_per_block": layers,
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "cross_attention_dim": _first_shape(shapes, r".*\.attn2\.to_k\.weight")[1],
+        "use_linear_projection": len(_first_shape(shapes, r"input_blocks\.\d+\.1\.proj_in\.weight")) == 2,
+        "attention_head_dim": _heads(channels, family),
+    }
+    return {**config, **_extra_conditioning(shapes, family, pooled_width)}
+
+
+def _first_shape(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    """The shape of the first tensor whose name fits. Raises KeyError with the pattern when there is none."""
+    for name, shape in shapes.items():
+        if re.fullmatch(pattern, name):
+            return shape
+    raise KeyError(pattern)
+
+
+def _depth(shapes: Shapes, stem: str) -> int:
+    """Number of transformer blocks in one attention layer; 0 where there is no attention."""
+    return _count(shapes, re.escape(stem) + r"\.transformer_blocks\.(\d+)\.")
+
+
+def _mid_depth(shapes: Shapes) -> int | None:
+    """Transformer blocks in the middle; None for the single ResNet that pruned models keep there."""
+    return _depth(shapes, "middle_block.1") if "middle_block.2.in_layers.0.weight" in shapes else None
+
+
+def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -> dict[str, Any]:
+    """Where attention is and how deep, in diffusers' words.
+
+    One number a block says it all for SDXL itself; pruned models differ from layer to layer and between the sides.
+    """
+    if any(min(block) == 0 < max(block) for block in (*down, *up)):
+        raise user_error("", "attention", "is in some layers of a block only, which diffusers' U-Net cannot express")
+    if mid is not None and mid != down[-1][0]:
+        raise user_error("", "middle_block.1", f"is {mid} deep, the block before it {down[-1][0]}; cannot be expressed")
+    kinds = {
+        "down_block_types": ["CrossAttnDownBlock2D" if block[0] else "DownBlock2D" for block in down],
+        "up_block_types": ["CrossAttnUpBlock2D" if block[0] else "UpBlock2D" for block in up],
+        "mid_block_type": "UNetMidBlock2D" if mid is None else "UNetMidBlock2DCrossAttn",
+    }
+    even = all(len(set(block)) == 1 for block in (*down, *up))
+    mirrored = [block[0] for block in down] == [block[0] for block in reversed(up)]
+    if even and mirrored:
+        return {**kinds, "transformer_layers_per_block": [block[0] or 1 for block in down]}
+    return {
+        **kinds,
+        "transformer_layers_per_block": [block if block[0] else 1 for block in down],
+        "reverse_transformer_layers_per_block": [block if block[0] else 1 for block in up],
+    }
+
+
+def _heads(channels: list[int], family: Family) -> list[int]:
+    """Heads of each block (diffusers calls the setting attention_head_dim all the same)."""
+    if family == "sd1":
+        return [SD1_HEADS] * len(channels)
+    return [max(1, width // HEAD_WIDTH) for width in channels]
+
+
+def _extra_conditioning(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, Any]:
+    """Sizes and pooled text, added to the time embedding: six numbers, each a sinusoid, after the pooled text."""
+    if family != "sdxl":
+        return {
+            "addition_embed_type": None,
+            "addition_time_embed_dim": None,
+            "projection_class_embeddings_input_dim": None,
+            "sample_size": 64,
+        }
+    width = shapes["label_emb.0.0.weight"][1]
+    return {"projection_class_embeddings_input_dim": width, "addition_time_embed_dim": (width - pooled_width) // 6}
+
+
+# ---- VAE ----
+
+
+def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """Configuration of a VAE from original names (without prefix) and shapes."""
+    blocks = _count(shapes, r"encoder\.down\.(\d+)\.")
+    return {
+        **SDXL_VAE,
+        "block_out_channels": [shapes[f"encoder.down.{block}.block.0.conv2.weight"][0] for block in range(blocks)],
+        "down_block_types": ["DownEncoderBlock2D"] * blocks,
+        "up_block_types": ["UpDecoderBlock2D"] * blocks,
+        "in_channels": shapes["encoder.conv_in.weight"][1],
+        "out_channels": shapes["decoder.conv_out.weight"][0],
+        "latent_channels": shapes["decoder.conv_in.weight"][1],
+        "layers_per_block": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\."),
+        "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
+        "use_quant_conv": "quant_conv.weight" in shapes,
+        "use_post_quant_conv": "post_quant_conv.weight" in shapes,
+        "sample_size": 1024 if family == "sdxl" else 512,
+        "force_upcast": family == "sdxl",
+        "scaling_factor": SCALING_FACTORS[family],
+    }
+
+
+# ---- text encoders ----
+
+
+def clip_config(shapes: Shapes) -> dict[str, Any]:
+    """Configuration of a text encoder in transformers' names."""
+    vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
+    return {
+        **CLIP_L_TEXT,
+        "vocab_size": vocab,
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+        "hidden_size": width,
+        "projection_dim": width,
+        "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "num_hidden_layers": _count(shapes, r"text_model\.encoder\.layers\.(\d+)\."),
+    }
+
+
+def open_clip_config(shapes: Shapes, family: Family) -> dict[str, Any]:
+    """Configuration of a text encoder in OpenCLIP's names.
+
+    SD 2.x reads the last layer but one with the final norm on it: there the last layer is left out.
+    """
+    vocab, width = shapes["token_embedding.weight"]
+    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
+    whole = family == "sdxl"
+    return {
+        **OPEN_CLIP_G_TEXT,
+        "architectures": ["CLIPTextModelWithProjection" if whole else "CLIPTextModel"],
+        "vocab_size": vocab,
+        "bos_token_id": vocab - 2,
+        "eos_token_id": vocab - 1,
+        "hidden_size": width,
+        "projection_dim": shapes["text_projection"][1] if whole else width,
+        "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
+        "max_position_embeddings": shapes["positional_embedding"][0],
+        "num_attention_heads": max(1, width // HEAD_WIDTH),
+        "num_hidden_layers": layers if whole else layers - 1,
+    }

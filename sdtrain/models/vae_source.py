@@ -1,0 +1,57 @@
+"""A VAE that is named on its own: a folder, or a file in either layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtrain.errors import user_error
+from sdtrain.models.checkpoint import locate, read_json, weight_files
+from sdtrain.models.header import Header, read_header
+from sdtrain.models.keys import VAE, Family, Place, new_vae_name, places_of
+from sdtrain.models.shapes import config_of, vae_config
+
+
+@dataclass(frozen=True)
+class VaeSource:
+    """Files of a VAE, its configuration, and the prefix of the original layout; None: diffusers' own names."""
+
+    headers: tuple[Header, ...]
+    config: dict[str, Any]
+    prefix: str | None
+
+
+def vae_source(path: str, variant: str, family: Family) -> VaeSource:
+    """The VAE a setting names. Raises UserError when there is none.
+
+    A folder is the VAE's own or a whole model's; a file may be a VAE or a checkpoint with one in it.
+    """
+    found = locate(path, variant)
+    if found.is_dir():
+        folder = found / "vae" if (found / "vae").is_dir() else found
+        headers = tuple(read_header(file) for file in weight_files(folder, "vae", variant))
+        return VaeSource(headers, read_json(folder / "config.json"), None)
+    return _file_source(read_header(found), family)
+
+
+def _file_source(header: Header, family: Family) -> VaeSource:
+    for prefix in (VAE, ""):
+        if prefix + "encoder.down.0.block.0.conv1.weight" in header.entries:
+            return VaeSource((header,), config_of(header, family, "vae", prefix), prefix)
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in header.entries:
+        return VaeSource((header,), _lone_config(header, family), None)
+    raise user_error(
+        str(header.path), VAE + "encoder.*", "is missing: this is neither a VAE nor a checkpoint with one in it"
+    )
+
+
+def _lone_config(header: Header, family: Family) -> dict[str, Any]:
+    """Of a file in diffusers' names: the config that lies beside it, or the one that follows from the shapes."""
+    beside = Path(header.path).parent / "config.json"
+    if beside.is_file():
+        return read_json(beside)
+    names = {new_vae_name(name): name for name in header.entries}
+    places: dict[str, Place] = places_of(family, "vae", names)
+    shapes = {place.key.removeprefix(VAE): header.entries[names[name]].shape for name, place in places.items()}
+    return vae_config(shapes, family)

@@ -1,0 +1,132 @@
+"""From tensors in files to networks in memory, at the cost of one copy."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.models.header import Entry, Header
+from sdtrain.models.keys import Place
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_NAMED = 5
+"""Problems named in full; a model of another shape would have hundreds."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where the value of a parameter lies."""
+
+    header: Header
+    place: Place
+
+    @property
+    def entry(self) -> Entry:
+        """The tensor in the file; of fused ones the whole."""
+        return self.header.entries[self.place.key]
+
+
+def read_tensor(file: FileIO, entry: Entry, third: int | None = None) -> Tensor:
+    """One tensor as it is stored, or a third of its rows.
+
+    Bytes are read straight into the tensor. A memory map would show the same pages a second time in the process's
+    resident size and would crash the run if the file were overwritten meanwhile.
+    """
+    rows, start, num_bytes = entry.shape, entry.start, entry.end - entry.start
+    if third is not None:
+        num_bytes //= 3
+        rows, start = (entry.shape[0] // 3, *entry.shape[1:]), start + third * num_bytes
+    tensor = torch.empty(rows, dtype=DTYPES[entry.dtype])
+    if num_bytes:
+        _read_into(file, start, memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
+    return tensor
+
+
+def _read_into(file: FileIO, start: int, buffer: memoryview) -> None:
+    file.seek(start)
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise user_error(str(file.name), Path(str(file.name)).name, "became shorter while it was read")
+        done += count
+
+
+def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
+    """Give the parameters of a network on the meta device their values from files, in `dtype`.
+
+    stored: the place of every parameter, by its name. Raises UserError when shapes or types do not fit.
+    """
+    parameters = dict(network.named_parameters())
+    _check_fit(parameters, stored)
+    tensors = {}
+    with ExitStack() as stack:
+        files: dict[Path, FileIO] = {}
+        for name in sorted(stored, key=lambda name: (str(stored[name].header.path), stored[name].entry.start)):
+            where = stored[name]
+            if where.header.path not in files:
+                files[where.header.path] = stack.enter_context(where.header.path.open("rb", buffering=0))
+            raw = read_tensor(files[where.header.path], where.entry, where.place.third)
+            if where.place.form == "transposed":
+                raw = raw.T.contiguous()
+            tensors[name] = raw.view(parameters[name].shape).to(dtype)
+    network.load_state_dict(tensors, strict=False, assign=True)
+    return network
+
+
+def _check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored]) -> None:
+    problems = []
+    for name, parameter in parameters.items():
+        where = stored[name]
+        key = where.place.key
+        if where.entry.dtype not in DTYPES:
+            problems.append(
+                Problem(key, f"is stored as {where.entry.dtype}, which cannot be trained; get fp16 or more")
+            )
+        elif _shape(where) != _without_ones(tuple(parameter.shape)):
+            problems.append(
+                Problem(key, f"has shape {list(where.entry.shape)}, but {list(parameter.shape)} is needed for {name}")
+            )
+    raise_first(next(iter(stored.values())).header.path, problems)
+
+
+def _shape(where: Stored) -> tuple[int, ...]:
+    """Shape of the parameter itself, without trailing ones: convolutions of 1 x 1 pixels are matrices to some."""
+    shape = where.entry.shape
+    if where.place.third is not None:
+        shape = (shape[0] // 3, *shape[1:])
+    if where.place.form == "transposed":
+        shape = shape[::-1]
+    return _without_ones(shape)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    while len(shape) > 2 and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
+
+
+def raise_first(path: Path, problems: list[Problem]) -> None:
+    """Raise a UserError with the first few of many problems of one kind; does nothing when there are none."""
+    if not problems:
+        return
+    more = len(problems) - MAX_NAMED
+    if more > 0:
+        problems = [*problems[:MAX_NAMED], Problem("...", f"and {more} more")]
+    raise UserError(str(path), problems)
+
+
+def stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """The type that most weights of a network are stored in."""
+    sizes = Counter[str]()
+    for where in stored:
+        sizes[where.entry.dtype] += where.entry.end - where.entry.start
+    return DTYPES[sizes.most_common(1)[0][0]]
