@@ -26,7 +26,7 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     if problems or facts is None:
         raise UserError(str(path), problems)
     report = summarise(examples, config.data)
-    console.print(f"{path}: no problems found", highlight=False)
+    console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
     for line in (*_model_lines(config, facts), *report_lines(report)):
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 

@@ -1,0 +1,171 @@
+"""Reading settings: what is right comes back the same, what is wrong is named with what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdtrain.config.presets import preset_values
+from sdtrain.config.read import all_settings, differences, override_table, read_config, resolve
+from sdtrain.config.refused import REFUSED
+from sdtrain.config.schema import Config
+from sdtrain.config.write import config_to_toml
+from sdtrain.errors import UserError
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    table: dict[str, Any] = {
+        "name": "small",
+        "steps": 100,
+        "model": {"path": "builtin:tiny-sdxl"},
+        "method": {"kind": "lora"},
+        "data": {"folder": [{"path": "pictures"}]},
+    }
+    return table | changes
+
+
+def problems(table: dict[str, Any]) -> dict[str, str]:
+    with pytest.raises(UserError) as caught:
+        resolve(table, "test")
+    return {problem.where: problem.what for problem in caught.value.problems}
+
+
+@given(
+    prompts=st.lists(st.text(max_size=20), max_size=3),
+    steps=st.integers(1, 10**6),
+    d0=st.floats(1e-9, 1e-2),
+    weight=st.floats(0.01, 10),
+    seeds=st.lists(st.integers(0, 2**40), min_size=1, max_size=3),
+)
+def test_a_written_config_reads_back_as_the_same_config(
+    prompts: list[str], steps: int, d0: float, weight: float, seeds: list[int]
+) -> None:
+    table = small(
+        steps=steps,
+        optimizer={"d0": d0},
+        method={"kind": "lora", "lr": {"unet": weight}, "targets": ["*.to_q"]},
+        preview={"prompts": prompts, "seeds": seeds},
+    )
+    config = resolve(table, "test")
+    assert resolve(tomllib.loads(config_to_toml(config)), "again") == config
+
+
+def test_every_misspelt_key_gets_the_nearest_name() -> None:
+    found = problems(small(method={"kind": "lora", "rnak": 4}, stepz=3, data={"folder": [{"paht": "x"}]}))
+    assert "`rank`" in found["method.rnak"]
+    assert "`steps`" in found["stepz"]
+    assert "`path`" in found["data.folder[0].paht"]
+    assert "missing" in found["data.folder[0].path"]
+
+
+def test_a_key_in_the_wrong_table_is_sent_to_the_right_one() -> None:
+    assert "data.batch_size" in problems(small(batch_size=4))["batch_size"]
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_settings_of_other_tools_are_refused_with_the_reason(key: str) -> None:
+    assert problems(small(optimizer={key: 1}))[f"optimizer.{key}"] == REFUSED[key]
+    assert problems(small(**{key: 1}))[key] == REFUSED[key]
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"steps": "many"}, "steps", "'many'"),
+        ({"steps": 0}, "steps", "greater than or equal to 1"),
+        ({"steps": True}, "steps", "True"),
+        ({"method": {"kind": "lora", "targets": "some"}}, "method.targets", "'attention'"),
+        ({"method": {"kind": "loar"}}, "method.kind", '"lora", "full"'),
+        ({"method": {}}, "method.kind", "missing"),
+        ({"method": {"kind": "full", "rank": 4}}, "method.rank", "unknown setting"),
+        ({"name": "a/b"}, "name", "'a/b'"),
+        ({"data": {"folder": []}}, "data.folder", "at least 1"),
+        ({"optimizer": {"preset": "best"}}, "optimizer.preset", "'lora'"),
+        ({"optimizer": {"d0": 0}}, "optimizer.d0", "greater than 0"),
+        ({"optimizer": {"prodigy_steps": 101}}, "optimizer.prodigy_steps", "beyond steps = 100"),
+        ({"optimizer": {"split_groups": False, "split_groups_mean": "mean"}}, "optimizer.split_groups_mean", "one d"),
+        ({"timesteps": {"first": 500, "last": 500}}, "timesteps.first", "not below"),
+        ({"data": {"folder": [{"path": "x"}], "bucket_step_px": 20}}, "data.bucket_step_px", "multiple of 8"),
+        ({"preview": {"width_px": 100}}, "preview.width_px", "multiple of 8"),
+        (
+            {"model": {"path": "x", "prediction": "epsilon", "zero_terminal_snr": "on"}},
+            "model.zero_terminal_snr",
+            "nothing is left to learn",
+        ),
+        ({"method": {"kind": "lora", "lr": {"text_encoder": 0.5}}}, "method.lr", "not trained"),
+        ({"method": {"kind": "lora", "train": ["unet", "unet"]}}, "method.train", "twice"),
+        ({"memory": {"fused_back_pass": True}}, "memory.fused_back_pass", "full fine-tune"),
+    ],
+)
+def test_bad_values_are_named_with_what_was_found_and_what_is_allowed(
+    changes: dict[str, Any], where: str, what: str
+) -> None:
+    assert what in problems(small(**changes))[where]
+
+
+def test_the_preset_fills_in_a_quarter_of_the_steps_and_the_user_wins() -> None:
+    assert resolve(small(), "test").optimizer.prodigy_steps == 25
+    assert resolve(small(optimizer={"prodigy_steps": 7}), "test").optimizer.prodigy_steps == 7
+    assert resolve(small(optimizer={"preset": "auto-freeze"}), "test").optimizer.prodigy_steps == "auto"
+    assert resolve(small(method={"kind": "full"}), "test").optimizer.preset == "full"
+
+
+@pytest.mark.parametrize("preset", ["lora", "lora-text-encoders", "full", "full-text-encoders"])
+@given(steps=st.integers(1, 10**6))
+def test_presets_freeze_within_the_run(preset: Any, steps: int) -> None:
+    assert 1 <= preset_values(preset, steps)["prodigy_steps"] <= max(1, steps)
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [("steps=7", 7), ('name="x"', "x"), ("name=cats", "cats"), ("preview.seeds=[1, 2]", [1, 2]), ("a.b.c=true", True)],
+)
+def test_overrides_are_toml_values_or_bare_words(override: str, value: Any) -> None:
+    table: dict[str, Any] = {}
+    override_table(table, [override])
+    for name in override.partition("=")[0].split("."):
+        table = table[name]
+    assert table == value
+
+
+def test_all_bad_overrides_are_told() -> None:
+    with pytest.raises(UserError) as caught:
+        override_table({"steps": 3}, ["steps", "steps.more=1", "=3"])
+    assert len(caught.value.problems) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(b"a = ", "syntax"), (b"\xff\xfe", "UTF-8"), (b"name = x", "syntax")], ids=str
+)
+def test_files_that_are_not_toml_are_refused_in_one_line(tmp_path: Path, content: bytes, what: str) -> None:
+    path = tmp_path / "config.toml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=what):
+        read_config(path)
+    with pytest.raises(UserError, match="no such file"):
+        read_config(tmp_path / "other.toml")
+    with pytest.raises(UserError, match="folder"):
+        read_config(tmp_path)
+
+
+def test_every_setting_is_described() -> None:
+    def walk(model: type) -> None:
+        for name, field in model.model_fields.items():  # type: ignore[attr-defined]
+            inner = [kind for kind in (field.annotation,) if hasattr(kind, "model_fields")]
+            if inner:
+                walk(inner[0])
+            elif name not in ("kind", "model"):
+                assert field.description, f"{model.__name__}.{name}"
+
+    walk(Config)
+    assert "data.folder.path" in all_settings()
+
+
+def test_differences_name_the_setting() -> None:
+    before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3, "e": 5}}
+    assert differences(before, after) == [("b.c", 2, 4), ("b.e", None, 5)]

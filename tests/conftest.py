@@ -1,0 +1,81 @@
+"""Small runs on the embedded model, for every test that trains."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageDraw
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+SIZES = [(64, 64), (96, 64), (64, 96), (130, 90), (64, 64), (64, 64)]
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small pictures of several shapes, each with a caption."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, size in enumerate(SIZES):
+        picture = Image.new("RGB", size, (40 * index, 255 - 40 * index, 128))
+        ImageDraw.Draw(picture).ellipse((10, 10, 40, 50), fill=(255, 30 * index, 0))
+        picture.save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a red thing number {index}", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def table(tmp_path: Path, pictures: Path) -> dict[str, Any]:
+    """The plain config of a run that takes a few seconds: 96 px, rank 2, four steps."""
+    return {
+        "name": "small",
+        "output": str(tmp_path / "runs"),
+        "steps": 4,
+        "model": {"path": "builtin:tiny-sdxl"},
+        "method": {"kind": "lora", "rank": 2, "alpha": 4.0, "targets": "attention"},
+        "data": {
+            "resolution_px": 96,
+            "bucket_step_px": 32,
+            "batch_size": 2,
+            "cache": str(tmp_path / "cache"),
+            "folder": [{"path": str(pictures)}],
+        },
+        "optimizer": {"prodigy_steps": 0, "d0": 1e-3},
+        "preview": {"every": 0, "prompts": ["a red circle"], "seeds": [0], "num_inference_steps": 2},
+        "checkpoint": {"every": 0},
+    }
+
+
+def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The table with dotted settings changed."""
+    result = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+    for path, value in changes.items():
+        *folders, last = path.split(".")
+        inner = result
+        for name in folders:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return result
+
+
+@pytest.fixture
+def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
+    """Runs a config to its end; returns the run's folder and what was printed. Keywords are dotted settings."""
+
+    def run(changes: dict[str, Any] | None = None, *, resume: bool = False) -> tuple[Path, str]:
+        from rich.console import Console
+
+        from sdtrain.config.read import resolve
+        from sdtrain.training.fit import fit
+
+        config = resolve(merged(table, changes or {}), "test config")
+        text = io.StringIO()
+        fit(config, Console(file=text, width=200), resume=resume)
+        return Path(config.output) / config.name, text.getvalue()
+
+    return run
