@@ -149,7 +149,7 @@ def configs_metadata(components: Components, path: Path, tensors: Mapping[str, P
     usual = single_file_scheduler({}, file_markers(header))
     if any(components.scheduler_config.get(key, SCHEDULER[key]) != usual[key] for key in SCHEDULER if key[0] != "_"):
         configs["scheduler"] = dict(components.scheduler_config)
-    return {CONFIGS_KEY: json.dumps(configs)} if configs else {}
+    return {CONFIGS_KEY: json.dumps(configs, sort_keys=True)} if configs else {}
 
 
 def network_config(network: nn.Module) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +14,10 @@ from torch import Generator, Tensor, nn
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
+from sdtrain.models.export import write_single_file
 from sdtrain.models.files import Components, load_components
 from sdtrain.models.model import SamplingSettings
+from sdtrain.models.modelspec import Description
 from sdtrain.models.prompts import Tokenizer, token_chunks
 from sdtrain.models.sampling import guided, initial_noise, sample_euler
 
@@ -22,7 +26,6 @@ class SDXL:
     """SDXL, its fine-tunes and its smaller relatives. Fulfils `Model`."""
 
     def __init__(self, components: Components, config: ModelConfig, device: torch.device, caption_chunks: int) -> None:
-        self._parts = components
         self._device = device
         self._caption_chunks = caption_chunks
         self.unet: Any = components.unet
@@ -39,6 +42,7 @@ class SDXL:
         if config.zero_terminal_snr != "auto":
             scheduler["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
         self.scheduler_config = scheduler
+        self.components = replace(components, scheduler_config=scheduler)  # what an export writes
         self.prediction: Prediction = (
             "v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
         )
@@ -54,10 +58,8 @@ class SDXL:
         for network in (*self.networks.values(), self.vae):
             network.requires_grad_(False).eval()
         self.unet.to(device)
-        self.latent_shape = (
-            int(self.vae.config.latent_channels),
-            2 ** (len(self.vae.config.block_out_channels) - 1),
-        )
+        vae: Any = self.vae.config
+        self.latent_shape = (int(vae.latent_channels), 2 ** (len(vae.block_out_channels) - 1))
 
     def fingerprints(self) -> tuple[str, str]:
         """Digests of the VAE's and of the text encoders' weights and reading of captions."""
@@ -74,22 +76,25 @@ class SDXL:
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8), the mode of the VAE's distribution."""
-        mode = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist.mode()
-        shift = self.vae.config.shift_factor or 0.0
-        return (mode - shift) * self.vae.config.scaling_factor
+        mode: Tensor = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist.mode()
+        shift, scale = self._latent_scale()
+        return (mode - shift) * scale
+
+    def _latent_scale(self) -> tuple[float, float]:
+        return float(self.vae.config.shift_factor or 0.0), float(self.vae.config.scaling_factor)
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The way back, clamped to [-1, 1], on the CPU; always float32, the SDXL VAE overflows in fp16."""
-        shift = self.vae.config.shift_factor or 0.0
-        unscaled = latents.to(self.vae.device, torch.float32) / self.vae.config.scaling_factor + shift
+        shift, scale = self._latent_scale()
+        unscaled = latents.to(self.vae.device, torch.float32) / scale + shift
         pictures = [self.vae.decode(one[None]).sample for one in unscaled]
         return torch.cat(pictures).clamp(-1, 1).cpu()
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second), as SDXL reads captions."""
-        first, _ = self._encode("text_encoder", self._parts.tokenizer, captions)
-        second, pooled = self._encode("text_encoder_2", self._parts.tokenizer_2, captions)
+        first, _ = self._encode("text_encoder", self.components.tokenizer, captions)
+        second, pooled = self._encode("text_encoder_2", self.components.tokenizer_2, captions)
         assert pooled is not None
         return {"prompt_embeds": torch.cat([first, second], dim=-1), "pooled": pooled}
 
@@ -106,7 +111,7 @@ class SDXL:
     def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
         """The conditioning guidance moves away from: zeros for an empty prompt where the model was trained so."""
         conditioning = self.encode_captions(negative_prompts)
-        if self._parts.zeros_for_empty_prompt:
+        if self.components.zeros_for_empty_prompt:
             empty = [index for index, prompt in enumerate(negative_prompts) if not prompt]
             for tensor in conditioning.values():
                 tensor[empty] = 0.0
@@ -127,6 +132,10 @@ class SDXL:
         )[0]
         assert isinstance(output, Tensor)
         return output
+
+    def write_checkpoint(self, path: Path, description: Description, dtype: torch.dtype | None) -> None:
+        """The whole model, as its networks are now, in the original single-file layout."""
+        write_single_file(self.components, path, description, dtype=dtype)
 
     @torch.no_grad()
     def sample(

@@ -1,0 +1,138 @@
+"""A whole checkpoint as a diffusers folder, with tokenizers and configurations."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, assert_never
+
+import torch
+from torch import nn
+
+from sdtrain.errors import user_error
+from sdtrain.models.checkpoint import STEMS, TOKENIZER_FILES, TokenizerSource
+from sdtrain.models.export import Change, changed_weights, network_config, weights_of
+from sdtrain.models.files import Components, load_tokenizer
+from sdtrain.models.keys import COMPONENTS, Component, Family, with_text_prefix
+from sdtrain.models.modelspec import Description, spec_metadata
+from sdtrain.models.writer import Planned, atomic_folder, check_space, write_safetensors
+
+COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+INDEX = "model_index.json"
+
+
+def write_folder(
+    components: Components,
+    path: Path,
+    description: Description,
+    *,
+    dtype: torch.dtype | None = None,
+    change: Change | None = None,
+) -> None:
+    """Write a diffusers folder, whole or not at all; an older one under the same name is replaced.
+
+    dtype: of all weights; None: of each network as it was stored. Raises UserError for a full disk, for values that
+    are not finite in that type, and rather than replacing a folder that is no model.
+    """
+    if path.exists() and not (path / INDEX).is_file():
+        raise user_error(str(path), "output", f"is there already and is no diffusers folder (no {INDEX}); move it away")
+    family = components.family
+    plans = {
+        component: folder_tensors(components, component, dtype or components.stored_dtypes[component], change)
+        for component in COMPONENTS[family]
+    }
+    check_space(path, sum(tensor.num_bytes for plan in plans.values() for tensor in plan.values()))
+    metadata = {"format": "pt", **spec_metadata(description, family, components.scheduler_config)}
+    metadata["modelspec.implementation"] = "diffusers"
+    with atomic_folder(path) as folder:
+        for component, plan in plans.items():
+            (folder / component).mkdir()
+            write_safetensors(folder / component / f"{STEMS[component]}.safetensors", plan, metadata)
+            write_json(folder / component / "config.json", folder_config(components.network(component), plan))
+        for source, name in zip(components.tokenizer_sources, ("tokenizer", "tokenizer_2"), strict=False):
+            copy_tokenizer(source, folder / name)
+        (folder / "scheduler").mkdir()
+        write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config)
+        write_json(folder / INDEX, model_index(components))
+
+
+def folder_tensors(
+    components: Components, component: Component, dtype: torch.dtype, change: Change | None
+) -> dict[str, Planned]:
+    """A network's tensors in the names that all versions of diffusers and transformers read."""
+    network = components.network(component)
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights_of(network).items()}
+    is_text = component in ("text_encoder", "text_encoder_2")
+    return {
+        with_text_prefix(name) if is_text else name: Planned(dtype, shapes[name], values)
+        for name, values in changed_weights(component, network, change).items()
+    }
+
+
+def folder_config(network: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Any]:
+    """The configuration of a network, with the version that diffusers wants and the type transformers reads."""
+    import diffusers
+
+    config = network_config(network)
+    if "model_type" in config:
+        return {**config, "dtype": str(next(iter(plan.values())).dtype).removeprefix("torch.")}
+    return {**config, "_diffusers_version": diffusers.__version__}
+
+
+def model_index(components: Components) -> dict[str, Any]:
+    """Which class reads which part of the folder."""
+    import diffusers
+
+    index: dict[str, Any] = {
+        "_class_name": pipeline_name(components.family),
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", components.scheduler_config.get("_class_name", "EulerDiscreteScheduler")],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+    }
+    if components.family != "sdxl":
+        return {**index, "safety_checker": [None, None], "requires_safety_checker": False}
+    return {
+        **index,
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer_2": ["transformers", "CLIPTokenizer"],
+        "force_zeros_for_empty_prompt": components.zeros_for_empty_prompt,
+    }
+
+
+def pipeline_name(family: Family) -> str:
+    """The class of diffusers that loads the folder."""
+    match family:
+        case "sdxl":
+            return "StableDiffusionXLPipeline"
+        case "sd1" | "sd2":
+            return "StableDiffusionPipeline"
+        case _:
+            assert_never(family)
+
+
+def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
+    """The tokenizer's files as they are; where its padding was changed, with a config that says so."""
+    folder.mkdir()
+    changed = bool(source.pad_token)
+    if changed:
+        tokenizer: Any = load_tokenizer(source)
+        tokenizer.save_pretrained(folder)
+    for name in TOKENIZER_FILES if changed else COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file as the libraries write theirs, on the disk when this returns."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(dict(content), indent=2, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
