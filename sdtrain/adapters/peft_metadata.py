@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdtrain.adapters.metadata import DIFFUSERS_KEY
+from sdtrain.adapters.tensors import factor_shape
 from sdtrain.adapters.weights import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
 
@@ -89,21 +90,19 @@ def _decompose_factor(path: Path, modules: Iterable[LokrWeights]) -> int:
     """The setting from which peft derives the same factors. Raises UserError when there is none."""
     from peft.tuners.lokr.layer import factorization
 
-    shapes = [(_shape(weights.w1), _shape(weights.w2)) for weights in modules]
-    for factor in [-1, *sorted({left[0] for left, _ in shapes})]:
+    shapes = [(factor_shape(weights.w1), factor_shape(weights.w2)) for weights in modules]
+    for candidate in [-1, *sorted({left[0] for left, _ in shapes})]:
+
+        def derives(left: int, right: int, factor: int = candidate) -> bool:
+            return bool(factorization(left * right, factor) == (left, right))
+
+        # The second factor of a convolution, written as a product, has its kernel's pixels among its inputs.
         if all(
-            factorization(left[axis] * right[axis], factor) == (left[axis], right[axis])
+            derives(left[0], right[0]) and any(derives(left[1], right[1] // area) for area in (1, 9))
             for left, right in shapes
-            for axis in (0, 1)
         ):
-            return int(factor)
+            return candidate
     raise user_error(str(path), "adapters", "have Kronecker factors that peft cannot name; use sd-scripts names")
-
-
-def _shape(factor: Any) -> tuple[int, int]:
-    if isinstance(factor, tuple):
-        return factor[0].shape[0], factor[1].shape[1]
-    return factor.shape[0], factor.shape[1]
 
 
 def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, rank: int) -> float | None:

@@ -175,7 +175,7 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
         case LohaWeights():
             flat = (weights.w1_a.shape[0], weights.w1_b.shape[1])
         case LokrWeights():
-            (out1, in1), second = _factor_shape(weights.w1), _factor_shape(weights.w2)
+            (out1, in1), second = factor_shape(weights.w1), factor_shape(weights.w2)
             flat = (out1 * second[0], in1 * math.prod(second[1:]))
         case OftWeights():
             flat = (wanted[0], weights.vectors.shape[0] * weights.block_size)
@@ -184,7 +184,8 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
     return wanted if flat == (wanted[0], math.prod(wanted[1:])) else flat
 
 
-def _factor_shape(factor: Tensor | tuple[Tensor, Tensor]) -> tuple[int, ...]:
+def factor_shape(factor: Tensor | tuple[Tensor, Tensor]) -> tuple[int, ...]:
+    """The shape of a Kronecker factor, multiplied out or not."""
     if isinstance(factor, tuple):
         return (factor[0].shape[0], factor[1].shape[1])
     return tuple(factor.shape)

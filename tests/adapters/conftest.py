@@ -21,7 +21,7 @@ def build_unet() -> nn.Module:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64, 64),
-        layers_per_block=2,
+        layers_per_block=1,
         transformer_layers_per_block=(1, 1, 2),
         attention_head_dim=(2, 4, 4),
         cross_attention_dim=64,
