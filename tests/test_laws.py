@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+BUILTIN = Path(__file__).parent.parent / "sdtrain" / "builtin"
 Train = Callable[..., tuple[Path, str]]
 
 
@@ -58,32 +59,84 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(train: Train, method:
     assert len(losses[0]) == 5
 
 
-def test_exported_weights_are_the_averaged_weights(train: Train) -> None:
-    """x = y + (1 - 1/beta1)(z - y), from the saved state by hand, against the file."""
-    run, _ = train({"method": {"kind": "full"}})
-    folder = run / "checkpoints" / "step-000004"
+def averaged_by_hand(run: Path, step: int, names: list[str]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """x = y + (1 - 1/beta1)(z - y) of a saved state, and y; `names` in the order the optimizer got the parameters."""
+    folder = run / "checkpoints" / f"step-{step:06d}"
     y = load_file(folder / "parameters.safetensors")
     state = load_file(folder / "optimizer.safetensors")
-    exported = load_file(run / "weights" / "small.safetensors")
-    moved = 0
-    for index, name in enumerate(_in_order_of_the_network(list(y))):
+    assert sorted(names) == sorted(y)
+    x = {}
+    for index, name in enumerate(names):
         z = state[f"state.{index}.z"].double().view(y[name].shape)
-        x = y[name].double() + (1 - 1 / 0.9) * (z - y[name].double())
-        saved = exported[name.replace("unet/", "unet.")].double()
-        assert torch.allclose(saved, x, rtol=0, atol=1e-6), name
-        moved += not torch.allclose(saved, y[name].double(), rtol=0, atol=1e-6)
+        x[name] = y[name].double() + (1 - 1 / 0.9) * (z - y[name].double())
+    return x, y
+
+
+def require_average(exported: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Asserts that x was exported; whether that can be told from y."""
+    assert torch.allclose(exported.double(), x, rtol=0, atol=1e-6)
+    return not torch.allclose(exported.double(), y.double(), rtol=0, atol=1e-6)
+
+
+def tiny_unet() -> torch.nn.Module:
+    from diffusers import UNet2DConditionModel
+
+    network = UNet2DConditionModel.from_pretrained(BUILTIN / "tiny-sdxl" / "unet")
+    assert isinstance(network, torch.nn.Module)
+    return network
+
+
+def test_an_exported_lora_holds_the_averaged_weights(train: Train) -> None:
+    from sdtrain.adapters.lora import attach_lora
+    from sdtrain.adapters.targets import select_modules
+
+    run, _ = train({"export.names": "diffusers", "method.alpha": 2.0})
+    saved = load_file(run / "weights" / "small.safetensors")
+    network = tiny_unet()
+    modules = select_modules(network, "attention")
+    parameters = attach_lora(network, modules, rank=2, alpha=2.0, generator=torch.Generator())
+    x, y = averaged_by_hand(run, 4, [f"unet/{name}" for name in parameters])
+    moved = 0
+    for name in parameters:
+        exported = saved[f"unet.{name.replace('.default', '')}"]
+        moved += require_average(exported, x[f"unet/{name}"], y[f"unet/{name}"])
+    assert len(saved) == len(parameters)
+    assert moved > 20, "the average differs from the training weights, or this test shows nothing"
+
+
+def test_an_exported_checkpoint_holds_the_averaged_weights(train: Train) -> None:
+    from sdtrain.models.keys import places_of
+
+    run, _ = train({"method": {"kind": "full"}, "export.dtype": "float32"})
+    saved = load_file(run / "weights" / "small.safetensors")
+    names = [name for name, _ in tiny_unet().named_parameters()]
+    x, y = averaged_by_hand(run, 4, [f"unet/{name}" for name in names])
+    moved = 0
+    for name, place in places_of("sdxl", "unet", names).items():
+        exported = saved[place.key].view(y[f"unet/{name}"].shape)
+        moved += require_average(exported, x[f"unet/{name}"], y[f"unet/{name}"])
     assert moved > 100, "the average differs from the training weights, or this test shows nothing"
 
 
-def _in_order_of_the_network(names: list[str]) -> list[str]:
-    from diffusers import UNet2DConditionModel
+def test_diffusers_reads_an_exported_lora_and_its_pictures_change(train: Train) -> None:
+    from diffusers import StableDiffusionXLPipeline
 
-    from sdtrain.models.inspect import builtin_folder
+    run, _ = train({"optimizer.d0": 1e-2})
+    pipe = StableDiffusionXLPipeline.from_pretrained(BUILTIN / "tiny-sdxl", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
 
-    network = UNet2DConditionModel.from_pretrained(builtin_folder() / "tiny-sdxl" / "unet")
-    order = [f"unet/{name}" for name, _ in network.named_parameters()]
-    assert sorted(order) == sorted(names)
-    return order
+    def picture() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        images = pipe("a red circle", num_inference_steps=2, generator=generator, output_type="pt", height=64, width=64)
+        return images.images
+
+    before = picture()
+    pipe.load_lora_weights(run / "weights", weight_name="small.safetensors")
+    loaded = [name for name, _ in pipe.unet.named_parameters() if ".lora_" in name]
+    assert len(loaded) == len(
+        [name for name in load_file(run / "weights" / "small.safetensors") if "lora_" in name and "alpha" not in name]
+    )
+    assert (picture() - before).abs().max() > 1e-4
 
 
 def test_as_many_steps_are_done_as_were_asked_for(train: Train) -> None:

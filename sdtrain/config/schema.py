@@ -184,6 +184,18 @@ class CheckpointConfig(Settings):
     keep: Count = Field(default=2, description="How many training states stay.")
 
 
+class ExportConfig(Settings):
+    """The file a run leaves."""
+
+    names: Literal["sd-scripts", "diffusers"] = Field(
+        default="sd-scripts",
+        description="Names of a LoRA's layers: `sd-scripts` loads everywhere, `diffusers` in diffusers and peft.",
+    )
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
+        default="auto", description="Type of the stored weights; `auto`: adapters float32, checkpoints as their base."
+    )
+
+
 class MemoryConfig(Settings):
     """What is traded for memory."""
 
@@ -208,4 +220,5 @@ class Config(Settings):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule
+from sdtrain.models.modelspec import Description
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Model(Protocol):
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
+
+    def write_checkpoint(self, path: Path, description: Description, dtype: torch.dtype | None) -> None:
+        """The whole model, as its networks are now, as a single file; dtype None: of each network as it was stored."""
 
     def sample(
         self,

@@ -29,6 +29,7 @@ def sample_euler(
     for timestep in scheduler.timesteps:
         prediction = denoise(scheduler.scale_model_input(latents, timestep), timestep)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    assert isinstance(latents, Tensor)
     return latents
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
-from sdtrain.data.batches import Batches
 from sdtrain.data.examples import Example
 from sdtrain.models.model import Model
 from sdtrain.training.checkpoint import load_state, save_state, saved_states
@@ -21,8 +20,8 @@ from sdtrain.training.guard import NonFiniteGuard
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
-from sdtrain.training.prepare import encode_everything, load
-from sdtrain.training.preview import Prompts, labelled_grid, render, sampling_settings, save_picture
+from sdtrain.training.prepare import Prepared, encode_everything, load
+from sdtrain.training.preview import labelled_grid, render, sampling_settings, save_picture
 from sdtrain.training.report import Report
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
@@ -37,8 +36,7 @@ class Training:
     model: Model
     trainable: Trainable
     optimizer: ProdigyPlusScheduleFree
-    batches: Batches
-    prompts: Prompts
+    data: Prepared
 
 
 def fit(config: Config, console: Console, *, resume: bool = False) -> bool:
@@ -49,13 +47,13 @@ def fit(config: Config, console: Console, *, resume: bool = False) -> bool:
     started = time.monotonic()
     run = open_run(config, resume=resume)
     model = load(run)
-    batches, prompts = encode_everything(model, run, console)
+    data = encode_everything(model, run, console)
     write_resolved_config(run)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
-    training = Training(run, model, trainable, optimizer, batches, prompts)
+    training = Training(run, model, trainable, optimizer, data)
     first_step = _resumed_step(training) if resume else 0
-    console.print(banner(run, trainable, batches, first_step))
+    console.print(banner(run, trainable, data.batches, first_step))
     with (
         stop_requests() as stop,
         Report(console, run.folder, num_steps=config.steps, first_step=first_step, d0=config.optimizer.d0) as report,
@@ -76,9 +74,10 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
     if step == 0:
         preview(training, step, report)
     while step < config.steps and not stop.is_set():
+        report.begin_step()
         losses: list[Tensor] = []
         examples: list[Example] = []
-        for batch, share in training.batches.at(step):
+        for batch, share in training.data.batches.at(step):
             loss = share * objective(batch, run.generator("noise", step, batch.index))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
@@ -99,7 +98,14 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
     save_state(run.folder / "checkpoints", step, trainable, optimizer, config.checkpoint.keep)
     if step == config.steps:
         with averaged(optimizer):
-            export_weights(training.model, run, run.weights_path, step, optimizer.metrics())
+            export_weights(
+                training.model,
+                config,
+                run.weights_path,
+                step=step,
+                examples=training.data.examples,
+                groups=optimizer.metrics(),
+            )
     return step
 
 
@@ -110,7 +116,7 @@ def due(step: int, every: int, last: int) -> bool:
 
 def preview(training: Training, step: int, report: Report) -> None:
     """Pictures with the averaged weights, into `previews/`; the training is as it was before."""
-    config, prompts = training.run.config, training.prompts
+    config, prompts = training.run.config, training.data.prompts
     if not prompts.texts or not config.preview.every:
         return
     training.model.move_encoders(training.run.device, text=False)

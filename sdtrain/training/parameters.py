@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import assert_never
 
-from torch import Tensor, nn
+from torch import nn
 
-from sdtrain.adapters.formats import peft_tensors
-from sdtrain.adapters.lora import attach_lora, lora_weights
+from sdtrain.adapters.lora import attach_lora
 from sdtrain.adapters.targets import select_modules
 from sdtrain.config.schema import FullConfig, LoraConfig
 from sdtrain.errors import user_error
@@ -86,19 +85,3 @@ def _unfreeze(model: Model, name: str) -> dict[str, nn.Parameter]:
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     return parameters
-
-
-def export_tensors(model: Model, run: Run) -> dict[str, Tensor]:
-    """The tensors of the file a run leaves, from the weights the networks hold now (lend the averaged ones first)."""
-    method = run.config.method
-    match method:
-        case LoraConfig():
-            return peft_tensors({name: lora_weights(model.networks[name]) for name in method.train})
-        case FullConfig():
-            return {
-                f"{name}.{key}": tensor.detach().cpu().contiguous()
-                for name in method.train
-                for key, tensor in model.networks[name].state_dict().items()
-            }
-        case _:
-            assert_never(method)

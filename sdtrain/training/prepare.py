@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
-from sdtrain.data.examples import scan_folders
+from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.model import Model
@@ -28,21 +29,30 @@ def load(run: Run) -> Model:
     )
 
 
-def encode_everything(model: Model, run: Run, console: Console) -> tuple[Batches, Prompts]:
+@dataclass(frozen=True)
+class Prepared:
+    """What the loop reads: pictures as batches, prompts to preview."""
+
+    examples: list[Example]
+    batches: Batches
+    prompts: Prompts
+
+
+def encode_everything(model: Model, run: Run, console: Console) -> Prepared:
     """Batches and preview prompts; afterwards VAE and text encoders have left the device. Raises UserError."""
-    model.move_encoders(run.device, text=True)
-    batches = make_batches(model, run, console)
-    prompts = prepare_prompts(model, run.config, trains_text=_trains_text(run))
-    model.move_encoders(torch.device("cpu"), text=True)
-    return batches, prompts
-
-
-def make_batches(model: Model, run: Run, console: Console) -> Batches:
-    """Scan the folders and encode what the cache lacks. Raises UserError."""
-    config = run.config
-    examples, problems = scan_folders(config.data, decode=False)
+    examples, problems = scan_folders(run.config.data, decode=False)
     if problems:
         raise UserError("data", problems)
+    model.move_encoders(run.device, text=True)
+    batches = make_batches(model, run, examples, console)
+    prompts = prepare_prompts(model, run.config, trains_text=_trains_text(run))
+    model.move_encoders(torch.device("cpu"), text=True)
+    return Prepared(examples, batches, prompts)
+
+
+def make_batches(model: Model, run: Run, examples: list[Example], console: Console) -> Batches:
+    """Encode what the cache lacks. Raises UserError for pictures that cannot be read."""
+    config = run.config
     vae, text = model.fingerprints()
     encoders = Encoders(
         pixels=model.encode_pixels,

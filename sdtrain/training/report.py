@@ -35,7 +35,8 @@ class Report:
         self._smoothed = 0.0
         self._weight = 0.0
         self._started = time.monotonic()
-        self._images = 0
+        self._step_started = self._started
+        self._seconds_per_image = 0.0
         self._told_stuck = False
         self._log: IO[str] | None = None
         self._progress: Progress | None = None
@@ -60,6 +61,10 @@ class Report:
         self._started = time.monotonic()
         return self
 
+    def begin_step(self) -> None:
+        """Called before a step's work, so that previews and saves between steps do not count as training."""
+        self._step_started = time.monotonic()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -70,14 +75,19 @@ class Report:
 
     def step(self, step: int, loss: float, num_images: int, groups: Sequence[GroupMetrics]) -> None:
         """Record that `step` steps are done, the last with this mean loss over so many images."""
-        self._images += num_images
-        rate = self._images / max(1e-9, time.monotonic() - self._started)
+        rate = self._images_per_second(num_images)
         if loss == loss:  # a loss that is not a number is not averaged
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         self._write_record(step, loss, rate, groups)
         self._show(step, rate, groups)
         self._watch_d(step, groups)
+
+    def _images_per_second(self, num_images: int) -> float:
+        seconds = max(1e-9, time.monotonic() - self._step_started) / max(1, num_images)
+        first = self._seconds_per_image == 0.0
+        self._seconds_per_image = seconds if first else 0.9 * self._seconds_per_image + 0.1 * seconds
+        return 1 / self._seconds_per_image
 
     def say(self, text: str) -> None:
         """One line above the progress display."""

@@ -16,7 +16,7 @@ from sdtrain.config.write import config_to_toml
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.training.start import stored_config
 
-CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "data.cache")
+CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
 """Settings a resumed run may change: none of them changes what a step computes."""
 
 
