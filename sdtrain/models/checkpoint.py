@@ -190,6 +190,12 @@ def _other_weights(folder: Path, stem: str) -> str:
     return "is missing; is this a whole model?"
 
 
+def lent_config(components: str, component: Component) -> dict[str, Any] | None:
+    """The configuration that the folder named in model.components has for a network; None when it has none."""
+    path = locate(components, "") / component / "config.json" if components else None
+    return read_json(path) if path and path.is_file() else None
+
+
 # ---- tokenizers ----
 
 

@@ -16,6 +16,7 @@ from sdtrain.models.checkpoint import (
     SingleFile,
     builtin_folder,
     find_tokenizers,
+    lent_config,
     locate,
     missing_parts,
     model_folder,
@@ -26,7 +27,7 @@ from sdtrain.models.checkpoint import (
 from sdtrain.models.header import explain, read_header
 from sdtrain.models.keys import COMPONENTS, Component, Family
 from sdtrain.models.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
-from sdtrain.models.shapes import config_of
+from sdtrain.models.shapes import config_of, trusted_config_of
 from sdtrain.models.vae_source import vae_source
 
 __all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]
@@ -111,9 +112,9 @@ def _check_part(checkpoint: Checkpoint, component: Component) -> None:
 
 def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
     scheduler = scheduler_of(checkpoint, config.components)
-    unet = network_config(checkpoint, "unet")
+    unet = network_config(checkpoint, "unet", config.components)
     vae = vae_source(config.vae, config.variant, checkpoint.family).config if config.vae else None
-    vae = vae or network_config(checkpoint, "vae")
+    vae = vae or network_config(checkpoint, "vae", config.components)
     pixels = 2 ** (len(vae["block_out_channels"]) - 1)
     halvings = 2 ** (len(unet["block_out_channels"]) - 1)
     return ModelFacts(
@@ -124,11 +125,14 @@ def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
     )
 
 
-def network_config(checkpoint: Checkpoint, component: Component) -> dict[str, Any]:
+def network_config(checkpoint: Checkpoint, component: Component, components: str) -> dict[str, Any]:
     """The configuration that comes with a network, or else follows from its shapes."""
     match checkpoint:
         case SingleFile(header, family):
-            return stored_configs(header).get(component) or config_of(header, family, component)
+            own = stored_configs(header).get(component)
+            if own or lent_config(components, component):
+                return own or config_of(header, family, component)  # whether a lent one fits is seen on loading
+            return trusted_config_of(header, family, component)
         case DiffusersFolder(path):
             return read_json(Path(path) / component / "config.json")
 

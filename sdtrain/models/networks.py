@@ -16,7 +16,7 @@ from sdtrain.models.checkpoint import (
     Checkpoint,
     DiffusersFolder,
     SingleFile,
-    locate,
+    lent_config,
     read_json,
     weight_files,
 )
@@ -31,7 +31,7 @@ from sdtrain.models.keys import (
     with_text_prefix,
 )
 from sdtrain.models.markers import stored_configs
-from sdtrain.models.shapes import config_of
+from sdtrain.models.shapes import trusted_config_of
 from sdtrain.models.vae_source import VaeSource
 from sdtrain.models.weights import Stored, fill, raise_first, stored_dtype
 
@@ -125,12 +125,12 @@ def _fitting_network(checkpoint: SingleFile, component: Component, components: s
     own = stored_configs(header).get(component)
     if own:
         return empty_network(component, own, family)
-    lent = locate(components, "") / component / "config.json" if components else None
-    if lent and lent.is_file():
-        network = empty_network(component, read_json(lent), family)
+    lent = lent_config(components, component)
+    if lent:
+        network = empty_network(component, lent, family)
         if fits(network, header, family, component):
             return network
-    return empty_network(component, config_of(header, family, component), family)
+    return empty_network(component, trusted_config_of(header, family, component), family)
 
 
 def fits(network: nn.Module, header: Header, family: Family, component: Component) -> bool:

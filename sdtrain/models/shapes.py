@@ -108,6 +108,24 @@ def config_of(header: Header, family: Family, component: Component, prefix: str 
         raise UserError(str(header.path), error.problems) from None
 
 
+def trusted_config_of(header: Header, family: Family, component: Component) -> dict[str, Any]:
+    """The configuration of a network, refused where shapes are unlike the published ones.
+
+    There, heads and groups of the norms would be guesses, and a wrong guess is a broken model without an error.
+    """
+    config = config_of(header, family, component)
+    grain = {"unet": HEAD_WIDTH, "vae": config.get("norm_num_groups", 1)}.get(component, HEAD_WIDTH)
+    widths = config.get("block_out_channels", [config.get("hidden_size", 0)])
+    if any(width % grain for width in widths):
+        raise user_error(
+            str(header.path),
+            prefix_of(family, component) + "*",
+            f"has layers of {', '.join(map(str, widths))} channels, unlike any published model: name a folder with its "
+            f"{component}/config.json in model.components",
+        )
+    return config
+
+
 def _pooled_width(header: Header, family: Family) -> int:
     """Width of the pooled text that the U-Net's extra conditioning starts with; 0 where there is none."""
     if family != "sdxl":
@@ -174,8 +192,9 @@ def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -
     """
     if any(min(block) == 0 < max(block) for block in (*down, *up)):
         raise user_error("", "attention", "is in some layers of a block only, which diffusers' U-Net cannot express")
-    if mid is not None and mid != down[-1][0]:
-        raise user_error("", "middle_block.1", f"is {mid} deep, the block before it {down[-1][0]}; cannot be expressed")
+    last = down[-1][0] or mid or 1  # diffusers' U-Net has one number for the last block and the middle
+    if mid is not None and mid != last:
+        raise user_error("", "middle_block.1", f"is {mid} deep, the block before it {last}; cannot be expressed")
     kinds = {
         "down_block_types": ["CrossAttnDownBlock2D" if block[0] else "DownBlock2D" for block in down],
         "up_block_types": ["CrossAttnUpBlock2D" if block[0] else "UpBlock2D" for block in up],
@@ -184,7 +203,7 @@ def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -
     even = all(len(set(block)) == 1 for block in (*down, *up))
     mirrored = [block[0] for block in down] == [block[0] for block in reversed(up)]
     if even and mirrored:
-        return {**kinds, "transformer_layers_per_block": [block[0] or 1 for block in down]}
+        return {**kinds, "transformer_layers_per_block": [*(block[0] or 1 for block in down[:-1]), last]}
     return {
         **kinds,
         "transformer_layers_per_block": [block if block[0] else 1 for block in down],

@@ -1,0 +1,156 @@
+"""Configurations follow from names and shapes: SDXL as published, its pruned relatives, SD 1.x and 2.x."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdtrain.models.header import Entry, Header
+from sdtrain.models.keys import COMPONENTS, Family, places_of
+from sdtrain.models.networks import empty_network
+from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SDXL_UNET, SDXL_VAE
+from sdtrain.models.shapes import config_of, detect_family
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "unet": SDXL_UNET,
+    "vae": SDXL_VAE,
+    "text_encoder": CLIP_L_TEXT,
+    "text_encoder_2": OPEN_CLIP_G_TEXT,
+}
+PRUNED = {"mid_block_type": "UNetMidBlock2D"}
+SSD_1B = {
+    **SDXL_UNET,
+    **PRUNED,
+    "transformer_layers_per_block": [1, [2, 2], [4, 4]],
+    "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+}
+VEGA = {
+    **SDXL_UNET,
+    **PRUNED,
+    "transformer_layers_per_block": [1, [1, 1], [2, 2]],
+    "reverse_transformer_layers_per_block": [[2, 2, 2], [1, 1, 1], 1],
+}
+SD1_UNET = {
+    **SDXL_UNET,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
+    "attention_head_dim": [8] * 4,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "transformer_layers_per_block": [1, 1, 1, 1],
+    "sample_size": 64,
+    "use_linear_projection": False,
+}
+
+
+def header_of(family: Family, configs: dict[str, dict[str, Any]]) -> Header:
+    """The header of a single file of these networks, without a file."""
+    entries = {}
+    for component in COMPONENTS[family]:
+        network = empty_network(component, configs[component], family)
+        shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
+        for name, place in places_of(family, component, shapes).items():
+            shape = shapes[name]
+            if place.form == "transposed":
+                shape = shape[::-1]
+            elif place.form == "convolution":
+                shape = (*shape, 1, 1)
+            if place.third is not None:
+                shape = (3 * shape[0], *shape[1:])
+            entries[place.key] = Entry("F16", shape, 0, 0)
+    return Header(Path("model.safetensors"), entries, {})
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> Header:
+    return header_of("sdxl", PUBLISHED)
+
+
+def test_published_sdxl_has_its_known_size() -> None:
+    counts = {}
+    for component in COMPONENTS["sdxl"]:
+        parameters = list(empty_network(component, PUBLISHED[component], "sdxl").parameters())
+        counts[component] = (sum(parameter.numel() for parameter in parameters), len(parameters))
+    assert counts["unet"] == (2_567_463_684, 1_680)
+    assert counts["vae"][0] == 83_653_863
+    assert counts["text_encoder"][0] == 123_060_480
+    assert counts["text_encoder_2"][0] == 694_659_840
+
+
+@pytest.mark.parametrize("component", COMPONENTS["sdxl"])
+def test_sdxl_configs_follow_from_shapes(sdxl: Header, component: Any) -> None:
+    assert detect_family(sdxl) == "sdxl"
+    derived = config_of(sdxl, "sdxl", component)
+    assert {key: derived[key] for key in PUBLISHED[component]} == PUBLISHED[component]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "model.diffusion_model.input_blocks.4.1.transformer_blocks.1.attn2.to_k.weight",
+        "model.diffusion_model.input_blocks.3.0.op.weight",
+        "model.diffusion_model.middle_block.1.transformer_blocks.9.ff.net.0.proj.weight",
+        "model.diffusion_model.output_blocks.2.2.conv.weight",
+        "model.diffusion_model.output_blocks.8.0.skip_connection.weight",
+        "model.diffusion_model.label_emb.0.2.bias",
+        "model.diffusion_model.out.2.weight",
+        "first_stage_model.decoder.up.3.upsample.conv.weight",
+        "first_stage_model.encoder.down.2.downsample.conv.bias",
+        "first_stage_model.encoder.mid.attn_1.proj_out.weight",
+        "first_stage_model.decoder.up.0.block.2.norm1.weight",
+        "conditioner.embedders.0.transformer.text_model.encoder.layers.11.self_attn.q_proj.weight",
+        "conditioner.embedders.1.model.transformer.resblocks.31.attn.in_proj_weight",
+        "conditioner.embedders.1.model.transformer.resblocks.0.mlp.c_proj.bias",
+        "conditioner.embedders.1.model.token_embedding.weight",
+        "conditioner.embedders.1.model.positional_embedding",
+        "conditioner.embedders.1.model.text_projection",
+        "conditioner.embedders.1.model.ln_final.bias",
+    ],
+)
+def test_well_known_keys_of_the_published_file_are_there(sdxl: Header, key: str) -> None:
+    assert key in sdxl.entries
+
+
+def test_the_published_file_has_its_known_number_of_tensors(sdxl: Header) -> None:
+    """2,515 tensors, of which two are constants: position_ids and logit_scale."""
+    assert len(sdxl.entries) == 2_515 - 2
+    assert sum(math.prod(entry.shape) for entry in sdxl.entries.values()) * 2 == pytest.approx(6.94e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("unet", [SSD_1B, VEGA], ids=["SSD-1B", "Segmind-Vega"])
+def test_pruned_relatives_are_recognised(unet: dict[str, Any]) -> None:
+    header = header_of("sdxl", {**PUBLISHED, "unet": unet})
+    derived = config_of(header, "sdxl", "unet")
+    for key in ("mid_block_type", "block_out_channels", "attention_head_dim", "down_block_types", "up_block_types"):
+        assert derived[key] == unet[key]
+    again = empty_network("unet", derived, "sdxl")
+    first = empty_network("unet", unet, "sdxl")
+    assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in first.named_parameters()}
+
+
+def test_the_tiny_models_shape_is_recognised() -> None:
+    from sdtrain.models.checkpoint import builtin_folder, read_json
+
+    folder = builtin_folder() / "tiny-sdxl"
+    configs = {part: read_json(folder / part / "config.json") for part in COMPONENTS["sdxl"]}
+    header = header_of("sdxl", configs)
+    for part in COMPONENTS["sdxl"]:
+        groups = {"norm_num_groups": configs[part]["norm_num_groups"]} if part in ("unet", "vae") else {}
+        derived = empty_network(part, {**config_of(header, "sdxl", part), **groups}, "sdxl")
+        own = empty_network(part, configs[part], "sdxl")
+        assert {n: p.shape for n, p in derived.named_parameters()} == {n: p.shape for n, p in own.named_parameters()}
+    assert config_of(header, "sdxl", "unet")["addition_time_embed_dim"] == 32
+
+
+def test_sd1_is_recognised() -> None:
+    header = header_of("sd1", {**PUBLISHED, "unet": SD1_UNET})
+    assert detect_family(header) == "sd1"
+    derived = config_of(header, "sd1", "unet")
+    assert {key: derived[key] for key in SD1_UNET} == SD1_UNET
+    assert config_of(header, "sd1", "vae")["scaling_factor"] == 0.18215
