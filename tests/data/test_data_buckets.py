@@ -93,6 +93,11 @@ def test_a_square_picture_goes_into_the_largest_square(side: int, setting: Setti
     assert placement.cropped_share == 0
 
 
+def test_equally_near_buckets_are_told_apart_by_area_and_then_by_width() -> None:
+    assert place(100, 100, [(32, 32), (64, 64)]).bucket == (64, 64)
+    assert place(100, 100, [(32, 64), (64, 32)]).bucket == (64, 32)
+
+
 def test_time_ids_are_in_sdxls_order() -> None:
     placement = place(200, 100, [(64, 64)])
     assert placement.scaled == (128, 64)

@@ -83,6 +83,19 @@ def test_a_failed_write_leaves_the_old_entry_and_says_what_to_do(
     assert len(list(entry(tmp_path).parent.iterdir())) == 1
 
 
+def test_a_write_that_is_interrupted_leaves_the_old_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write(entry(tmp_path), {"a": torch.zeros(3)})
+
+    def interrupt(_: Path, __: Path) -> Path:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        store.write(entry(tmp_path), {"a": torch.ones(3)})
+    assert torch.equal(store.read(entry(tmp_path))["a"], torch.zeros(3))
+    assert len(list(entry(tmp_path).parent.iterdir())) == 1
+
+
 @given(st.text(), st.text(), st.text(), st.text())
 def test_different_captions_or_encoders_are_different_entries(a: str, b: str, c: str, d: str) -> None:
     cache = Path("cache")

@@ -85,6 +85,11 @@ def test_dropout_is_a_function_of_seed_step_and_place_and_obeys_its_limits(seed:
     assert all(dropped(seed, step, index, 8, 1.0))
 
 
+def test_dropout_differs_from_seed_to_seed_step_to_step_and_batch_to_batch() -> None:
+    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
+    assert len({tuple(dropped(*place, 64, 0.5)) for place in places}) == len(places)
+
+
 def test_dropout_leaves_empty_about_its_share() -> None:
     empty = [flag for step in range(2000) for flag in dropped(0, step, 0, 4, 0.1)]
     assert 0.08 < sum(empty) / len(empty) < 0.12
