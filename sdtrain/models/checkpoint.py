@@ -221,9 +221,7 @@ def _named_tokenizers(folder: Path, names: list[str], setting: str) -> tuple[Tok
         return _shared_tokenizer(folder, names)
     for name in names:
         if not has_tokenizer(folder / name):
-            raise user_error(
-                str(folder / name), setting, f"needs a tokenizer there ({' and '.join(TOKENIZER_FILES)}); it is missing"
-            )
+            raise user_error(str(folder / name), setting, f"has no tokenizer ({' and '.join(TOKENIZER_FILES)})")
     return tuple(TokenizerSource(folder / name) for name in names)
 
 
@@ -246,7 +244,7 @@ def _cached_tokenizers(names: list[str]) -> tuple[TokenizerSource, ...]:
     raise user_error(
         "tokenizers",
         "model.components",
-        "a single file holds no tokenizers: name a folder here with vocab.json and merges.txt of "
+        "a single file holds none: name a folder here with vocab.json and merges.txt of "
         f"{CLIP_REPOSITORY}, or fetch them once with `hf download {CLIP_REPOSITORY} vocab.json merges.txt "
         "tokenizer_config.json special_tokens_map.json`",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.errors import UserError, user_error
+from sdtrain.errors import Problem, UserError, user_error
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
@@ -115,9 +115,12 @@ def _size_problem(entries: dict[str, Entry], data_start: int, file_bytes: int) -
 
 def explain(error: UserError) -> str:
     """A UserError about a file in one sentence, to stand at the setting that names the file."""
-    return "; ".join(
-        f"{error.source} {problem.what}"
-        if Path(error.source).name == problem.where
-        else f"{error.source}: {problem.where} {problem.what}"
-        for problem in error.problems
-    )
+    return "; ".join(_sentence(error.source, problem) for problem in error.problems)
+
+
+def _sentence(source: str, problem: Problem) -> str:
+    if problem.where == Path(source).name:
+        return f"{source} {problem.what}"
+    if problem.where.startswith("model."):
+        return f"{source}: {problem.what}"
+    return f"{source}: {problem.where} {problem.what}"

@@ -89,6 +89,6 @@ def not_cached(repository: str, variant: str, reason: str) -> UserError:
     return user_error(
         repository,
         "model.path",
-        f"is neither a file nor a folder nor whole in the local hub cache, and {reason}; where there is a network run "
+        f"neither a file nor a folder nor whole in the local hub cache, and {reason}: where there is a network run "
         f"`{command}`, or copy the model's folder here and name it in model.path",
     )
