@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 import torch
 from torch import Generator, Tensor, nn
 
+from sdtrain.adapters.tensors import encode
 from sdtrain.adapters.weights import (
     AdapterKind,
     AdapterWeights,
@@ -217,13 +218,22 @@ def copy_into(layer_weights: AdapterWeights, values: AdapterWeights) -> None:
     """
     if kind_of(layer_weights) != kind_of(values):
         raise ValueError(f"is {kind_of(values)} in the file and {kind_of(layer_weights)} in this run")
-    from sdtrain.adapters.tensors import encode
-
     there, here = encode(values, "diffusers"), encode(layer_weights, "diffusers")
     if {name: tensor.shape for name, tensor in there.items()} != {name: tensor.shape for name, tensor in here.items()}:
         raise ValueError(
             f"has rank {values.rank} in the file and {layer_weights.rank} in this run: set `method.rank` or "
             "`method.ranks` to the file's, or change the file with `sdtrain resize`"
         )
+    if scale_differs(layer_weights, values):
+        raise ValueError(
+            f"has alpha {values.alpha:g} in the file and {layer_weights.alpha:g} in this run: set `method.alpha`"
+        )
     for name, tensor in here.items():
         tensor.copy_(there[name])
+
+
+def scale_differs(one: AdapterWeights, other: AdapterWeights) -> bool:
+    """Whether two adapters of the same kind and rank have different scales, beyond the rounding of a file."""
+    if isinstance(one, LokrWeights) and not one.rank:
+        return False
+    return not math.isclose(one.alpha, other.alpha, rel_tol=1e-6)

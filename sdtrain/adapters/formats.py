@@ -29,6 +29,7 @@ from sdtrain.adapters.metadata import (
     FileFacts,
     Shape,
     header_metadata,
+    most_frequent,
     pack_alphas,
     unpack_alpha,
 )
@@ -134,7 +135,7 @@ def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
     found: dict[str, dict[str, AdapterWeights]] = {}
     alphas: dict[str, dict[str, float]] = {}
     for component, modules in adapters.items():
-        common = Counter(weights.alpha for weights in modules.values()).most_common(1)[0][0]
+        common = most_frequent(weights.alpha for weights in modules.values())
         found[component] = {}
         for module, weights in modules.items():
             stored = cast(weights, dtype)
@@ -251,12 +252,9 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
     if names == "diffusers":
         tables = [diffusers_names(networks)]
     else:
-        flat = {
-            component: {module: "lora_unet_" + module.replace(".", "_") for module in modules}
-            for component, modules in sd_scripts_names(networks).items()
-            if component == "unet"
-        }
-        tables = [flat, sd_scripts_names(networks)]
+        proper = sd_scripts_names(networks)
+        flat = {module: "lora_unet_" + module.replace(".", "_") for module in proper.get("unet", {})}
+        tables = [{"unet": flat}, proper]
     return {
         name: (component, module)
         for table in tables

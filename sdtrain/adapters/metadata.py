@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -108,13 +108,19 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def most_frequent(values: Iterable[float]) -> float:
+    """The value that occurs most often, the largest of several: an answer that no order changes."""
+    counts = Counter(values)
+    return max(counts, key=lambda value: (counts[value], value))
+
+
 def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str, Collection[str]]) -> str:
     """component -> module -> alpha as JSON; where all modules of a network are listed, the commonest alpha is `*`."""
     packed = {}
     for component, modules in alphas.items():
         rest = dict(modules)
         if set(rest) == set(adapters[component]):
-            common = Counter(rest.values()).most_common(1)[0][0]
+            common = most_frequent(rest.values())
             rest = {"*": common} | {name: alpha for name, alpha in rest.items() if alpha != common}
         packed[component] = rest
     return _json(packed)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from sdtrain.adapters.metadata import DIFFUSERS_KEY
+from sdtrain.adapters.metadata import DIFFUSERS_KEY, most_frequent
 from sdtrain.adapters.tensors import factor_shape
 from sdtrain.adapters.weights import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
@@ -80,9 +79,9 @@ def _peft_alpha(weights: AdapterWeights) -> float:
     return float(_peft_rank(weights)) if whole else weights.alpha
 
 
-def _common(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _common(values: Mapping[str, float]) -> tuple[Any, dict[str, Any]]:
     """The most frequent value, and the others under peft's pattern for exactly that module."""
-    common = Counter(values.values()).most_common(1)[0][0]
+    common = most_frequent(values.values())
     return common, {re.escape(module): value for module, value in values.items() if value != common}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Literal, assert_never, cast
 
 from torch import nn
+
+from sdtrain.errors import Problem, UserError
 
 TargetPreset = Literal["attention", "attention+ff", "all-linear", "all"]
 
@@ -26,7 +29,7 @@ def select_modules(
     for name, module in network.named_modules():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in unused):
             continue
-        if isinstance(module, nn.Linear | nn.Conv2d) and _is_target(name, module, targets):
+        if _is_layer(module) and _is_target(name, module, targets):
             names.append(name)
     return names
 
@@ -49,3 +52,60 @@ def _in_preset(name: str, module: nn.Module, preset: TargetPreset) -> bool:
             return True
         case _:
             assert_never(preset)
+
+
+def select_targets(
+    networks: Mapping[str, nn.Module],
+    targets: TargetPreset | Sequence[str],
+    *,
+    ranks: Iterable[str] = (),
+    alphas: Iterable[str] = (),
+    unused: Mapping[str, Sequence[str]] | None = None,
+) -> dict[str, list[str]]:
+    """component -> names of the layers that get adapters, for the networks that are trained.
+
+    `ranks` and `alphas` are the patterns that set those of single layers. Raises UserError for every pattern that
+    means no layer, with the names that come near, and for a network in which no layer is meant.
+    """
+    skipped = unused or {}
+    found = {
+        component: select_modules(network, targets, unused=skipped.get(component, ()))
+        for component, network in networks.items()
+    }
+    layers = [name for network in networks.values() for name, module in network.named_modules() if _is_layer(module)]
+    chosen = [name for modules in found.values() for name in modules]
+    problems = []
+    if not isinstance(targets, str):
+        problems += _without_match("method.targets", targets, layers)
+    problems += _without_match("method.ranks", ranks, chosen) + _without_match("method.alphas", alphas, chosen)
+    if not problems:
+        problems += [
+            Problem("method.targets", f"mean no layer of {component}; add a pattern for it, or leave it out of `train`")
+            for component, modules in found.items()
+            if not modules
+        ]
+    if problems:
+        raise UserError("method", problems)
+    return found
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def _without_match(setting: str, patterns: Iterable[str], layers: Sequence[str]) -> list[Problem]:
+    return [
+        Problem(setting, f"`{pattern}` matches no layer that gets an adapter{_near(pattern, layers)}")
+        for pattern in patterns
+        if not any(fnmatchcase(name, pattern) for name in layers)
+    ]
+
+
+def _near(pattern: str, layers: Sequence[str]) -> str:
+    """Ends of layer names that look like the pattern without its stars, and the pattern made whole where it is one."""
+    core = pattern.strip("*.")
+    if any(name.endswith(core) for name in layers) and core:
+        return f"; patterns are held against whole names, did you mean `*{core}`?"
+    ends = {".".join(name.split(".")[-count:]) for name in layers for count in range(1, 5)}
+    near = get_close_matches(core, sorted(ends), n=3, cutoff=0.6)
+    return "; did you mean " + " or ".join(f"`*{end}`" for end in near) + "?" if near else ""

@@ -1,0 +1,158 @@
+"""What an adapter file says about itself, read from its header without torch: it answers at once, however large."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdtrain.adapters.files import Header, read_header, read_scalars
+from sdtrain.adapters.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY
+
+NETWORKS = {
+    "lora_unet_": "unet",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te_": "text_encoder",
+    "unet.": "unet",
+    "text_encoder.": "text_encoder",
+    "text_encoder_2.": "text_encoder_2",
+}
+RANK_AXIS = {
+    "lora_down.weight": 0,
+    "lora_A.weight": 0,
+    "lora.down.weight": 0,
+    "lora_linear_layer.down.weight": 0,
+    "hada_w1_b": 0,
+    "lokr_w2_b": 0,
+    "lokr_w1_b": 0,
+}
+"""The parts whose shape tells the rank, and the axis that does."""
+KINDS = {"dora_scale": "dora", "lora_magnitude": "dora", "hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
+
+
+@dataclass(frozen=True)
+class FileDescription:
+    """Everything that is known; empty where the file does not say."""
+
+    kind: str
+    names: str
+    """`sd-scripts`, `diffusers`, or empty for a file that holds no adapters."""
+    num_modules: Mapping[str, int]
+    """Network -> layers with adapters."""
+    ranks: Mapping[int, int]
+    """Rank -> layers."""
+    alphas: Mapping[float, int]
+    """Alpha -> layers."""
+    dtypes: tuple[str, ...]
+    num_bytes: int
+    title: str
+    date: str
+    base_model: str
+    prediction: str
+    steps: int
+    num_images: int
+    d: Mapping[str, float]
+    top_tags: tuple[tuple[str, int], ...]
+    config_toml: str
+    metadata: Mapping[str, str]
+
+
+def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
+    """What is in a safetensors file of adapters. Raises UserError when it is missing, damaged or no safetensors."""
+    header = read_header(path)
+    said = header.metadata
+    layers = _layers(header)
+    first = next((name for name, _ in layers), "")
+    return FileDescription(
+        kind=_kind(header) if layers else "",
+        names=("sd-scripts" if first.startswith("lora_") else "diffusers") if layers else "",
+        num_modules=Counter(component for _, component in layers),
+        ranks=_ranks(header),
+        alphas=_alphas(path, header),
+        dtypes=tuple(sorted({entry.dtype for key, entry in header.tensors.items() if not key.endswith(".alpha")})),
+        num_bytes=path.stat().st_size,
+        title=said.get("modelspec.title", said.get("ss_output_name", "")),
+        date=said.get("modelspec.date", ""),
+        base_model=said.get("ss_sd_model_name", said.get("ss_base_model_version", "")),
+        prediction=said.get("modelspec.prediction_type", ""),
+        steps=_whole(said.get("ss_steps", "")),
+        num_images=_whole(said.get("ss_num_train_images", "")),
+        d={str(name): float(value) for name, value in _table(said, D_KEY).items()},
+        top_tags=_top_tags(said, num_tags),
+        config_toml=said.get(CONFIG_KEY, ""),
+        metadata=said,
+    )
+
+
+def _layers(header: Header) -> list[tuple[str, str]]:
+    """(layer, network), each layer once, in the file's order."""
+    found = {}
+    for key in header.tensors:
+        for prefix, component in NETWORKS.items():
+            if key.startswith(prefix):
+                layer = key.split(".")[0] if prefix.startswith("lora_") else _diffusers_layer(key)
+                found[layer] = component
+                break
+    return list(found.items())
+
+
+def _diffusers_layer(key: str) -> str:
+    for part in (".lora", ".hada_", ".lokr_", ".oft_"):
+        if part in key:
+            return key[: key.index(part)]
+    return key
+
+
+def _kind(header: Header) -> str:
+    for part, kind in KINDS.items():
+        if any(part in key for key in header.tensors):
+            return kind
+    return "lora"
+
+
+def _ranks(header: Header) -> dict[int, int]:
+    ranks: dict[str, int] = {}
+    for key, entry in header.tensors.items():
+        for part, axis in RANK_AXIS.items():
+            if key.endswith("." + part):
+                ranks[key.removesuffix("." + part)] = entry.shape[axis]
+    return dict(Counter(ranks.values()).most_common())
+
+
+def _alphas(path: Path, header: Header) -> dict[float, int]:
+    """From the alpha tensors; files without any say it in their metadata, and mean the rank if they do not."""
+    values = read_scalars(path, header, ".alpha")
+    if values:
+        return dict(Counter(values.values()).most_common())
+    kept = [alpha for modules in _table(header.metadata, ALPHA_KEY).values() for alpha in modules.values()]
+    settings = _table(header.metadata, DIFFUSERS_KEY)
+    kept += [value for key, value in settings.items() if key.endswith((".lora_alpha", ".alpha"))]
+    if not kept:
+        return {float(rank): layers for rank, layers in _ranks(header).items()}
+    modules = sum(_ranks(header).values())
+    return {float(kept[0]): modules} if len(set(kept)) == 1 else {float(alpha): 0 for alpha in sorted(set(kept))}
+
+
+def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON object under a key; a file whose notes are no JSON is still a file."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _top_tags(metadata: Mapping[str, str], num_tags: int) -> tuple[tuple[str, int], ...]:
+    counts: Counter[str] = Counter()
+    for folder in _table(metadata, "ss_tag_frequency").values():
+        if isinstance(folder, dict):
+            counts.update({str(tag).strip(): int(number) for tag, number in folder.items()})
+    return tuple(counts.most_common(num_tags))
+
+
+def _whole(text: str) -> int:
+    return int(text) if text.isdecimal() else 0

@@ -1,0 +1,34 @@
+"""Adapters added into the weights below them, for good."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.adapters.names import plain_modules
+from sdtrain.adapters.weights import Adapters, delta
+
+
+@torch.no_grad()
+def merge_into(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapters, float]]) -> int:
+    """Add adapters, each times its weight, to the networks' own weights; returns how many layers were changed.
+
+    All dW are computed from the weights as they were, in float32, and added before the sum is rounded once to the
+    type the layer is stored in: the order of the adapters does not matter. Networks that no adapter names may be
+    missing; a layer that is missing is a KeyError, which `read_lora` has ruled out.
+    """
+    changed = 0
+    for component, network in networks.items():
+        layers = dict(plain_modules(network))
+        for module in sorted({name for one, _ in adapters for name in one.get(component, {})}):
+            weight = layers[module].weight
+            assert isinstance(weight, Tensor)
+            total = weight.float()
+            for one, share in adapters:
+                if module in one.get(component, {}):
+                    total = total + share * delta(one[component][module], weight).to(weight.device)
+            weight.copy_(total)
+            changed += 1
+    return changed

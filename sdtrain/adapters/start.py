@@ -1,0 +1,53 @@
+"""Starting a run from the adapters in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sdtrain.adapters.attach import adapter_weights, copy_into
+from sdtrain.adapters.formats import read_lora, rescaled, shortened
+from sdtrain.adapters.metadata import D_KEY
+from sdtrain.errors import Problem, UserError, user_error
+
+
+@torch.no_grad()
+def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float]:
+    """Copy a file's adapters, in either naming, into those attached to the networks; the file's d by network.
+
+    `networks` are all networks of the model, those without adapters too. The change dW is the file's; where the run's
+    alpha is another, the up matrices make up for it. Raises UserError for a file of another model, kind or rank, for
+    layers of it that the run does not train, and for trained layers it lacks: after any of these the run would not
+    start from what the file is.
+    """
+    file = read_lora(path, networks)
+    problems = []
+    for component, network in networks.items():
+        live = adapter_weights(network)
+        values = file.adapters.get(component, {})
+        for module, weights in live.items():
+            if module not in values:
+                problems.append(Problem(f"{component}.{module}", "is trained in this run, but not in the file"))
+                continue
+            try:
+                copy_into(weights, rescaled(values[module], weights.alpha))
+            except ValueError as error:
+                problems.append(Problem(f"{component}.{module}", str(error)))
+        setting = "widen `method.targets`" if live else f"add `{component}` to `method.train`"
+        for module in sorted(values.keys() - live.keys()):
+            problems.append(Problem(f"{component}.{module}", f"is in the file, but not trained in this run: {setting}"))
+    if problems:
+        raise UserError(str(path), shortened(problems))
+    return _stored_d(path, file.metadata)
+
+
+def _stored_d(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    """Step size d by network, empty for files that other tools made."""
+    try:
+        return {str(name): float(d) for name, d in json.loads(metadata.get(D_KEY, "{}")).items()}
+    except (ValueError, AttributeError, TypeError):
+        raise user_error(str(path), D_KEY, "is not a table of step sizes; the file's header was changed") from None
