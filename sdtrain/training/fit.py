@@ -83,11 +83,8 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
             losses.append(loss.detach())
             examples += batch.examples
         total = float(sum(losses))
-        problem = guard.accepts(total, examples, step)
-        if problem:
-            report.say(problem)
-        else:
-            optimizer.step()
+        guard.check(total, examples, step, report)
+        optimizer.step()  # changes nothing where gradients are not finite
         optimizer.zero_grad(set_to_none=True)
         step += 1
         report.step(step, total, len(examples), optimizer.metrics())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
+from sdtrain.training.report import Report
 
 LIMIT = 5
 """So many steps in a row without a finite loss end the run."""
@@ -18,14 +19,14 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def accepts(self, loss: float, examples: Sequence[Example], step: int) -> str:
-        """Empty for a finite loss, else what to tell the user. Raises UserError after LIMIT of them in a row."""
+    def check(self, loss: float, examples: Sequence[Example], step: int, report: Report) -> None:
+        """Tell the user of a loss that is not finite. Raises UserError after LIMIT of them in a row."""
         if math.isfinite(loss):
             self._in_a_row = 0
-            return ""
+            return
         self._in_a_row += 1
         names = ", ".join(sorted({str(example.path) for example in examples}))
-        told = f"step {step}: the loss is {loss}, so nothing was changed; pictures in this step: {names}"
+        report.say(f"step {step}: the loss is {loss}, so nothing was changed; pictures in this step: {names}")
         if self._in_a_row >= LIMIT:
             raise user_error(
                 f"step {step}",
@@ -33,4 +34,3 @@ class NonFiniteGuard:
                 f"not finite {LIMIT} times in a row; the last training state is whole and nothing was changed since "
                 f"the loss broke. Try model.dtype = float32, a lower optimizer.d_coef, or other pictures than: {names}",
             )
-        return told

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
+from diffusers import ModelMixin
 from torch import nn
+from transformers import PreTrainedModel
 
 from sdtrain.adapters.lora import attach_lora
 from sdtrain.adapters.targets import select_modules
@@ -64,6 +66,8 @@ def train_parameters(model: Model, run: Run) -> Trainable:
                 parameters = _unfreeze(model, name)
             case _:
                 assert_never(method)
+        if run.config.memory.gradient_checkpointing:
+            _recompute_activations(model.networks[name])
         groups.append(Group(name, parameters, method.lr.get(name, 1.0)))
     return Trainable(tuple(groups))
 
@@ -75,6 +79,17 @@ def _attach(model: Model, name: str, method: LoraConfig, run: Run) -> dict[str, 
         raise user_error("config", "method.targets", f"{method.targets!r} matches no layer of {name}")
     generator = run.generator(f"adapter {name}")
     return attach_lora(network, modules, rank=method.rank, alpha=method.alpha, generator=generator)
+
+
+def _recompute_activations(network: Any) -> None:
+    match network:
+        case ModelMixin():
+            network.enable_gradient_checkpointing()
+        case PreTrainedModel():  # which recomputes in training mode only; CLIP has no dropout that would notice
+            network.activation_checkpointing_enable()
+            network.train()
+        case _:
+            raise TypeError(f"no known way to recompute the activations of {type(network).__name__}")
 
 
 def _unfreeze(model: Model, name: str) -> dict[str, nn.Parameter]:

@@ -1,0 +1,114 @@
+"""The loop under memory levers, broken losses and repeated interruptions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdtrain.errors import UserError
+from sdtrain.training.objective import Objective
+
+Train = Callable[..., tuple[Path, str]]
+
+
+def tensors(run: Path, name: str = "small") -> dict[str, torch.Tensor]:
+    return load_file(run / "weights" / f"{name}.safetensors")
+
+
+def test_recomputed_activations_change_nothing_but_memory(train: Train) -> None:
+    networks = {"method.train": ["unet", "text_encoder", "text_encoder_2"]}
+    plain, _ = train(networks | {"name": "plain"})
+    recomputed, _ = train(networks | {"name": "recomputed", "memory.gradient_checkpointing": True})
+    expected, found = tensors(plain, "plain"), tensors(recomputed, "recomputed")
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-6), name
+
+
+def test_a_fused_backward_trains_the_same(train: Train) -> None:
+    full = {"method": {"kind": "full"}, "export.dtype": "float32"}
+    plain, _ = train(full | {"name": "plain"})
+    fused, _ = train(full | {"name": "fused", "memory.fused_back_pass": True})
+    expected, found = tensors(plain, "plain"), tensors(fused, "fused")
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-5), name
+
+
+def test_a_step_whose_loss_is_not_finite_changes_nothing_and_names_the_pictures(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train({"steps": 2, "checkpoint.every": 1, "checkpoint.keep": 9})
+    original = Objective.__call__
+
+    def broken(self: Objective, batch: object, generator: object) -> torch.Tensor:
+        return original(self, batch, generator) * float("nan")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Objective, "__call__", broken)
+    run, text = train({"steps": 3, "checkpoint.every": 1, "checkpoint.keep": 9}, resume=True)
+    before = load_file(run / "checkpoints" / "step-000002" / "parameters.safetensors")
+    after = load_file(run / "checkpoints" / "step-000003" / "parameters.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "nothing was changed; pictures in this step:" in text
+    assert ".png" in text
+    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"] is None
+
+
+def test_five_broken_steps_in_a_row_stop_the_run_with_the_last_state_whole(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train({"steps": 1})
+    original = Objective.__call__
+    monkeypatch.setattr(
+        Objective,
+        "__call__",
+        lambda self, batch, generator: original(self, batch, generator) * float("nan"),
+    )
+    with pytest.raises(UserError, match="5 times in a row"):
+        train({"steps": 50}, resume=True)
+    monkeypatch.undo()
+    run, _ = train({"steps": 2}, resume=True)
+    assert (run / "checkpoints" / "step-000002" / "state.json").exists()
+
+
+def test_old_states_go_and_the_newest_stay(train: Train) -> None:
+    run, _ = train({"steps": 5, "checkpoint.every": 1, "checkpoint.keep": 2})
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_is_offered(train: Train) -> None:
+    run, _ = train({"steps": 3, "checkpoint.every": 1})
+    damaged = run / "checkpoints" / "step-000003" / "optimizer.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    with pytest.raises(UserError, match="delete its folder to resume from the one before"):
+        train({"steps": 4}, resume=True)
+
+
+def test_an_unfinished_state_is_not_taken_for_one(train: Train) -> None:
+    run, _ = train({"steps": 2})
+    unfinished = run / "checkpoints" / ".step-000009.partial"
+    unfinished.mkdir()
+    (unfinished / "parameters.safetensors").write_bytes(b"half")
+    train({"steps": 3}, resume=True)
+    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+
+
+def test_text_encoders_are_groups_of_their_own(train: Train) -> None:
+    run, text = train({"method.train": ["unet", "text_encoder", "text_encoder_2"], "method.lr": {"text_encoder": 0.5}})
+    last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
+    assert list(last["groups"]) == ["unet", "text_encoder", "text_encoder_2"]
+    rates = {name: group["effective_lr"] for name, group in last["groups"].items()}
+    assert rates["text_encoder"] == pytest.approx(0.5 * rates["unet"], rel=1e-3)
+    assert "text_encoder_2" in text
+    names = load_file(run / "weights" / "small.safetensors")
+    assert any(name.startswith("lora_te1_") for name in names)
+    assert any(name.startswith("lora_te2_") for name in names)
+
+
+def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(train: Train, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="matches no layer of unet"):
+        train({"method.targets": ["*.nothing"]})
+    assert not (tmp_path / "runs" / "small" / "weights").exists()
