@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,33 +72,41 @@ def weights_of(network: nn.Module) -> dict[str, Tensor]:
     return own
 
 
-def changed_weights(component: Component, network: nn.Module, change: Change | None) -> dict[str, Callable[[], Tensor]]:
-    """Every parameter as a function that gives its value when it is written, so that one at a time is in memory."""
+@dataclass(frozen=True)
+class Weight:
+    """A parameter that will be written: its shape now, its value when it is its turn, so that one is in memory."""
 
-    def later(name: str, tensor: Tensor) -> Callable[[], Tensor]:
-        if change is None:
-            return lambda: tensor
-        return lambda: change(component, name, tensor)
+    shape: tuple[int, ...]
+    value: Callable[[], Tensor]
+
+
+def changed_weights(component: Component, network: nn.Module, change: Change | None) -> dict[str, Weight]:
+    """Every parameter of a network, by its own name, as it will be written."""
+
+    def later(name: str, tensor: Tensor) -> Weight:
+        value = (lambda: tensor) if change is None else (lambda: change(component, name, tensor))
+        return Weight(tuple(tensor.shape), value)
 
     return {name: later(name, tensor) for name, tensor in weights_of(network).items()}
 
 
 def original_tensors(
-    family: Family, component: Component, weights: Mapping[str, Callable[[], Tensor]], dtype: torch.dtype
+    family: Family, component: Component, weights: Mapping[str, Weight], dtype: torch.dtype
 ) -> dict[str, Planned]:
     """The tensors of one network in the original layout; fused ones are put together from their thirds."""
-    by_key: dict[str, list[tuple[Place, str]]] = {}
+    by_key: dict[str, list[tuple[Place, Weight]]] = {}
     for name, place in places_of(family, component, weights).items():
-        by_key.setdefault(place.key, []).append((place, name))
-    planned = {}
-    for key, parts in by_key.items():
-        sources = [(place, weights[name]) for place, name in sorted(parts, key=lambda part: part[0].third or 0)]
+        by_key.setdefault(place.key, []).append((place, weights[name]))
+    return {key: _joined(dtype, sorted(parts, key=lambda part: part[0].third or 0)) for key, parts in by_key.items()}
 
-        def values(sources: list[tuple[Place, Callable[[], Tensor]]] = sources) -> Tensor:
-            return torch.cat([original_form(source(), place) for place, source in sources])
 
-        planned[key] = Planned(dtype, _shape(sources), values)
-    return planned
+def _joined(dtype: torch.dtype, parts: list[tuple[Place, Weight]]) -> Planned:
+    place, weight = parts[0]
+    first = original_form(torch.empty(weight.shape, device="meta"), place).shape
+    if len(parts) == 1:
+        return Planned(dtype, tuple(first), lambda: original_form(weight.value(), place))
+    shape = (first[0] * len(parts), *first[1:])
+    return Planned(dtype, shape, lambda: torch.cat([original_form(part.value(), where) for where, part in parts]))
 
 
 def original_form(tensor: Tensor, place: Place) -> Tensor:
@@ -109,11 +118,6 @@ def original_form(tensor: Tensor, place: Place) -> Tensor:
             return tensor[:, :, None, None]
         case "same":
             return tensor
-
-
-def _shape(sources: list[tuple[Place, Callable[[], Tensor]]]) -> tuple[int, ...]:
-    shape = original_form(sources[0][1](), sources[0][0]).shape
-    return (shape[0] * len(sources), *shape[1:])
 
 
 def constant_tensors(components: Components, dtype: torch.dtype) -> dict[str, Planned]:

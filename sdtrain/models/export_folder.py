@@ -14,7 +14,7 @@ from torch import nn
 
 from sdtrain.errors import user_error
 from sdtrain.models.checkpoint import STEMS, TOKENIZER_FILES, TokenizerSource
-from sdtrain.models.export import Change, changed_weights, network_config, weights_of
+from sdtrain.models.export import Change, changed_weights, network_config
 from sdtrain.models.files import Components, load_tokenizer
 from sdtrain.models.keys import COMPONENTS, Component, Family, with_text_prefix
 from sdtrain.models.modelspec import Description, spec_metadata
@@ -63,12 +63,10 @@ def folder_tensors(
     components: Components, component: Component, dtype: torch.dtype, change: Change | None
 ) -> dict[str, Planned]:
     """A network's tensors in the names that all versions of diffusers and transformers read."""
-    network = components.network(component)
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights_of(network).items()}
     is_text = component in ("text_encoder", "text_encoder_2")
     return {
-        with_text_prefix(name) if is_text else name: Planned(dtype, shapes[name], values)
-        for name, values in changed_weights(component, network, change).items()
+        with_text_prefix(name) if is_text else name: Planned(dtype, weight.shape, weight.value)
+        for name, weight in changed_weights(component, components.network(component), change).items()
     }
 
 
