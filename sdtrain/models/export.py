@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdtrain.models.files import Components
+from sdtrain.errors import user_error
+from sdtrain.models.files import Components, SDComponents
 from sdtrain.models.header import Entry, Header
 from sdtrain.models.keys import COMPONENTS, Component, Family, Place, constants_of, places_of
 from sdtrain.models.markers import CONFIGS_KEY, V_PREDICTION_KEY, ZERO_TERMINAL_KEY, file_markers, single_file_scheduler
@@ -32,7 +33,7 @@ LOGIT_SCALE = math.log(100.0)
 
 
 def write_single_file(
-    components: Components,
+    components: Components | SDComponents,
     path: Path,
     description: Description,
     *,
@@ -45,6 +46,10 @@ def write_single_file(
     are not finite in that type.
     """
     family = components.family
+    if family == "sd2":
+        raise user_error(
+            str(path), "format", "SD 2.x files hold a layer that is not read here; write a diffusers folder instead"
+        )
     tensors: dict[str, Planned] = {}
     for component in COMPONENTS[family]:
         weights = changed_weights(component, components.network(component), change)
@@ -120,7 +125,7 @@ def original_form(tensor: Tensor, place: Place) -> Tensor:
             return tensor
 
 
-def constant_tensors(components: Components, dtype: torch.dtype) -> dict[str, Planned]:
+def constant_tensors(components: Components | SDComponents, dtype: torch.dtype) -> dict[str, Planned]:
     """Tensors that are no parameters: what the published files have besides, and the markers of the noise schedule."""
     planned = {}
     length: int = network_config(components.text_encoder)["max_position_embeddings"]
@@ -140,7 +145,9 @@ def constant_tensors(components: Components, dtype: torch.dtype) -> dict[str, Pl
 # ---- what shapes do not tell ----
 
 
-def configs_metadata(components: Components, path: Path, tensors: Mapping[str, Planned]) -> dict[str, str]:
+def configs_metadata(
+    components: Components | SDComponents, path: Path, tensors: Mapping[str, Planned]
+) -> dict[str, str]:
     """A header entry with those configurations that a reader could not derive from the file; mostly there are none."""
     entries = {key: Entry(NAMES[tensor.dtype], tensor.shape, 0, 0) for key, tensor in tensors.items()}
     header = Header(path, entries, {})

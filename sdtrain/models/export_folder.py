@@ -15,7 +15,7 @@ from torch import nn
 from sdtrain.errors import user_error
 from sdtrain.models.checkpoint import STEMS, TOKENIZER_FILES, TokenizerSource
 from sdtrain.models.export import Change, changed_weights, network_config
-from sdtrain.models.files import Components, load_tokenizer
+from sdtrain.models.files import Components, SDComponents, load_tokenizer
 from sdtrain.models.keys import COMPONENTS, Component, Family, with_text_prefix
 from sdtrain.models.modelspec import Description, spec_metadata
 from sdtrain.models.writer import Planned, atomic_folder, check_space, write_safetensors
@@ -25,7 +25,7 @@ INDEX = "model_index.json"
 
 
 def write_folder(
-    components: Components,
+    components: Components | SDComponents,
     path: Path,
     description: Description,
     *,
@@ -60,7 +60,7 @@ def write_folder(
 
 
 def folder_tensors(
-    components: Components, component: Component, dtype: torch.dtype, change: Change | None
+    components: Components | SDComponents, component: Component, dtype: torch.dtype, change: Change | None
 ) -> dict[str, Planned]:
     """A network's tensors in the names that all versions of diffusers and transformers read."""
     is_text = component in ("text_encoder", "text_encoder_2")
@@ -80,7 +80,7 @@ def folder_config(network: nn.Module, plan: Mapping[str, Planned]) -> dict[str, 
     return {**config, "_diffusers_version": diffusers.__version__}
 
 
-def model_index(components: Components) -> dict[str, Any]:
+def model_index(components: Components | SDComponents) -> dict[str, Any]:
     """Which class reads which part of the folder."""
     import diffusers
 

@@ -62,6 +62,35 @@ class Components:
                 assert_never(component)
 
 
+@dataclass
+class SDComponents:
+    """The parts of an SD 1.x or 2.x model, as read."""
+
+    unet: nn.Module
+    vae: nn.Module
+    text_encoder: nn.Module
+    tokenizer: Tokenizer
+    scheduler_config: dict[str, Any]
+    stored_dtypes: dict[Component, torch.dtype]
+    tokenizer_sources: tuple[TokenizerSource, ...]
+    family: Family
+    zeros_for_empty_prompt: bool = False
+
+    def network(self, component: Component) -> nn.Module:
+        """A network by its name."""
+        match component:
+            case "unet":
+                return self.unet
+            case "vae":
+                return self.vae
+            case "text_encoder":
+                return self.text_encoder
+            case "text_encoder_2":
+                raise KeyError(component)
+            case _:
+                assert_never(component)
+
+
 def fetch_if_missing(config: ModelConfig) -> None:
     """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
     for path in (config.path, config.vae):
@@ -94,6 +123,25 @@ def load_components(config: ModelConfig, dtype: torch.dtype) -> Components:
         zeros_for_empty_prompt=_zeros_for_empty_prompt(checkpoint),
         stored_dtypes={part: loaded.stored_dtype for part, loaded in networks.items()},
         tokenizer_sources=sources,
+    )
+
+
+def load_sd_components(config: ModelConfig, dtype: torch.dtype) -> SDComponents:
+    """The components of an SD 1.x or 2.x model, U-Net and text encoder in `dtype`, the VAE in float32."""
+    checkpoint = open_checkpoint(locate(config.path, config.variant), config.variant)
+    if checkpoint.family == "sdxl":
+        raise user_error(str(checkpoint.path), "model.path", "is an SDXL model, not a Stable Diffusion 1.x or 2.x one")
+    networks = load_networks(checkpoint, config, dtype)
+    sources = find_tokenizers(checkpoint, config.components)
+    return SDComponents(
+        unet=networks["unet"].network,
+        vae=networks["vae"].network,
+        text_encoder=networks["text_encoder"].network,
+        tokenizer=load_tokenizer(sources[0]),
+        scheduler_config=scheduler_of(checkpoint, config.components),
+        stored_dtypes={part: loaded.stored_dtype for part, loaded in networks.items()},
+        tokenizer_sources=sources,
+        family=checkpoint.family,
     )
 
 

@@ -33,7 +33,7 @@ from sdtrain.models.keys import (
 from sdtrain.models.markers import stored_configs
 from sdtrain.models.shapes import trusted_config_of
 from sdtrain.models.vae_source import VaeSource
-from sdtrain.models.weights import Stored, fill, raise_first, stored_dtype
+from sdtrain.models.weights import Stored, check_fit, fill, raise_first, stored_dtype
 
 NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?|loss\..*|model_ema\..*")
 """Keys beside the parameters that some writers leave in: constants, and projections that nothing reads."""
@@ -137,13 +137,10 @@ def fits(network: nn.Module, header: Header, family: Family, component: Componen
     """Whether a network has just the parameters, in shape and number, that a single file has for it."""
     try:
         stored = _original_sources(network, header, family, component, prefix_of(family, component))
+        check_fit(dict(network.named_parameters()), stored)
     except UserError:
         return False
-    return all(
-        where.place.third is not None or sorted(where.entry.shape) == sorted(parameter.shape)
-        for (name, parameter) in network.named_parameters()
-        for where in [stored[name]]
-    )
+    return True
 
 
 def _original_sources(

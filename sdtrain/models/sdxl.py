@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +11,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.diffusion.prediction import Prediction
-from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
+from sdtrain.models import latent_diffusion
 from sdtrain.models.export import write_single_file
 from sdtrain.models.files import Components, load_components
 from sdtrain.models.model import SamplingSettings
 from sdtrain.models.modelspec import Description
 from sdtrain.models.prompts import Tokenizer, token_chunks
-from sdtrain.models.sampling import guided, initial_noise, sample_euler
 
 
 class SDXL:
@@ -36,35 +33,20 @@ class SDXL:
             "text_encoder_2": components.text_encoder_2,
         }
         self.unused_layers = {"text_encoder": _unused_text_layers(components.text_encoder)}
-        scheduler = dict(components.scheduler_config)
-        if config.prediction != "auto":
-            scheduler["prediction_type"] = config.prediction
-        if config.zero_terminal_snr != "auto":
-            scheduler["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
-        self.scheduler_config = scheduler
-        self.components = replace(components, scheduler_config=scheduler)  # what an export writes
-        self.prediction: Prediction = (
-            "v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
-        )
-        self.schedule: NoiseSchedule = schedule_of_betas(
-            betas_of(
-                scheduler["beta_schedule"],
-                scheduler["beta_start"],
-                scheduler["beta_end"],
-                scheduler["num_train_timesteps"],
-            ),
-            zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
-        )
+        self.scheduler_config = latent_diffusion.resolved_scheduler(components.scheduler_config, config)
+        self.components = replace(components, scheduler_config=self.scheduler_config)  # what an export writes
+        self.prediction = latent_diffusion.prediction_of(self.scheduler_config)
+        self.schedule = latent_diffusion.schedule_of(self.scheduler_config)
+        self.latent_shape = latent_diffusion.latent_shape_of(components.vae)
         for network in (*self.networks.values(), self.vae):
             network.requires_grad_(False).eval()
         self.unet.to(device)
-        vae: Any = self.vae.config
-        self.latent_shape = (int(vae.latent_channels), 2 ** (len(vae.block_out_channels) - 1))
 
     def fingerprints(self) -> tuple[str, str]:
         """Digests of the VAE's and of the text encoders' weights and reading of captions."""
         text = [self.networks["text_encoder"], self.networks["text_encoder_2"]]
-        return digest_weights(self.vae), f"{digest_weights(*text)}-{self._caption_chunks}"
+        digest = latent_diffusion.digest_weights
+        return digest(self.vae), f"{digest(*text)}-{self._caption_chunks}"
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
@@ -73,23 +55,13 @@ class SDXL:
             self.networks["text_encoder"].to(device)
             self.networks["text_encoder_2"].to(device)
 
-    @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8), the mode of the VAE's distribution."""
-        mode: Tensor = self.vae.encode(pixels.to(self.vae.device, torch.float32)).latent_dist.mode()
-        shift, scale = self._latent_scale()
-        return (mode - shift) * scale
+        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8)."""
+        return latent_diffusion.encode_pixels(self.vae, pixels)
 
-    def _latent_scale(self) -> tuple[float, float]:
-        return float(self.vae.config.shift_factor or 0.0), float(self.vae.config.scaling_factor)
-
-    @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The way back, clamped to [-1, 1], on the CPU; always float32, the SDXL VAE overflows in fp16."""
-        shift, scale = self._latent_scale()
-        unscaled = latents.to(self.vae.device, torch.float32) / scale + shift
-        pictures = [self.vae.decode(one[None]).sample for one in unscaled]
-        return torch.cat(pictures).clamp(-1, 1).cpu()
+        """The way back, clamped to [-1, 1], on the CPU."""
+        return latent_diffusion.decode_latents(self.vae, latents)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second), as SDXL reads captions."""
@@ -146,38 +118,20 @@ class SDXL:
         settings: SamplingSettings,
     ) -> Tensor:
         """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""
-        height, width, num = settings.height_px, settings.width_px, len(generators)
-        channels, factor = self.latent_shape
-        time_ids = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).repeat(2 * num, 1)
-        both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
+        height, width = settings.height_px, settings.width_px
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
 
-        def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-            if settings.guidance_scale == 1:
-                return self.predict(latents, timestep, positive, time_ids[:num]).float()
-            output = self.predict(torch.cat([latents, latents]), timestep, both, time_ids).float()
-            unconditional, conditional = output.chunk(2)
-            return guided(conditional, unconditional, settings.guidance_scale)
+        def predict(latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+            return self.predict(latents, timestep, conditioning, sizes.repeat(len(latents), 1))
 
-        noise = initial_noise((channels, height // factor, width // factor), generators).to(self._device)
-        latents = sample_euler(
-            denoise, noise, scheduler_config=self.scheduler_config, num_inference_steps=settings.num_inference_steps
-        )
+        noise = latent_diffusion.noise_for(self.latent_shape, generators, settings, self._device)
+        latents = latent_diffusion.sample_latents(predict, (positive, negative), noise, settings, self.scheduler_config)
         return self.decode_latents(latents)
 
 
 def load_sdxl(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1) -> SDXL:
     """The SDXL-style model that `config` names: frozen, in evaluation mode, its U-Net on `device`."""
     return SDXL(load_components(config, dtype), config, device, caption_chunks)
-
-
-def digest_weights(*networks: nn.Module) -> str:
-    """A digest of all weights, by name and value."""
-    digest = hashlib.blake2b(digest_size=16)
-    for network in networks:
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _unused_text_layers(encoder: Any) -> tuple[str, ...]:

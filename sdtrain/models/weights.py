@@ -66,7 +66,7 @@ def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -
     stored: the place of every parameter, by its name. Raises UserError when shapes or types do not fit.
     """
     parameters = dict(network.named_parameters())
-    _check_fit(parameters, stored)
+    check_fit(parameters, stored)
     tensors = {}
     with ExitStack() as stack:
         files: dict[Path, FileIO] = {}
@@ -82,7 +82,8 @@ def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -
     return network
 
 
-def _check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored]) -> None:
+def check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Stored]) -> None:
+    """Raise UserError unless every parameter has a tensor of its shape and of a type that can be trained."""
     problems = []
     for name, parameter in parameters.items():
         where = stored[name]

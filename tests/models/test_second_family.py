@@ -1,0 +1,166 @@
+"""SD 1.x and 2.x behind the same contract as SDXL, on small random models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sdtrain.config.schema import ModelConfig
+from sdtrain.errors import UserError
+from sdtrain.models.checkpoint import TokenizerSource, builtin_folder
+from sdtrain.models.export import write_single_file
+from sdtrain.models.export_folder import write_folder
+from sdtrain.models.files import SDComponents, load_components, load_sd_components, load_tokenizer
+from sdtrain.models.load import load_model
+from sdtrain.models.model import Model, SamplingSettings
+from sdtrain.models.modelspec import Description
+from sdtrain.models.published import SCHEDULER
+from sdtrain.models.sd import SD
+from sdtrain.models.sdxl import SDXL
+
+DESCRIPTION = Description(title="small", resolution_px=64, date="2026-01-01T00:00:00Z")
+TOKENIZER = TokenizerSource(builtin_folder() / "tiny-sdxl" / "tokenizer")
+CPU = torch.device("cpu")
+
+
+def small_sd(family: Any) -> SDComponents:
+    """Random networks with the family's blocks: four levels, the last without attention."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        block_out_channels=(32, 32, 64, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+        attention_head_dim=2, use_linear_projection=family == "sd2",
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    text = CLIPTextConfig(
+        vocab_size=585, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=583, eos_token_id=584,
+    )  # fmt: skip
+    return SDComponents(
+        unet=unet.eval(), vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=load_tokenizer(TOKENIZER),
+        scheduler_config=dict(SCHEDULER), tokenizer_sources=(TOKENIZER,), family=family,
+        stored_dtypes=dict.fromkeys(("unet", "vae", "text_encoder"), torch.float32),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["sd1", "sd2"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sd") / request.param
+    write_folder(small_sd(request.param), path, DESCRIPTION)
+    return path
+
+
+def assert_same(one: SDComponents, other: SDComponents) -> None:
+    for component in ("unet", "vae", "text_encoder"):
+        left, right = one.network(component).state_dict(), other.network(component).state_dict()
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_family_is_found_and_fulfils_the_contract(folder: Path) -> None:
+    model: Model = load_model(ModelConfig(path=str(folder)), device=CPU, dtype=torch.float32)
+    assert isinstance(model, SD) and model.components.family == folder.name
+    assert set(model.networks) == {"unet", "text_encoder"} and model.latent_shape == (4, 8)
+    conditioning = model.encode_captions(["a red star", "a blue ring"])
+    assert conditioning["prompt_embeds"].shape == (2, 77, 32)
+    latents = model.encode_pixels(torch.zeros(2, 3, 64, 64))
+    steps = torch.tensor([3, 900])
+    prediction = model.predict(latents, steps, conditioning, torch.zeros(2, 6))
+    assert prediction.shape == latents.shape == (2, 4, 8, 8)
+    assert [len(part) > 0 for part in model.fingerprints()] == [True, True]
+
+
+def test_pictures_are_those_of_diffusers_pipeline(folder: Path) -> None:
+    from diffusers import EulerDiscreteScheduler, StableDiffusionPipeline
+
+    model = load_model(ModelConfig(path=str(folder)), device=CPU, dtype=torch.float32)
+    settings = SamplingSettings(num_inference_steps=3, guidance_scale=4.0, width_px=64, height_px=64)
+    texts = [model.encode_captions(["a red star"]), model.unconditional([""])]
+    pictures = model.sample(*texts, [torch.Generator().manual_seed(1)], settings)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a red star", num_inference_steps=3, guidance_scale=4.0, width=64, height=64, output_type="pt",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    assert torch.allclose((pictures + 1) / 2, expected, atol=2e-4)
+
+
+def test_a_folder_comes_back_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    read = load_sd_components(ModelConfig(path=str(folder)), torch.float32)
+    assert_same(read, small_sd(folder.name))
+    write_folder(read, tmp_path / "again", DESCRIPTION)
+    assert_same(load_sd_components(ModelConfig(path=str(tmp_path / "again")), torch.float32), read)
+    index = json.loads((tmp_path / "again" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_sd1_goes_through_a_single_file(tmp_path: Path) -> None:
+    parts = small_sd("sd1")
+    write_single_file(parts, tmp_path / "sd1.safetensors", DESCRIPTION)
+    names = set(load_file(tmp_path / "sd1.safetensors"))
+    assert "cond_stage_model.transformer.text_model.embeddings.position_ids" in names
+    assert "model.diffusion_model.middle_block.1.proj_in.weight" in names
+    config = ModelConfig(path=str(tmp_path / "sd1.safetensors"), components=str(TOKENIZER.folder))
+    model = load_model(config, device=CPU, dtype=torch.float32)
+    assert isinstance(model, SD)
+    assert_same(model.components, parts)
+
+
+def test_sd2_is_written_as_a_folder_only(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="diffusers folder instead"):
+        write_single_file(small_sd("sd2"), tmp_path / "sd2.safetensors", DESCRIPTION)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_sdxl_model_gets_its_own_family() -> None:
+    model = load_model(ModelConfig(path="builtin:tiny-sdxl"), device=CPU, dtype=torch.float32)
+    assert isinstance(model, SDXL)
+
+
+def test_the_wrong_family_is_refused_by_name(folder: Path) -> None:
+    with pytest.raises(UserError, match=rf"Stable Diffusion {folder.name[2:]}.x model, not an SDXL one"):
+        load_components(ModelConfig(path=str(folder)), torch.float32)
+    with pytest.raises(UserError, match="is an SDXL model"):
+        load_sd_components(ModelConfig(path="builtin:tiny-sdxl"), torch.float32)
+
+
+def test_sd2_of_another_tool_loses_only_the_layer_nobody_reads(tmp_path: Path) -> None:
+    """OpenCLIP's layout with one layer more than is read, fused projections and a pooled projection."""
+    from safetensors.torch import save_file
+
+    from sdtrain.models.export import changed_weights, original_tensors
+    from sdtrain.models.keys import COMPONENTS
+
+    parts = small_sd("sd2")
+    tensors: dict[str, torch.Tensor] = {}
+    for component in COMPONENTS["sd2"]:
+        weights = changed_weights(component, parts.network(component), None)
+        planned = original_tensors("sd2", component, weights, torch.float32)
+        tensors |= {key: tensor.values().detach().contiguous() for key, tensor in planned.items()}
+    prefix = "cond_stage_model.model."
+    last = {
+        name.replace("resblocks.1.", "resblocks.2."): value.clone() + 1
+        for name, value in tensors.items()
+        if name.startswith(prefix + "transformer.resblocks.1.")
+    }
+    more = {prefix + "text_projection": torch.zeros(32, 32), prefix + "logit_scale": torch.zeros(())}
+    save_file({**tensors, **last, **more}, tmp_path / "sd2.safetensors")
+    folder = shutil.copytree(TOKENIZER.folder, tmp_path / "components" / "tokenizer").parent
+    write_folder(parts, tmp_path / "configs", DESCRIPTION)
+    for part in COMPONENTS["sd2"]:
+        (folder / part).mkdir()
+        shutil.copy(tmp_path / "configs" / part / "config.json", folder / part)
+    config = ModelConfig(path=str(tmp_path / "sd2.safetensors"), components=str(folder))
+    assert_same(load_sd_components(config, torch.float32), parts)
