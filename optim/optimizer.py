@@ -9,15 +9,13 @@ import torch
 from torch import Tensor
 
 from optim import rounding, saving, sharding, stacks
+from optim.passes import Passes
 from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step, end_step, neutral_table, speed_sums
 from optim.schedule_free import average
-from optim.second_moment import factored_axes, rms_divisor
+from optim.second_moment import factored_axes
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
 from optim.stacks import Kind, Stack
 
-CACHED_ELEMENTS = 1 << 17
-"""Elements of a piece on the CPU: about five float32 tensors of this size share the cache of two cores."""
-DEVICE_ELEMENTS = 1 << 26
 FLOATING = (torch.float32, torch.bfloat16)
 
 
@@ -89,6 +87,8 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         fused_back_pass: update each parameter within backward and drop its gradient; `step()` then ends the step.
         use_cautious, use_grams, use_adopt, use_orthograd, use_focus: see `optim/transforms.py`.
         seed: of the stochastic rounding; the same on every rank.
+        compile: whether to compile the step, on first use, for this machine; None: where it pays and a compiler works.
+            Where none does, plain torch is used, with one warning.
 
     Raises:
         ValueError: a value out of range, settings that contradict one another, parameters that cannot be optimized.
@@ -125,6 +125,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         use_orthograd: bool = False,
         use_focus: bool = False,
         seed: int = 0,
+        compile: bool | None = None,  # noqa: A002 - torch's own word for it
     ) -> None:
         self.settings = Settings(
             betas=tuple(betas) if isinstance(betas, list) else betas,
@@ -159,6 +160,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._group_of: list[int] = []
         self._stacks: list[Stack] = []
         self._place: dict[int, tuple[Stack, int]] = {}
+        self._passes = Passes(self._parameters, self._stacks, self.settings, compile)
         self._hooked: dict[int, Any] = {}
         self._freed: set[int] = set()
         self._current: StepInProgress | None = None
@@ -300,7 +302,8 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             current = self._current or self._begin()
         else:
             current = self._begin()
-            self._step_together(present, current)
+            self._build_missing(present)
+            self._advance(present, current)
         self._end(current)
         return loss
 
@@ -318,49 +321,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._current = StepInProgress(table, sound, key, set())
         return self._current
 
-    def _step_together(self, present: list[int], current: StepInProgress) -> None:
-        """All parameters that have a gradient: first what is measured, then, if all is finite, what moves."""
-        self._build_missing(present)
-        current.done.update(present)
-        work = list(self._pieces(current.done))
-        for stack, piece, params in work:
-            stacks.measure(stack, piece, [self._gradient(p) for p in params])
-        active = [stack for stack in self._stacks if not current.done.isdisjoint(stack.indices)]
-        sharding.reduce_measures(active)
-        if active:
-            current.sound = torch.cat([stack.totals for stack in active]).isfinite().all()
-        table = torch.where(current.sound, current.table, self._neutral)
-        for stack, piece in self._whole_or_single(active, current.done):
-            c = Coefficients.of(table, stack.kind.group)
-            stacks.blend_factors(stack, piece, c, current.sound, self.settings)
-        divisors = self._divisors(work, table, current.sound)
-        for (stack, piece, params), divisor in zip(work, divisors, strict=True):
-            c = Coefficients.of(table, stack.kind.group)
-            grads = [self._gradient(p) for p in params]
-            local = [sharding.local_part(p) for p in params]
-            stacks.update(stack, piece, local, grads, c, current.sound, self.settings, current.key, divisor)
-
-    def _divisors(
-        self, work: list[tuple[Stack, slice, list[Tensor]]], table: Tensor, sound: Tensor
-    ) -> list[Tensor | None]:
-        """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
-        result: list[Tensor | None] = [None] * len(work)
-        if not self.settings.scales_by_rms:
-            return result
-        places, sums, ranks = [], [], []
-        for place, (stack, piece, params) in enumerate(work):
-            if not isinstance(stack.kind.split, sharding.Split):
-                continue
-            c = Coefficients.of(table, stack.kind.group)
-            grads = [self._gradient(p) for p in params]
-            places.append(place)
-            sums.append(stacks.sum_of_squared_update(stack, piece, grads, c, sound, self.settings))
-            ranks.append(stack.kind.split.ranks)
-        sharding.reduce_together(sums, ranks)
-        for place, total in zip(places, sums, strict=True):
-            result[place] = rms_divisor(total, work[place][0].kind.whole.numel())
-        return result
-
     def _step_parameter(self, index: int) -> None:
         """Within a fused backward: the whole step of one parameter, whose gradient is dropped then."""
         self._refuse_while_lent("backward() with fused_back_pass")
@@ -371,17 +331,13 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
                 "be followed by step(); accumulate gradients without it"
             )
         self._build_missing([index])
-        current.done.add(index)
-        p = self._parameters[index]
-        stack, place = self._place[index]
-        piece, grads = slice(place, place + 1), [self._gradient(p)]
-        stacks.measure(stack, piece, grads)
-        sound = stack.totals[place].isfinite()
+        self._advance([index], current)
+        self._parameters[index].grad = None
+
+    def _advance(self, present: list[int], current: StepInProgress) -> None:
+        current.done.update(present)
+        sound = self._passes.step(present, current.table, self._neutral, current.key)
         current.sound = current.sound & sound
-        c = Coefficients.of(torch.where(sound, current.table, self._neutral), stack.kind.group)
-        stacks.blend_factors(stack, piece, c, sound, self.settings)
-        stacks.update(stack, piece, [sharding.local_part(p)], grads, c, sound, self.settings, current.key)
-        p.grad = None
 
     def _end(self, current: StepInProgress) -> None:
         """The sums of all parameters become those of the groups, and d moves."""
@@ -389,15 +345,15 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         for stack in used:
             self._sums.index_copy_(0, stack.places, stack.sums)
         sharding.reduce_sums(self._sums, used)
-        # as upstream, where |s|_1 of each tensor is a bfloat16
-        self._sums[:, 1].copy_(self._sums[:, 1].to(torch.bfloat16))
         if self.settings.use_speed:
             self._finish_speed(used, current)
+        else:
+            # as upstream, where |s|_1 of each tensor is a bfloat16
+            self._sums[:, 1].copy_(self._sums[:, 1].to(torch.bfloat16))
         groups = [self._sums[start:stop, :2].sum(0) for start, stop in self._group_ranges()]
         moved = self._moved(current.done)
         end_step(self._now, torch.stack(groups), moved, self._group_values(), self.settings, current.sound)
-        for stack in self._stacks:
-            stack.row_now = stack.col_now = None
+        self._passes.end(self._stacks)
         self._current = None
         self._free_frozen()
 
@@ -430,40 +386,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         if key not in self._moved_seen:
             self._moved_seen[key] = torch.tensor(key, device=self._buffer.device)
         return self._moved_seen[key]
-
-    def _gradient(self, p: Tensor) -> Tensor:
-        """The gradient as it is here; what cannot be used is refused."""
-        grad = p.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise ValueError(f"a gradient is {grad.layout}: only dense gradients can be used (Embedding(sparse=False))")
-        if grad.dtype not in FLOATING:
-            raise ValueError(f"a gradient is {grad.dtype}: must be torch.float32 or torch.bfloat16")
-        return sharding.local_part(grad)
-
-    def _pieces(self, present: set[int]) -> Iterable[tuple[Stack, slice, list[Tensor]]]:
-        """Parts of stacks that fit the cache; where some parameter has no gradient, the others one by one."""
-        limit = CACHED_ELEMENTS if self._buffer.device.type == "cpu" else DEVICE_ELEMENTS
-        for stack in self._stacks:
-            size = max(1, limit // max(1, stack.kind.numel))
-            for start in range(0, len(stack.indices), size):
-                indices = stack.indices[start : start + size]
-                if present.issuperset(indices):
-                    yield stack, slice(start, start + len(indices)), [self._parameters[index] for index in indices]
-                    continue
-                for place, index in enumerate(indices, start):
-                    if index in present:
-                        yield stack, slice(place, place + 1), [self._parameters[index]]
-
-    @staticmethod
-    def _whole_or_single(active: list[Stack], present: set[int]) -> Iterable[tuple[Stack, slice]]:
-        for stack in active:
-            if present.issuperset(stack.indices):
-                yield stack, slice(0, len(stack.indices))
-                continue
-            for place, index in enumerate(stack.indices):
-                if index in present:
-                    yield stack, slice(place, place + 1)
 
     # ------------------------------------------------------------------ state
 
@@ -508,6 +430,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         if self._current is not None:
             stacks.begin_stack(stack)
         self._stacks.append(stack)
+        self._passes.changed()
         for place, index in enumerate(stack.indices):
             self._place[index] = (stack, place)
             self.state[self._parameters[index]] = stack.state_of(place)
@@ -527,6 +450,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
                 for stack in self._stacks:
                     if stack.kind.group == group:
                         stack.free_prodigy_state()
+                        self._passes.changed()
                         for place, index in enumerate(stack.indices):
                             self.state[self._parameters[index]] = stack.state_of(place)
 
@@ -553,7 +477,9 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     ) -> None:
         """Takes over a state that has been checked."""
         self.state.clear()
-        self._stacks, self._place, self._freed, self._current = [], {}, set(), None
+        self._stacks.clear()
+        self._place, self._freed, self._current = {}, set(), None
+        self._passes.changed()
         self._buffer, self._steps, self._seed = numbers, steps, seed
         self._values = None
         for stack in built:

@@ -152,10 +152,10 @@ def measure(stack: Stack, piece: slice, grads: list[Tensor]) -> None:
 
 
 def begin_stack(stack: Stack) -> None:
-    """Room for the sums of a step, all 0."""
-    if stack.row is not None and stack.col is not None:
-        stack.row_now = torch.zeros_like(stack.row, dtype=torch.float32)
-        stack.col_now = torch.zeros_like(stack.col, dtype=torch.float32)
+    """Room for the sums of a step."""
+    if stack.row is not None and stack.col is not None and stack.row_now is None:
+        stack.row_now = torch.empty_like(stack.row, dtype=torch.float32)
+        stack.col_now = torch.empty_like(stack.col, dtype=torch.float32)
     stack.totals.zero_()
     stack.sums.zero_()
 

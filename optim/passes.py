@@ -1,0 +1,192 @@
+"""The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
+
+What the compiled library knows goes to `native.py`, everything else through `stacks.py` piece by piece.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from optim import native, sharding, stacks
+from optim.prodigy import Coefficients
+from optim.second_moment import rms_divisor
+from optim.settings import Settings
+from optim.stacks import Stack
+
+CACHED_ELEMENTS = 1 << 17
+"""Elements of a piece on the CPU: a handful of float32 tensors of this size fit the cache of two cores."""
+DEVICE_ELEMENTS = 1 << 26
+WORTH_COMPILING = 1 << 20
+"""Parameters from which a compiled step pays for its compilation."""
+FLOATING = (torch.float32, torch.bfloat16)
+
+Work = tuple[Stack, slice, list[int]]
+
+
+class Passes:
+    """How the stacks of an optimizer are stepped. `parameters` and `stacks` are the optimizer's own lists."""
+
+    def __init__(
+        self, parameters: list[Tensor], all_stacks: list[Stack], settings: Settings, compile_step: bool | None
+    ) -> None:
+        self.parameters = parameters
+        self.stacks = all_stacks
+        self.settings = settings
+        self.compile_step = compile_step
+        self.tables: list[native.Table] | None = None
+        self.places: dict[int, tuple[Stack, int]] = {}
+
+    def changed(self) -> None:
+        """To be called whenever stacks come, go, or change their tensors."""
+        self.tables = None
+
+    def end(self, all_stacks: list[Stack]) -> None:
+        """Gives back what only a step needs; addresses in the compiled library's tables stay good."""
+        if not self.tables:
+            for stack in all_stacks:
+                stack.row_now = stack.col_now = None
+
+    def step(self, present: list[int], table: Tensor, neutral: Tensor, step_key: int) -> Tensor:
+        """The step of the parameters at `present`; returns whether all their gradients were finite (bool, 0-dim).
+
+        table: float32 [coefficients, groups]; neutral: [coefficients, 1], taken if they were not.
+        """
+        if self.tables is None:
+            self._prepare()
+        grads = {index: self._gradient(index) for index in present}
+        calls, rest = self._measure_native(present, grads)
+        work = list(self._pieces(rest))
+        for stack, piece, indices in work:
+            stacks.measure(stack, piece, [grads[index] for index in indices])
+        active = self._active(present)
+        sharding.reduce_measures(active)
+        sound = self._all_finite(present, active)
+        table = torch.where(sound, table, neutral)
+        for call in calls:
+            call.advance(table, sound, step_key)
+        self._advance_plain(work, grads, table, sound, step_key)
+        return sound
+
+    def _prepare(self) -> None:
+        """Where each parameter's state is, and the tables of the compiled library where it is used."""
+        self.tables = []
+        self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
+        if not self._compiles():
+            return
+        for dtype in FLOATING:
+            fit = [s for s in self.stacks if s.kind.dtype == dtype and native.supports_stack(s, self.settings)]
+            for stack in fit:
+                stacks.begin_stack(stack)
+            if fit:
+                self.tables.append(native.Table(fit, self.settings))
+
+    def _compiles(self) -> bool:
+        device = self.parameters[0].device
+        if self.compile_step is False or device.type != "cpu" or not native.supports(self.settings):
+            return False
+        pays = sum(stack.z.numel() for stack in self.stacks) >= WORTH_COMPILING
+        return (self.compile_step is True or pays) and native.available(say=True)
+
+    def _gradient(self, index: int) -> Tensor:
+        """The gradient as it is here; what cannot be used is refused."""
+        grad = self.parameters[index].grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise ValueError(f"a gradient is {grad.layout}: only dense gradients can be used (Embedding(sparse=False))")
+        if grad.dtype not in FLOATING:
+            raise ValueError(f"a gradient is {grad.dtype}: must be torch.float32 or torch.bfloat16")
+        return sharding.local_part(grad)
+
+    def _measure_native(self, present: list[int], grads: dict[int, Tensor]) -> tuple[list[native.Call], list[int]]:
+        """The first pass of the compiled library, and the parameters that are left to the plain path."""
+        calls, rest = [], present
+        for table in self.tables or []:
+            mine, params, theirs = [], [], []
+            for index in rest:
+                if index in table.row_of:
+                    p = sharding.local_part(self.parameters[index])
+                    if p.is_contiguous() and grads[index].dtype == p.dtype:
+                        mine.append(index)
+                        params.append(p)
+                        continue
+                theirs.append(index)
+            rest = theirs
+            if mine:
+                order = sorted(range(len(mine)), key=lambda i: table.row_of[mine[i]])
+                chosen = [grads[mine[i]].contiguous() for i in order]
+                calls.append(table.measure([mine[i] for i in order], [params[i] for i in order], chosen))
+        return calls, rest
+
+    def _active(self, present: list[int]) -> list[Stack]:
+        if len(present) == 1:
+            return [self.places[present[0]][0]]
+        chosen = set(present)
+        return [stack for stack in self.stacks if not chosen.isdisjoint(stack.indices)]
+
+    def _all_finite(self, present: list[int], active: list[Stack]) -> Tensor:
+        if not active:
+            return torch.ones((), dtype=torch.bool, device=self.parameters[0].device)
+        if len(present) == 1:
+            stack, place = self.places[present[0]]
+            return stack.totals[place].isfinite()
+        return torch.cat([stack.totals for stack in active]).isfinite().all()
+
+    def _pieces(self, present: list[int]) -> Iterator[Work]:
+        """Parts of stacks that fit the cache; where some parameter has no gradient, the others one by one."""
+        if len(present) == 1:
+            stack, place = self.places[present[0]]
+            yield stack, slice(place, place + 1), present
+            return
+        limit = CACHED_ELEMENTS if self.parameters[0].device.type == "cpu" else DEVICE_ELEMENTS
+        chosen = set(present)
+        for stack in self._active(present):
+            size = max(1, limit // max(1, stack.kind.numel))
+            for start in range(0, len(stack.indices), size):
+                indices = stack.indices[start : start + size]
+                if chosen.issuperset(indices):
+                    yield stack, slice(start, start + len(indices)), indices
+                    continue
+                for place, index in enumerate(indices, start):
+                    if index in chosen:
+                        yield stack, slice(place, place + 1), [index]
+
+    def _advance_plain(
+        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor, step_key: int
+    ) -> None:
+        whole: dict[int, list[Work]] = {}
+        for stack, piece, indices in work:
+            whole.setdefault(id(stack), []).append((stack, piece, indices))
+        for pieces in whole.values():
+            stack = pieces[0][0]
+            c = Coefficients.of(table, stack.kind.group)
+            complete = sum(len(indices) for _, _, indices in pieces) == len(stack.indices)
+            for piece in [slice(0, len(stack.indices))] if complete else [piece for _, piece, _ in pieces]:
+                stacks.blend_factors(stack, piece, c, sound, self.settings)
+        divisors = self._divisors(work, grads, table, sound)
+        for (stack, piece, indices), divisor in zip(work, divisors, strict=True):
+            c = Coefficients.of(table, stack.kind.group)
+            params = [sharding.local_part(self.parameters[index]) for index in indices]
+            mine = [grads[index] for index in indices]
+            stacks.update(stack, piece, params, mine, c, sound, self.settings, step_key, divisor)
+
+    def _divisors(
+        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor
+    ) -> list[Tensor | None]:
+        """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
+        result: list[Tensor | None] = [None] * len(work)
+        if not self.settings.scales_by_rms:
+            return result
+        places, sums, ranks = [], [], []
+        for place, (stack, piece, indices) in enumerate(work):
+            if not isinstance(stack.kind.split, sharding.Split):
+                continue
+            c = Coefficients.of(table, stack.kind.group)
+            mine = [grads[index] for index in indices]
+            places.append(place)
+            sums.append(stacks.sum_of_squared_update(stack, piece, mine, c, sound, self.settings))
+            ranks.append(stack.kind.split.ranks)
+        sharding.reduce_together(sums, ranks)
+        for place, total in zip(places, sums, strict=True):
+            result[place] = rms_divisor(total, work[place][0].kind.whole.numel())
+        return result
