@@ -73,11 +73,12 @@ def write_lora(
     is the type tensors are stored in, None keeps theirs. Raises UserError for a kind the names have no words for, for
     weights that are not finite, and for a full disk.
     """
-    check_adapters(path, adapters, names)
+    _check_kinds(path, adapters, names)
     plain = {component: dict(modules) for component, modules in adapters.items() if modules}
     scaled = one_alpha_each(plain, dtype) if names == "sd-scripts" else scale_of_one(plain, dtype)
     tensors = adapter_tensors(scaled.adapters, networks, names)
-    metadata = header_metadata(facts, _shape(plain, networks))
+    _check_finite(path, tensors)
+    metadata = header_metadata(facts, _shape(scaled, networks))
     if scaled.alphas:
         metadata[ALPHA_KEY] = pack_alphas(scaled.alphas, plain)
     if names == "diffusers":
@@ -93,18 +94,28 @@ def write_lora(
     write_tensors(path, tensors, metadata)
 
 
-def check_adapters(path: Path, adapters: Adapters, names: Names) -> None:
-    """Raise UserError for what cannot or should not be written under these names."""
-    problems = []
-    for component, modules in adapters.items():
-        for module, weights in modules.items():
-            if not expressible(weights, names):
-                what = f"is {kind_of(weights)}, for which {names} names have no words; choose diffusers names, or merge"
-                problems.append(Problem(f"{component}.{module}", what))
-            elif not all(bool(tensor.isfinite().all()) for tensor in encode(weights, names).values()):
-                problems.append(Problem(f"{component}.{module}", "is not finite: the training has diverged"))
+def _check_kinds(path: Path, adapters: Adapters, names: Names) -> None:
+    problems = [
+        Problem(
+            f"{component}.{module}",
+            f"is {kind_of(weights)}, for which {names} names have no words: write diffusers names, or merge it",
+        )
+        for component, modules in adapters.items()
+        for module, weights in modules.items()
+        if not expressible(weights, names)
+    ]
     if not any(adapters.values()):
         problems.append(Problem("adapters", "there are none to write"))
+    if problems:
+        raise UserError(str(path), shortened(problems))
+
+
+def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    problems = [
+        Problem(key, f"is not finite as {str(tensor.dtype).removeprefix('torch.')}: the training has diverged")
+        for key, tensor in tensors.items()
+        if not bool(tensor.isfinite().all())
+    ]
     if problems:
         raise UserError(str(path), shortened(problems))
 
@@ -120,12 +131,18 @@ def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names
     }
 
 
-def _shape(adapters: Adapters, networks: Mapping[str, nn.Module]) -> Shape:
-    every = [weights for modules in adapters.values() for weights in modules.values()]
+def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
+    """What reading the file will give: alphas that can be taken out of the up matrices again are told as they were."""
+    every = [weights for modules in scaled.adapters.values() for weights in modules.values()]
+    alphas = [
+        scaled.alphas.get(component, {}).get(module, weights.alpha)
+        for component, modules in scaled.adapters.items()
+        for module, weights in modules.items()
+    ]
     return Shape(
         kinds=frozenset(kind_of(weights) for weights in every),
         ranks=Counter(weights.rank for weights in every),
-        alphas=Counter(weights.alpha for weights in every),
+        alphas=Counter(alphas),
         sdxl=is_sdxl(networks),
     )
 

@@ -178,6 +178,28 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
             assert_never(weights)
 
 
+def idle_networks(adapters: Adapters) -> list[str]:
+    """Networks whose adapters change nothing at all: after some steps, the sign of a run that trains nothing."""
+    return [component for component, modules in adapters.items() if modules and all(map(_is_zero, modules.values()))]
+
+
+def _is_zero(weights: AdapterWeights) -> bool:
+    """Whether dW is exactly zero, seen from the factor that starts there. A DoRA's length is left out of it."""
+    match weights:
+        case LoraWeights():
+            return not bool(weights.up.any())
+        case DoraWeights():
+            return _is_zero(weights.direction)
+        case LohaWeights():
+            return not (bool((weights.w1_a @ weights.w1_b).any()) and bool((weights.w2_a @ weights.w2_b).any()))
+        case LokrWeights():
+            return not (bool(whole(weights.w1).any()) and bool(whole(weights.w2).any()))
+        case OftWeights():
+            return not bool(weights.vectors.any())
+        case _:
+            assert_never(weights)
+
+
 def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> AdapterWeights:
     """The same kind of adapter with every tensor changed."""
     match weights:

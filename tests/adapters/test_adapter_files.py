@@ -65,7 +65,7 @@ SIZES = st.lists(
 )
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
 def test_sd_scripts_to_diffusers_and_back_is_the_same_file(
     networks: dict[str, nn.Module], tmp_path: Path, sizes: list[tuple[int, float]], dtype: torch.dtype
@@ -77,7 +77,7 @@ def test_sd_scripts_to_diffusers_and_back_is_the_same_file(
     assert first.read_bytes() == last.read_bytes()
 
 
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(SIZES, st.sampled_from(["sd-scripts", "diffusers"]), st.sampled_from([torch.float32, torch.float16]))
 def test_the_change_in_a_file_is_the_change_in_memory(
     networks: dict[str, nn.Module], tmp_path: Path, sizes: list[tuple[int, float]], names: str, dtype: torch.dtype
@@ -237,6 +237,13 @@ def test_values_that_are_not_finite_are_never_written(networks, tmp_path: Path) 
     with pytest.raises(UserError, match="not finite"):
         write_lora(tmp_path / "a.safetensors", adapters, networks, names="sd-scripts", facts=FACTS)
     assert not list(tmp_path.iterdir())
+
+
+def test_values_too_large_for_the_type_of_the_file_are_told(networks, tmp_path: Path) -> None:
+    adapters = some_lora(networks, [(4, 2.0)], torch.float32)
+    next(iter(adapters["unet"].values())).up[0, 0] = 1e6
+    with pytest.raises(UserError, match="not finite as float16"):
+        write_lora(tmp_path / "a.safetensors", adapters, networks, names="sd-scripts", facts=FACTS, dtype=torch.float16)
 
 
 def test_a_full_disk_is_found_before_the_first_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_ada
 from sdtrain.adapters.formats import read_lora, write_lora
 from sdtrain.adapters.metadata import FileFacts
 from sdtrain.adapters.tensors import Names
-from sdtrain.adapters.weights import AdapterKind, LoraWeights, OftWeights, delta
+from sdtrain.adapters.weights import AdapterKind, LoraWeights, OftWeights, delta, idle_networks
 from sdtrain.errors import UserError
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
@@ -64,7 +64,7 @@ def test_fresh_adapters_change_no_bit(kind: AdapterKind, dtype: torch.dtype) -> 
     attach(network, kind)
     after = network(PIXELS.to(dtype))
     if (kind, dtype) == ("oft", torch.bfloat16):  # the rotated copy is laid out anew, and another kernel sums it up
-        torch.testing.assert_close(after, before)
+        torch.testing.assert_close(after, before, rtol=0.02, atol=0.02)
     else:
         assert torch.equal(after, before)
 
@@ -98,7 +98,9 @@ def test_live_adapters_compute_their_definition(kind: AdapterKind) -> None:
 def test_training_reaches_every_parameter(kind: AdapterKind) -> None:
     network = layers(kind)
     parameters = attach(network, kind)
+    assert idle_networks({"unet": adapter_weights(network)}) == ["unet"]
     train_a_little(parameters)
+    assert idle_networks({"unet": adapter_weights(network)}) == []
     network(PIXELS).square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in parameters.values())
 
