@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from sdtrain import __version__
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, user_error
 
 app = typer.Typer(
     name="sdtrain",
@@ -28,6 +28,15 @@ ConfigPath = Annotated[Path, typer.Argument(help="The config, a .toml file.", sh
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; can be given repeatedly.")
 ]
+ExportFormat = Literal["sd-scripts", "diffusers", "single-file", "folder"]
+CheckpointLayout = Literal["single-file", "folder"]
+BaseModel = Annotated[str, typer.Argument(help="The base model: a file, a folder, a hub id or builtin:NAME.")]
+OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
+Rank = Annotated[int, typer.Option("--rank", min=1, help="The highest rank a layer may get.")]
+Energy = Annotated[
+    float, typer.Option("--energy", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW.")
+]
+ComponentsFolder = Annotated[str, typer.Option("--components", help="See model.components.")]
 
 
 @app.command()
@@ -68,6 +77,83 @@ def sample(
     from sdtrain.training.sample import sample as run_sample
 
     run_sample(source, prompt, seed or [0, 1, 2, 3], out, set_ or [], Console())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
+    step: Annotated[int | None, typer.Option("--step", help="Training state to export; default the newest.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
+) -> None:
+    """Write the averaged weights of a run in another format, or of an earlier step."""
+    quiet_libraries()
+    from sdtrain.training.tools import export_run
+
+    typer.echo(f"wrote {export_run(run, format_, step, out)}")
+
+
+@app.command()
+def merge(
+    base: BaseModel,
+    files: Annotated[list[Path], typer.Argument(metavar="LORA...", help="LoRA files.")],
+    out: OutFile,
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each LoRA in turn; default 1.")] = None,
+    layout: Annotated[CheckpointLayout, typer.Option("--layout", help="What to write.")] = "single-file",
+    components: ComponentsFolder = "",
+) -> None:
+    """Put LoRAs into a base model."""
+    weights = weight or [1.0] * len(files)
+    if len(weights) != len(files):
+        raise user_error("merge", "--weight", f"given {len(weights)} times for {len(files)} files; give one for each")
+    quiet_libraries()
+    from sdtrain.training.tools import merge as run_merge
+
+    changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
+    typer.echo(f"wrote {out}: {changed} layers of {base} changed")
+
+
+@app.command()
+def extract(
+    base: BaseModel,
+    tuned: Annotated[str, typer.Argument(help="The model that was made of it.")],
+    out: OutFile,
+    rank: Rank = 16,
+    energy: Energy = 1.0,
+    targets: Annotated[str, typer.Option("--targets", help="A preset of method.targets, or a pattern.")] = "all-linear",
+    components: ComponentsFolder = "",
+) -> None:
+    """Make a LoRA of the difference of two models."""
+    quiet_libraries()
+    from sdtrain.training.tools import extract_lora, rank_rule
+
+    layers = extract_lora(base, tuned, rank_rule(rank, energy), targets, out, components)
+    typer.echo(f"wrote {out}: {layers} layers")
+
+
+@app.command()
+def resize(
+    file: Annotated[Path, typer.Argument(help="A LoRA file.")],
+    base: Annotated[str, typer.Option("--base", help="A model it fits.")],
+    out: OutFile,
+    rank: Rank = 16,
+    energy: Energy = 1.0,
+    components: ComponentsFolder = "",
+) -> None:
+    """Give a LoRA another rank."""
+    quiet_libraries()
+    from sdtrain.training.tools import rank_rule, resize_lora
+
+    resize_lora(file, base, rank_rule(rank, energy), out, components)
+    typer.echo(f"wrote {out}")
+
+
+@app.command()
+def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
+    """What is in a file: kind, ranks, base, steps, d per network, tags."""
+    from sdtrain.training.info import file_info
+
+    Console().print(file_info(file))
 
 
 def quiet_libraries() -> None:

@@ -87,14 +87,14 @@ def tiny_unet() -> torch.nn.Module:
 
 
 def test_an_exported_lora_holds_the_averaged_weights(train: Train) -> None:
-    from sdtrain.adapters.lora import attach_lora
+    from sdtrain.adapters.attach import AdapterSettings, attach_adapters
     from sdtrain.adapters.targets import select_modules
 
     run, _ = train({"export.names": "diffusers", "method.alpha": 2.0})
     saved = load_file(run / "weights" / "small.safetensors")
     network = tiny_unet()
     modules = select_modules(network, "attention")
-    parameters = attach_lora(network, modules, rank=2, alpha=2.0, generator=torch.Generator())
+    parameters = attach_adapters(network, modules, AdapterSettings("lora", 2, 2.0), torch.Generator())
     x, y = averaged_by_hand(run, 4, [f"unet/{name}" for name in parameters])
     moved = 0
     for name in parameters:

@@ -33,7 +33,7 @@ from sdtrain.adapters.metadata import (
     pack_alphas,
     unpack_alpha,
 )
-from sdtrain.adapters.names import COMPONENTS, diffusers_names, is_sdxl, plain_modules, sd_scripts_names
+from sdtrain.adapters.names import COMPONENTS, diffusers_names, family_of, plain_modules, sd_scripts_names
 from sdtrain.adapters.peft_metadata import alpha_in_metadata, peft_metadata
 from sdtrain.adapters.tensors import Names, decode, encode, expressible, shape_problem
 from sdtrain.adapters.weights import Adapters, AdapterWeights, DoraWeights, LoraWeights, kind_of, mapped
@@ -143,7 +143,7 @@ def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
         kinds=frozenset(kind_of(weights) for weights in every),
         ranks=Counter(weights.rank for weights in every),
         alphas=Counter(alphas),
-        sdxl=is_sdxl(networks),
+        family=family_of(networks),
     )
 
 

@@ -10,12 +10,16 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, assert_never
 
 CONFIG_KEY = "sdtrain.config"
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
+
+
+Family = Literal["sdxl", "sd1", "sd2"]
+"""Model families that adapters are written for."""
 
 
 @dataclass(frozen=True)
@@ -52,23 +56,20 @@ class Shape:
     """rank -> number of layers."""
     alphas: Mapping[float, int]
     """alpha -> number of layers."""
-    sdxl: bool = True
+    family: Family = "sdxl"
 
 
 def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
     """All keys but the hashes. Values are strings, as the format wants them; deterministic."""
     found = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": ("stable-diffusion-xl-v1-base" if shape.sdxl else "stable-diffusion-v1") + "/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        **_family_keys(shape.family, facts.prediction == "v_prediction"),
         "modelspec.title": facts.title,
         "modelspec.date": facts.date,
         "modelspec.prediction_type": "v" if facts.prediction == "v_prediction" else "epsilon",
         "modelspec.resolution": f"{facts.resolution_px[0]}x{facts.resolution_px[1]}",
         "ss_output_name": facts.title,
-        "ss_base_model_version": "sdxl_base_v1-0" if shape.sdxl else "sd_v1",
         "ss_resolution": f"({facts.resolution_px[0]}, {facts.resolution_px[1]})",
-        "ss_v2": "False",
         **_network_keys(shape),
     }
     optional = {
@@ -82,6 +83,27 @@ def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
         D_KEY: _json(facts.d) if facts.d else "",
     }
     return found | {key: value for key, value in optional.items() if value}
+
+
+def _family_keys(family: Family, v_prediction: bool) -> dict[str, str]:
+    """The words of the standard and of sd-scripts for the model below."""
+    match family:
+        case "sdxl":
+            architecture, version = "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
+        case "sd1":
+            architecture, version = "stable-diffusion-v1", "sd_v1"
+        case "sd2":
+            architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
+            version = "sd_v2"
+        case _:
+            assert_never(family)
+    sdxl = family == "sdxl"  # sd-scripts trains it in the original layout, the older ones in that of diffusers
+    return {
+        "modelspec.architecture": f"{architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if sdxl else "diffusers",
+        "ss_base_model_version": version + ("_v" if v_prediction and not sdxl else ""),
+        "ss_v2": str(family == "sd2"),
+    }
 
 
 def _network_keys(shape: Shape) -> dict[str, str]:

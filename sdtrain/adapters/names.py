@@ -12,6 +12,8 @@ from itertools import count, takewhile
 
 from torch import nn
 
+from sdtrain.adapters.metadata import Family
+
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 _TOP = {
@@ -98,6 +100,19 @@ def is_sdxl(networks: Mapping[str, nn.Module]) -> bool:
     return "text_encoder_2" in networks or (
         unet is not None and any(name == "add_embedding" for name, _ in unet.named_modules())
     )
+
+
+def family_of(networks: Mapping[str, nn.Module]) -> Family:
+    """The model family, by what its networks are made of: SD 2.x reads text that is 1024 wide."""
+    if is_sdxl(networks):
+        return "sdxl"
+    text_widths = {
+        module.in_features
+        for network in networks.values()
+        for name, module in plain_modules(network)
+        if isinstance(module, nn.Linear) and name.endswith(("attn2.to_k", "self_attn.k_proj"))
+    }
+    return "sd2" if 1024 in text_widths else "sd1"
 
 
 def sd_scripts_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:

@@ -31,6 +31,11 @@ def _method(config: Config) -> Iterator[Problem]:
         yield Problem("method.train", f"names {', '.join(repeated)} twice")
     for name in sorted(set(config.method.lr) - set(config.method.train)):
         yield Problem("method.lr", f"weighs {name}, which is not trained; method.train = {list(config.method.train)}")
+    for name in sorted(set(config.method.stop) - set(config.method.train)):
+        yield Problem("method.stop", f"stops {name}, which is not trained; method.train = {list(config.method.train)}")
+    if set(config.method.stop) >= set(config.method.train) and max(config.method.stop.values()) < config.steps:
+        last = max(config.method.stop.values())
+        yield Problem("method.stop", f"stops every network by step {last}, before steps = {config.steps}")
     if config.memory.fused_back_pass and not isinstance(config.method, FullConfig):
         yield Problem(
             "memory.fused_back_pass",

@@ -26,7 +26,7 @@ class ModelConfig(Settings):
     vae: str = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
     components: str = Field(
         default="",
-        description="Folder with the configs and tokenizers that a single file lacks: a diffusers folder, weights not needed.",
+        description="Folder with configs and tokenizers, which a single file lacks: a diffusers folder, say.",
     )
     variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
     prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
@@ -45,8 +45,17 @@ class LoraConfig(Settings):
 
     kind: Literal["lora"]
     train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that get adapters.")
-    rank: Count = Field(default=16, description="Rank of the adapters.")
+    adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
+        default="lora", description="Kind of adapter; `lora` loads everywhere."
+    )
+    rank: Count = Field(default=16, description="Rank of the adapters; for `oft` the size of the rotated blocks.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter counts alpha / rank.")
+    ranks: dict[str, Count] = Field(
+        default={}, description='Ranks of single layers by pattern, e.g. `{ "*attn2*" = 32 }`; the last match counts.'
+    )
+    alphas: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default={}, description="Alphas of single layers by pattern."
+    )
     targets: Literal["attention", "attention+ff", "all-linear", "all"] | list[str] = Field(
         default="attention+ff",
         description="Layers that get adapters: a preset, or patterns of module names such as `*attn2.to_k`.",
@@ -54,6 +63,10 @@ class LoraConfig(Settings):
     lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
     )
+    stop: dict[Component, Count] = Field(
+        default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
+    )
+    init_from: str = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
 
 
 class FullConfig(Settings):
@@ -63,6 +76,9 @@ class FullConfig(Settings):
     train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that are trained.")
     lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
+    )
+    stop: dict[Component, Count] = Field(
+        default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
 
 

@@ -90,5 +90,5 @@ def not_cached(repository: str, variant: str, reason: str) -> UserError:
         repository,
         "model.path",
         f"neither a file nor a folder nor whole in the local hub cache, and {reason}: where there is a network run "
-        f"`{command}`, or copy the model's folder here and name it in model.path",
+        f"`{command}`, or copy the model's folder here and name that instead",
     )

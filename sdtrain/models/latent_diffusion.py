@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, assert_never
 
 import torch
 from torch import Generator, Tensor, nn
@@ -12,7 +13,12 @@ from torch import Generator, Tensor, nn
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
-from sdtrain.models.model import SamplingSettings
+from sdtrain.models.export import Change, write_single_file
+from sdtrain.models.export_folder import write_folder
+from sdtrain.models.files import Components, SDComponents
+from sdtrain.models.model import Layout, SamplingSettings
+from sdtrain.models.modelspec import Description
+from sdtrain.models.prompts import Tokenizer
 from sdtrain.models.sampling import guided, initial_noise, sample_euler
 
 Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
@@ -98,6 +104,41 @@ def noise_for(
     """Unit noise (n, c, h, w) for pictures of the settings' size. shape: (channels, pixels per latent)."""
     channels, factor = shape
     return initial_noise((channels, settings.height_px // factor, settings.width_px // factor), generators).to(device)
+
+
+def write_checkpoint(
+    components: Components | SDComponents,
+    path: Path,
+    description: Description,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    change: Change | None,
+) -> None:
+    """The whole model in a layout; see `Model.write_checkpoint`. Raises UserError for a full disk."""
+    match layout:
+        case "single-file":
+            write_single_file(components, path, description, dtype=dtype, change=change)
+        case "folder":
+            write_folder(components, path, description, dtype=dtype, change=change)
+        case _:
+            assert_never(layout)
+
+
+def digest_vae(vae: Any) -> str:
+    """A digest of all that makes latents: the weights, and how latents are shifted and scaled."""
+    shift, scale = _latent_scale(vae)
+    return f"{digest_weights(vae)} {shift} {scale}"
+
+
+def digest_tokenizers(*tokenizers: Tokenizer) -> str:
+    """A digest of how captions become tokens: vocabulary, padding, and what becomes of a text with every rule in it."""
+    probe = "A photo of  3 cats' café, (red:1.2) don't_stop\n日本 🦊"
+    digest = hashlib.blake2b(digest_size=16)
+    for tokenizer in tokenizers:
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        reading = tokenizer.encode(probe, add_special_tokens=False)
+        digest.update(repr((vocabulary, tokenizer.pad_token_id, tokenizer.model_max_length, reading)).encode())
+    return digest.hexdigest()
 
 
 def digest_weights(*networks: nn.Module) -> str:

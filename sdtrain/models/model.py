@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Generator, Tensor, nn
 
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule
+from sdtrain.models.export import Change
 from sdtrain.models.modelspec import Description
+
+Layout = Literal["single-file", "folder"]
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,20 @@ class Model(Protocol):
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
 
-    def write_checkpoint(self, path: Path, description: Description, dtype: torch.dtype | None) -> None:
-        """The whole model, as its networks are now, as a single file; dtype None: of each network as it was stored."""
+    def write_checkpoint(
+        self,
+        path: Path,
+        description: Description,
+        *,
+        layout: Layout,
+        dtype: torch.dtype | None = None,
+        change: Change | None = None,
+    ) -> None:
+        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder.
+
+        dtype: of the stored weights; None: of each network as it was stored. change: what is written instead of a
+        weight, e.g. the weight with its adapter merged in.
+        """
 
     def sample(
         self,

@@ -17,6 +17,8 @@ class Tokenizer(Protocol):
     pad_token_id: int
     model_max_length: int
 
+    def get_vocab(self) -> dict[str, int]: ...
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
 

@@ -12,9 +12,9 @@ from torch import Generator, Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.models import latent_diffusion
-from sdtrain.models.export import write_single_file
+from sdtrain.models.export import Change
 from sdtrain.models.files import SDComponents, load_sd_components
-from sdtrain.models.model import SamplingSettings
+from sdtrain.models.model import Layout, SamplingSettings
 from sdtrain.models.modelspec import Description
 from sdtrain.models.prompts import token_chunks
 
@@ -42,9 +42,10 @@ class SD:
         self.unet.to(device)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Digests of the VAE's and of the text encoder's weights and reading of captions."""
-        digest = latent_diffusion.digest_weights
-        return digest(self.vae), f"{digest(self.text_encoder)}-{self._caption_chunks}"
+        """Digests of all that makes latents of pictures, and of all that makes conditioning of captions."""
+        text = latent_diffusion.digest_weights(self.text_encoder)
+        reading = latent_diffusion.digest_tokenizers(self.components.tokenizer)
+        return latent_diffusion.digest_vae(self.vae), f"{text} {reading} {self._caption_chunks}"
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoder) on a device."""
@@ -78,9 +79,17 @@ class SD:
         output: Tensor = self.unet(noisy.to(device, dtype), timesteps.to(device), text, return_dict=False)[0]
         return output
 
-    def write_checkpoint(self, path: Path, description: Description, dtype: torch.dtype | None) -> None:
-        """The whole model, as its networks are now, in the original single-file layout."""
-        write_single_file(self.components, path, description, dtype=dtype)
+    def write_checkpoint(
+        self,
+        path: Path,
+        description: Description,
+        *,
+        layout: Layout,
+        dtype: torch.dtype | None = None,
+        change: Change | None = None,
+    ) -> None:
+        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder."""
+        latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
 
     @torch.no_grad()
     def sample(

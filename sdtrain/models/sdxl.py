@@ -12,9 +12,9 @@ from torch import Generator, Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.models import latent_diffusion
-from sdtrain.models.export import write_single_file
+from sdtrain.models.export import Change
 from sdtrain.models.files import Components, load_components
-from sdtrain.models.model import SamplingSettings
+from sdtrain.models.model import Layout, SamplingSettings
 from sdtrain.models.modelspec import Description
 from sdtrain.models.prompts import Tokenizer, token_chunks
 
@@ -43,10 +43,11 @@ class SDXL:
         self.unet.to(device)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Digests of the VAE's and of the text encoders' weights and reading of captions."""
-        text = [self.networks["text_encoder"], self.networks["text_encoder_2"]]
-        digest = latent_diffusion.digest_weights
-        return digest(self.vae), f"{digest(*text)}-{self._caption_chunks}"
+        """Digests of all that makes latents of pictures, and of all that makes conditioning of captions."""
+        parts = self.components
+        text = latent_diffusion.digest_weights(parts.text_encoder, parts.text_encoder_2)
+        reading = latent_diffusion.digest_tokenizers(parts.tokenizer, parts.tokenizer_2)
+        return latent_diffusion.digest_vae(self.vae), f"{text} {reading} {self._caption_chunks}"
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
@@ -98,16 +99,24 @@ class SDXL:
             encoder_hidden_states=conditioning["prompt_embeds"].to(device, dtype),
             added_cond_kwargs={
                 "text_embeds": conditioning["pooled"].to(device, dtype),
-                "time_ids": time_ids.to(device, dtype),
+                "time_ids": time_ids.to(device),  # float32: sizes such as 1337 have no place in bfloat16
             },
             return_dict=False,
         )[0]
         assert isinstance(output, Tensor)
         return output
 
-    def write_checkpoint(self, path: Path, description: Description, dtype: torch.dtype | None) -> None:
-        """The whole model, as its networks are now, in the original single-file layout."""
-        write_single_file(self.components, path, description, dtype=dtype)
+    def write_checkpoint(
+        self,
+        path: Path,
+        description: Description,
+        *,
+        layout: Layout,
+        dtype: torch.dtype | None = None,
+        change: Change | None = None,
+    ) -> None:
+        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder."""
+        latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
 
     @torch.no_grad()
     def sample(

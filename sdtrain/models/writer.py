@@ -99,9 +99,12 @@ def _not_finite(values: Tensor, dtype: torch.dtype) -> str:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not."""
+    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not.
+
+    The temporary name is always the same, so that what a killed process left is overwritten by the next.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
         partial.replace(path)
@@ -114,21 +117,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it does not.
 
-    A folder that is there already is moved aside first: between the two renames it is not under its name, but whole.
+    A folder that is there already is moved aside, not deleted, before the new one has its name: a kill between the two
+    renames leaves it whole as `.NAME.old`.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
     try:
-        partial.mkdir()
         yield partial
-        if path.exists():
-            path.rename(old)
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    if path.exists():
         shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    partial.rename(path)
     sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

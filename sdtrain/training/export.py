@@ -7,22 +7,33 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import assert_never
+from typing import Literal, assert_never
 
 import torch
+from torch import Tensor
 
 from optim import GroupMetrics
+from sdtrain.adapters.attach import adapter_weights
 from sdtrain.adapters.formats import write_lora
-from sdtrain.adapters.lora import lora_weights
 from sdtrain.adapters.metadata import FileFacts
+from sdtrain.adapters.weights import Adapters, delta
 from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
+from sdtrain.errors import user_error
+from sdtrain.models.export import Change
+from sdtrain.models.keys import Component
 from sdtrain.models.model import Model
 from sdtrain.models.modelspec import Description
 
+Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
 STEP_KEY = "sdtrain.step"
 CONFIG_KEY = "sdtrain.config"
+
+
+def format_of(config: Config) -> Format:
+    """The format of the file a run leaves."""
+    return config.export.names if isinstance(config.method, LoraConfig) else "single-file"
 
 
 def export_weights(
@@ -30,35 +41,57 @@ def export_weights(
     config: Config,
     path: Path,
     *,
+    kind: Format,
     step: int,
     examples: Sequence[Example],
     groups: Sequence[GroupMetrics],
 ) -> None:
     """Write the weights the networks hold now to `path`, whole or not at all. Call it inside `averaged(optimizer)`.
 
-    Adapters go under the names `export.names`; a full fine-tune becomes a checkpoint in the original single-file
-    layout. Raises UserError for a full disk and for weights that are not finite.
+    A whole checkpoint of a LoRA run has the adapters merged in. Raises UserError for a full disk, for weights that are
+    not finite, and for adapter names of a run that has no adapters.
     """
-    method = config.method
-    match method:
-        case LoraConfig():
-            write_lora(
-                path,
-                {name: lora_weights(model.networks[name]) for name in method.train},
-                model.networks,
-                names=config.export.names,
-                facts=file_facts(model, config, step, examples, groups),
-                dtype=stored_dtype(config.export),
-            )
-        case FullConfig():
+    adapters = trained_adapters(model, config)
+    match kind:
+        case "sd-scripts" | "diffusers":
+            if not adapters:
+                what = f"{kind} holds adapters, this run trains all weights; use single-file or folder, or extract"
+                raise user_error(str(path), "format", what)
+            facts = file_facts(model, config, step, examples, groups)
+            write_lora(path, adapters, model.networks, names=kind, facts=facts, dtype=stored_dtype(config.export))
+        case "single-file" | "folder":
             description = Description(
                 title=config.name,
                 resolution_px=config.data.resolution_px,
                 more={CONFIG_KEY: config_to_toml(config), STEP_KEY: str(step)},
             )
-            model.write_checkpoint(path, description, stored_dtype(config.export))
+            dtype = None if adapters else stored_dtype(config.export)
+            model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=merging(adapters))
         case _:
-            assert_never(method)
+            assert_never(kind)
+
+
+def trained_adapters(model: Model, config: Config) -> Adapters:
+    """The adapters of a run by network and layer, as the networks hold them now; none for a full fine-tune."""
+    match config.method:
+        case LoraConfig():
+            return {name: adapter_weights(model.networks[name]) for name in config.method.train}
+        case FullConfig():
+            return {}
+        case _:
+            assert_never(config.method)
+
+
+def merging(adapters: Adapters) -> Change:
+    """A change of weights that adds each layer's dW, in float32, just before the weight is written."""
+
+    def change(component: Component, name: str, weight: Tensor) -> Tensor:
+        adapter = adapters.get(component, {}).get(name.removesuffix(".weight"))
+        if adapter is None or not name.endswith(".weight"):
+            return weight
+        return weight.float() + delta(adapter, weight).to(weight.device)
+
+    return change
 
 
 def stored_dtype(export: ExportConfig) -> torch.dtype | None:

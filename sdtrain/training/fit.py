@@ -15,7 +15,7 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.models.model import Model
 from sdtrain.training.checkpoint import load_state, save_state, saved_states
-from sdtrain.training.export import export_weights
+from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
@@ -75,6 +75,7 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
         preview(training, step, report)
     while step < config.steps and not stop.is_set():
         report.begin_step()
+        trainable.require_gradients(step)
         losses: list[Tensor] = []
         examples: list[Example] = []
         for batch, share in training.data.batches.at(step):
@@ -99,6 +100,7 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
                 training.model,
                 config,
                 run.weights_path,
+                kind=format_of(config),
                 step=step,
                 examples=training.data.examples,
                 groups=optimizer.metrics(),

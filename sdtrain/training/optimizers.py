@@ -11,7 +11,12 @@ def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusSchedule
     """Prodigy + Schedule-Free over the named groups."""
     settings = config.optimizer
     groups = [
-        {"name": group.name, "params": list(group.parameters.values()), "lr": settings.lr * group.lr}
+        {
+            "name": group.name,
+            "params": list(group.parameters.values()),
+            "lr": settings.lr * group.lr,
+            "d0": max(settings.d0, group.d),
+        }
         for group in trainable.groups
     ]
     return ProdigyPlusScheduleFree(

@@ -1,30 +1,37 @@
-"""What is trained: the parameters of a method in named groups, and the file they become."""
+"""What is trained: the parameters of a method in named groups."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, assert_never
 
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from sdtrain.adapters.lora import attach_lora
-from sdtrain.adapters.targets import select_modules
+from sdtrain.adapters.attach import AdapterSettings, attach_adapters
+from sdtrain.adapters.start import start_from
+from sdtrain.adapters.targets import select_targets
 from sdtrain.config.schema import FullConfig, LoraConfig
-from sdtrain.errors import user_error
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
 
 
 @dataclass(frozen=True)
 class Group:
-    """The trained parameters of one network, by name, and the weight of its step size."""
+    """The trained parameters of one network, by name.
+
+    lr: weight of its step size. d: the step size it starts from, 0 for the optimizer's d0. stop: the step after which
+    it is no longer trained, 0 for never.
+    """
 
     name: str
     parameters: Mapping[str, nn.Parameter]
     lr: float
+    d: float
+    stop: int
 
     @property
     def num_parameters(self) -> int:
@@ -38,47 +45,56 @@ class Trainable:
 
     groups: tuple[Group, ...]
 
-    @property
-    def num_parameters(self) -> int:
-        """How many numbers are trained in all groups."""
-        return sum(group.num_parameters for group in self.groups)
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether captions have to be encoded anew in every step."""
-        return any(group.name != "unet" for group in self.groups)
-
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter as `group/name`."""
         return {f"{group.name}/{name}": value for group in self.groups for name, value in group.parameters.items()}
+
+    def require_gradients(self, step: int) -> None:
+        """Let the groups that are still trained after `step` steps, and only those, take part in backward."""
+        for group in self.groups:
+            trained = not group.stop or step < group.stop
+            for parameter in group.parameters.values():
+                if parameter.requires_grad != trained:
+                    parameter.requires_grad_(trained)
 
 
 def train_parameters(model: Model, run: Run) -> Trainable:
     """Put the run's method on the model. Raises UserError when it finds nothing to train."""
     method = run.config.method
-    groups = []
-    for name in method.train:
-        model.networks[name].to(run.device)
-        match method:
-            case LoraConfig():
-                parameters = _attach(model, name, method, run)
-            case FullConfig():
-                parameters = _unfreeze(model, name)
-            case _:
-                assert_never(method)
-        if run.config.memory.gradient_checkpointing:
-            _recompute_activations(model.networks[name])
-        groups.append(Group(name, parameters, method.lr.get(name, 1.0)))
-    return Trainable(tuple(groups))
+    networks: dict[str, nn.Module] = {name: model.networks[name].to(run.device) for name in method.train}
+    match method:
+        case LoraConfig():
+            found, d = _attach(model, networks, method, run)
+        case FullConfig():
+            found, d = {name: _unfreeze(model, name) for name in networks}, {}
+        case _:
+            assert_never(method)
+    if run.config.memory.gradient_checkpointing:
+        for network in networks.values():
+            _recompute_activations(network)
+    return Trainable(
+        tuple(
+            Group(name, found[name], method.lr.get(name, 1.0), d.get(name, 0.0), method.stop.get(name, 0))
+            for name in method.train
+        )
+    )
 
 
-def _attach(model: Model, name: str, method: LoraConfig, run: Run) -> dict[str, nn.Parameter]:
-    network = model.networks[name]
-    modules = select_modules(network, method.targets, unused=model.unused_layers.get(name, ()))
-    if not modules:
-        raise user_error("config", "method.targets", f"{method.targets!r} matches no layer of {name}")
-    generator = run.generator(f"adapter {name}")
-    return attach_lora(network, modules, rank=method.rank, alpha=method.alpha, generator=generator)
+def _attach(
+    model: Model, networks: Mapping[str, nn.Module], method: LoraConfig, run: Run
+) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, float]]:
+    """The adapters' parameters by network, and the d they were trained with where they come from a file."""
+    modules = select_targets(
+        networks, method.targets, ranks=method.ranks, alphas=method.alphas, unused=model.unused_layers
+    )
+    settings = AdapterSettings(method.adapter, method.rank, method.alpha, method.ranks, method.alphas)
+    parameters = {
+        name: attach_adapters(network, modules[name], settings, run.generator(f"adapter {name}"))
+        for name, network in networks.items()
+    }
+    if not method.init_from:
+        return parameters, {}
+    return parameters, start_from(Path(method.init_from).expanduser(), model.networks)
 
 
 def _recompute_activations(network: Any) -> None:

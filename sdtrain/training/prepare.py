@@ -13,8 +13,8 @@ from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
 from sdtrain.models.inspect import inspect_model
+from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
-from sdtrain.models.sdxl import load_sdxl
 from sdtrain.training.preview import Prompts, prepare_prompts
 from sdtrain.training.run import Run
 
@@ -24,7 +24,7 @@ def load(run: Run) -> Model:
     facts, problems = inspect_model(run.config.model)
     if problems or facts is None:
         raise UserError("model", problems)
-    return load_sdxl(
+    return load_model(
         run.config.model, device=run.device, dtype=run.dtype, caption_chunks=run.config.data.caption_chunks
     )
 

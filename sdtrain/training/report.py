@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from optim import GroupMetrics
+from sdtrain.training.facts import duration
 
 SMOOTHING = 0.98
 """Memory of the smoothed loss: about the last 50 steps."""
@@ -150,23 +150,3 @@ def _drop_records_after(path: Path, step: int) -> None:
         except (json.JSONDecodeError, KeyError):
             continue  # the line that was being written when the run was killed
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def facts_table(rows: Mapping[str, Any]) -> Table:
-    """Two quiet columns: what, and its value."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for key, value in rows.items():
-        table.add_row(key, str(value))
-    return table

@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
-import torch
 from rich.console import Console
-from torch import nn
 
 from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats import read_lora
-from sdtrain.adapters.weights import AdapterWeights, delta
+from sdtrain.adapters.merge import merge_into
 from sdtrain.config.read import override_table, resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
@@ -82,8 +80,7 @@ def load_with_weights(run: Run, weights: Path) -> Model:
     match method:
         case LoraConfig():
             model = load(run)
-            for component, modules in read_lora(weights, model.networks).adapters.items():
-                _merge(model.networks[component], modules)
+            merge_into(model.networks, [(read_lora(weights, model.networks).adapters, 1.0)])
             return model
         case FullConfig():
             own = {"path": str(weights), "components": run.config.model.components or run.config.model.path, "vae": ""}
@@ -91,10 +88,3 @@ def load_with_weights(run: Run, weights: Path) -> Model:
             return load(replace(run, config=config))
         case _:
             assert_never(method)
-
-
-@torch.no_grad()
-def _merge(network: nn.Module, modules: Mapping[str, AdapterWeights]) -> None:
-    for name, weights in modules.items():
-        weight = network.get_parameter(f"{name}.weight")
-        weight.add_(delta(weights, weight).to(weight))

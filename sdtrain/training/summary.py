@@ -9,8 +9,8 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.training.facts import duration, facts_table
 from sdtrain.training.parameters import Trainable
-from sdtrain.training.report import duration, facts_table
 from sdtrain.training.run import Run
 
 
@@ -35,7 +35,8 @@ def _method(config: Config) -> str:
     method = config.method
     match method:
         case LoraConfig():
-            return f"LoRA, rank {method.rank}, alpha {method.alpha:g}, on {method.targets}"
+            start = f", starting from {method.init_from}" if method.init_from else ""
+            return f"{method.adapter}, rank {method.rank}, alpha {method.alpha:g}, on {method.targets}{start}"
         case FullConfig():
             return "all weights"
         case _:
