@@ -10,6 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sdtrain
+from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats import write_lora
 from sdtrain.adapters.metadata import FileFacts
 from sdtrain.adapters.targets import select_modules
@@ -75,9 +77,14 @@ def picture(pipe) -> Tensor:
     ).images
 
 
-def loaded_delta(network: nn.Module, module: str) -> Tensor:
-    layer = network.get_submodule(module)
-    return layer.get_delta_weight("default_0").detach()
+def assert_same_deltas(networks: dict[str, nn.Module], adapters: Adapters) -> None:
+    for component, modules in adapters.items():
+        loaded = {n: m for n, m in networks[component].named_modules() if hasattr(m, "lora_A")}
+        assert set(loaded) == set(modules)
+        for module, weights in modules.items():
+            wanted = weights.delta()
+            found = loaded[module].get_delta_weight("default_0").detach()
+            assert (found - wanted).norm() <= 1e-3 * wanted.norm(), module
 
 
 @pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
@@ -95,12 +102,7 @@ def test_diffusers_computes_the_same_delta(
         warnings.simplefilter("error", RuntimeWarning)  # peft's word for settings that match nothing
         pipe.load_lora_weights(tmp_path / "a.safetensors")
     assert not [record for record in caplog.records if "unexpected" in record.message or "missing" in record.message]
-    for component, modules in adapters.items():
-        for module, weights in modules.items():
-            wanted = weights.delta()
-            assert (loaded_delta(networks[component], module) - wanted).norm() <= 1e-3 * wanted.norm(), module
-        wrapped = {n for n, m in networks[component].named_modules() if hasattr(m, "lora_A")}
-        assert wrapped == set(modules)
+    assert_same_deltas(networks, adapters)
     with torch.no_grad():
         assert not torch.equal(picture(pipe), before)
 
@@ -112,6 +114,60 @@ def test_diffusers_reads_convolutions_and_embeddings(make_networks: MakeNetworks
     write_lora(tmp_path / "a.safetensors", adapters, networks, names=names, facts=FACTS)
     rest = make_networks() | networks
     pipeline(rest).load_lora_weights(tmp_path / "a.safetensors")
-    for module, weights in adapters["unet"].items():
-        wanted = weights.delta()
-        assert (loaded_delta(networks["unet"], module) - wanted).norm() <= 1e-3 * wanted.norm(), module
+    assert_same_deltas(networks, adapters)
+
+
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+def test_diffusers_reads_a_lora_of_sd_1(tmp_path: Path, names: Names) -> None:
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    ends = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
+    text = CLIPTextConfig(
+        vocab_size=100, num_hidden_layers=2, num_attention_heads=2, hidden_size=32, intermediate_size=64, **ends
+    )
+    unet = UNet2DConditionModel(
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        norm_num_groups=8,
+    )
+    networks = {"unet": unet, "text_encoder": CLIPTextModel(text)}
+    adapters = random_lora(networks, [(4, 2.0), (2, 2.0)])
+    write_lora(tmp_path / "a.safetensors", adapters, networks, names=names, facts=FACTS)
+    assert read_header(tmp_path / "a.safetensors").metadata["ss_base_model_version"] == "sd_v1"
+    StableDiffusionPipeline(
+        vae=AutoencoderKL(),
+        tokenizer=None,
+        scheduler=EulerDiscreteScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **networks,
+    ).load_lora_weights(tmp_path / "a.safetensors")
+    assert_same_deltas(networks, adapters)
+
+
+def test_the_embedded_model_makes_other_pictures_with_a_lora(tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+
+    folder = Path(sdtrain.__file__).parent / "builtin" / "tiny-sdxl"
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    networks = {name: getattr(pipe, name) for name in ("unet", "text_encoder", "text_encoder_2")}
+
+    def picture() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        size = {"height": 64, "width": 64, "num_inference_steps": 2}
+        return pipe("a red circle", generator=generator, output_type="pt", **size).images
+
+    before = picture()
+    adapters = random_lora(networks, [(4, 3.0), (8, 3.0)])
+    write_lora(tmp_path / "a.safetensors", adapters, networks, names="sd-scripts", facts=FACTS)
+    pipe.load_lora_weights(tmp_path / "a.safetensors")
+    assert_same_deltas(networks, adapters)
+    after = picture()
+    assert after.isfinite().all()
+    assert not torch.allclose(before, after)
