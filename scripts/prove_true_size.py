@@ -55,7 +55,7 @@ kind = "lora"
 rank = 8
 targets = "attention"
 [[data.folder]]
-path = "builtin:quickstart"
+path = "{folder}/pictures"
 [data]
 resolution_px = 256
 batch_size = 1
@@ -80,7 +80,8 @@ def main(
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        timed("written", lambda: write_model(folder / "model.safetensors", DTYPES[dtype]))
+        if not (folder / "model.safetensors").exists():  # one that was kept
+            timed("written", lambda: write_model(folder / "model.safetensors", DTYPES[dtype]))
         write_tokenizers(folder / "components")
         # Another process, so that its peak is the loading's own.
         subprocess.run([sys.executable, __file__, str(folder), "--load-only"], check=True)
@@ -172,6 +173,9 @@ def load(folder: Path) -> None:
 
 def train_lora(folder: Path, steps: int) -> None:
     """A few steps through the command line, as a user would."""
+    (folder / "pictures").mkdir(exist_ok=True)
+    for name in ("01.png", "01.txt", "02.png", "02.txt"):
+        shutil.copy(builtin_folder() / "quickstart" / name, folder / "pictures")
     config = folder / "config.toml"
     config.write_text(TRAIN.format(folder=folder, steps=steps))
     subprocess.run(
