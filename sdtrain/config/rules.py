@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sdtrain.config.schema import Config, FullConfig
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 
 
@@ -31,6 +31,8 @@ def _method(config: Config) -> Iterator[Problem]:
         yield Problem("method.train", f"names {', '.join(repeated)} twice")
     for name in sorted(set(config.method.lr) - set(config.method.train)):
         yield Problem("method.lr", f"weighs {name}, which is not trained; method.train = {list(config.method.train)}")
+    if isinstance(config.method, LoraConfig) and config.method.adapter == "oft" and config.export.names == "sd-scripts":
+        yield Problem("method.adapter", 'oft has no words in sd-scripts names; set export.names = "diffusers"')
     for name in sorted(set(config.method.stop) - set(config.method.train)):
         yield Problem("method.stop", f"stops {name}, which is not trained; method.train = {list(config.method.train)}")
     if set(config.method.stop) >= set(config.method.train) and max(config.method.stop.values()) < config.steps:
