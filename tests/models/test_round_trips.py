@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -191,6 +193,27 @@ def test_a_failure_leaves_the_older_file_as_it_was(tiny: Components, tmp_path: P
             write(tiny, target, DESCRIPTION, change=fail)
     assert path.read_bytes() == b"older"
     assert sorted(file.relative_to(tmp_path) for file in tmp_path.rglob("*")) == before
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_the_older_file(tiny: Components, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"older")
+
+    def die(component: str, name: str, value: torch.Tensor) -> torch.Tensor:
+        if (component, name) == ("unet", "conv_out.weight"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return value
+
+    for write, target in ((write_single_file, path), (write_folder, tmp_path / "folder")):
+        child = os.fork()
+        if child == 0:
+            write(tiny, target, DESCRIPTION, change=die)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert path.read_bytes() == b"older" and not (tmp_path / "folder").exists()
+    write_single_file(tiny, path, DESCRIPTION)
+    write_folder(tiny, tmp_path / "folder", DESCRIPTION)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["folder", "model.safetensors"]
 
 
 def test_a_folder_replaces_an_older_model_but_nothing_else(tiny: Components, tmp_path: Path) -> None:

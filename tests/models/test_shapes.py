@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdtrain.models.header import Entry, Header
 from sdtrain.models.keys import COMPONENTS, Family, places_of
 from sdtrain.models.networks import empty_network
 from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SDXL_UNET, SDXL_VAE
-from sdtrain.models.shapes import config_of, detect_family
+from sdtrain.models.shapes import config_of, detect_family, unet_config
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": SDXL_UNET,
@@ -154,3 +156,42 @@ def test_sd1_is_recognised() -> None:
     derived = config_of(header, "sd1", "unet")
     assert {key: derived[key] for key in SD1_UNET} == SD1_UNET
     assert config_of(header, "sd1", "vae")["scaling_factor"] == 0.18215
+
+
+@st.composite
+def unets(draw: st.DrawFn) -> dict[str, Any]:
+    """U-Nets as pruning leaves them: any depth in any layer of a block that attends, with or without a middle."""
+    layers = draw(st.integers(1, 3))
+    attends = [draw(st.booleans()), draw(st.booleans()), True]
+    depth = st.integers(1, 3)
+    down = [[draw(depth) for _ in range(layers)] if attend else 1 for attend in attends]
+    up = [[draw(depth) for _ in range(layers + 1)] if attend else 1 for attend in reversed(attends)]
+    pruned = draw(st.booleans())
+    return {
+        **SDXL_UNET,
+        "block_out_channels": [64, 64, 128],
+        "attention_head_dim": [1, 1, 2],
+        "layers_per_block": layers,
+        "cross_attention_dim": 16,
+        "projection_class_embeddings_input_dim": OPEN_CLIP_G_TEXT["projection_dim"] + 6 * 8,
+        "addition_time_embed_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D" if attend else "DownBlock2D" for attend in attends],
+        "up_block_types": ["CrossAttnUpBlock2D" if attend else "UpBlock2D" for attend in reversed(attends)],
+        "mid_block_type": "UNetMidBlock2D" if pruned else "UNetMidBlock2DCrossAttn",
+        "transformer_layers_per_block": down,
+        "reverse_transformer_layers_per_block": up,
+    }
+
+
+@settings(max_examples=8, deadline=None)
+@given(unets())
+def test_any_pruned_unet_is_rebuilt_from_its_shapes(unet: dict[str, Any]) -> None:
+    network = empty_network("unet", unet, "sdxl")
+    shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
+    places = places_of("sdxl", "unet", shapes)
+    assert len({place.key for place in places.values()}) == len(shapes)
+    originals = {place.key.removeprefix("model.diffusion_model."): shapes[name] for name, place in places.items()}
+    derived = unet_config(originals, "sdxl", OPEN_CLIP_G_TEXT["projection_dim"])
+    again = {name: tuple(value.shape) for name, value in empty_network("unet", derived, "sdxl").named_parameters()}
+    assert again == shapes
+    assert derived["addition_time_embed_dim"] == 8
