@@ -88,6 +88,10 @@ def attach_adapters(
 
 def _check_layers(network: nn.Module, modules: Sequence[str], settings: AdapterSettings) -> None:
     problems = []
+    if settings.kind == "oft" and (settings.ranks or settings.alphas):
+        problems.append(
+            Problem("method.ranks", "and alphas mean nothing to OFT, whose blocks have one size: drop them")
+        )
     for name in modules:
         layer = network.get_submodule(name)
         assert isinstance(layer, nn.Linear | nn.Conv2d), f"{name} is neither linear nor a convolution"
@@ -129,7 +133,6 @@ def _peft_config(modules: Sequence[str], settings: AdapterSettings) -> PeftConfi
         case "lokr":
             return LoKrConfig(r=rank, alpha=alpha, rank_pattern=ranks, alpha_pattern=alphas, target_modules=targets)
         case "oft":
-            assert not ranks, "OFT blocks are of one size"
             return OFTConfig(oft_block_size=rank, r=0, target_modules=targets, use_cayley_neumann=False)
         case _:
             assert_never(kind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.adapters.files import Header, read_header, read_scalars
-from sdtrain.adapters.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY
+from sdtrain.adapters.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY, json_table
 
 NETWORKS = {
     "lora_unet_": "unet",
@@ -140,10 +139,9 @@ def _alphas(path: Path, header: Header) -> dict[float, int]:
 def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     """The JSON object under a key; a file whose notes are no JSON is still a file."""
     try:
-        found = json.loads(metadata.get(key, "{}"))
+        return json_table(metadata, key)
     except ValueError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _top_tags(metadata: Mapping[str, str], num_tags: int) -> tuple[tuple[str, int], ...]:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 
 from sdtrain.adapters.names import plain_modules
 from sdtrain.adapters.weights import LoraWeights
+from sdtrain.errors import user_error
 
 OVERSAMPLING = 16
 POWER_ITERATIONS = 4
@@ -45,7 +46,8 @@ def extract(
 ) -> dict[str, dict[str, LoraWeights]]:
     """component -> module -> LoRA of tuned - base, for the named modules; alpha is the rank.
 
-    Layers whose weights differ by less than `smallest` of their own norm are left out: they were not tuned.
+    Layers whose weights differ by less than `smallest` of their own norm are left out: they were not tuned. Raises
+    UserError for networks of other shapes.
     """
     found: dict[str, dict[str, LoraWeights]] = {}
     for component, names in modules.items():
@@ -54,6 +56,9 @@ def extract(
             old, new = before[name].weight, after[name].weight
             assert isinstance(old, Tensor)
             assert isinstance(new, Tensor)
+            if old.shape != new.shape:
+                what = f"has shape {tuple(old.shape)} in one model and {tuple(new.shape)} in the other"
+                raise user_error("extract", f"{component}.{name}", f"{what}; choose two of one family")
             change = new.float() - old.float().to(new.device)
             if change.norm() > smallest * old.float().norm():
                 found.setdefault(component, {})[name] = approximate(change, rule)

@@ -65,9 +65,9 @@ def read_header(path: Path) -> Header:
         text = file.read(length)
     try:
         entries = json.loads(text)
-        metadata = dict(entries.pop("__metadata__", {}))
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         tensors = {name: _entry(entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         raise user_error(str(path), "header", "is not a safetensors file (its header is no JSON table)") from None
     _check_places(path, tensors, 8 + length, size)
     return Header(tensors, metadata, 8 + length)
@@ -80,6 +80,8 @@ def _entry(entry: dict[str, Any]) -> TensorEntry:
 
 def _check_places(path: Path, tensors: Mapping[str, TensorEntry], data_start: int, size: int) -> None:
     for name, entry in tensors.items():
+        if not 0 <= entry.start <= entry.end or min(entry.shape, default=0) < 0:
+            raise user_error(str(path), name, "lies at no possible place: the header is damaged, fetch it again")
         if data_start + entry.end > size:
             raise user_error(str(path), name, _cut_off(data_start + entry.end, size))
         elements = 1
@@ -182,6 +184,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened, and a rename needs no help
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)  # or a crash could undo the rename

@@ -320,13 +320,3 @@ def shortened(problems: Sequence[Problem]) -> list[Problem]:
     """The first three, and how many more there are: one mistake shows in hundreds of keys."""
     rest = [Problem("...", f"and {len(problems) - 3} more like these")] if len(problems) > 4 else list(problems[3:])
     return [*problems[:3], *rest]
-
-
-def peft_tensors(adapters: Mapping[str, Mapping[str, LoraWeights]]) -> dict[str, Tensor]:
-    """Tensors under diffusers' names with alpha / rank multiplied in, float32: for handing on without a file."""
-    return {
-        f"{component}.{module}.{part}": tensor
-        for component, modules in adapters.items()
-        for module, weights in modules.items()
-        for part, tensor in encode(rescaled(cast(weights, torch.float32), float(weights.rank)), "diffusers").items()
-    }

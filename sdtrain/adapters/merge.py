@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sdtrain.adapters.names import plain_modules
 from sdtrain.adapters.weights import Adapters, delta
+from sdtrain.errors import user_error
 
 
 @torch.no_grad()
@@ -16,9 +17,12 @@ def merge_into(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapt
     """Add adapters, each times its weight, to the networks' own weights; returns how many layers were changed.
 
     All dW are computed from the weights as they were, in float32, and added before the sum is rounded once to the
-    type the layer is stored in: the order of the adapters does not matter. Networks that no adapter names may be
-    missing; a layer that is missing is a KeyError, which `read_lora` has ruled out.
+    type the layer is stored in: the order of the adapters does not matter. Raises UserError for adapters of a network
+    that was not handed in.
     """
+    homeless = sorted({name for one, _ in adapters for name in one} - networks.keys())
+    if homeless:
+        raise user_error("merge", homeless[0], "has adapters, but no such network is in this model; choose another")
     changed = 0
     for component, network in networks.items():
         layers = dict(plain_modules(network))

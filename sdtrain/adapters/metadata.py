@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 CONFIG_KEY = "sdtrain.config"
 D_KEY = "sdtrain.d"
@@ -130,6 +130,17 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
 
 
+def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
+    """The JSON object under a key, empty without the key. Raises ValueError, in a sentence, for anything else."""
+    try:
+        found = json.loads(metadata.get(key, "{}"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"cannot be read: `{key}` in the header is no JSON table, fetch the file again")
+    return found
+
+
 def most_frequent(values: Iterable[float]) -> float:
     """The value that occurs most often, the largest of several: an answer that no order changes."""
     counts = Counter(values)
@@ -150,8 +161,8 @@ def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str
 
 def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> float | None:
     """The alpha that `pack_alphas` kept for a module, None where there is none."""
-    if ALPHA_KEY not in metadata:
-        return None
-    modules = json.loads(metadata[ALPHA_KEY]).get(component, {})
+    modules = json_table(metadata, ALPHA_KEY).get(component, {})
+    if not isinstance(modules, dict):
+        raise ValueError(f"cannot be read: `{ALPHA_KEY}` in the header has no table for {component}")
     value = modules.get(module, modules.get("*"))
     return None if value is None else float(value)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from sdtrain.adapters.metadata import DIFFUSERS_KEY, most_frequent
+from sdtrain.adapters.metadata import DIFFUSERS_KEY, json_table, most_frequent
 from sdtrain.adapters.tensors import factor_shape
 from sdtrain.adapters.weights import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
@@ -106,9 +106,7 @@ def _decompose_factor(path: Path, modules: Iterable[LokrWeights]) -> int:
 
 def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, rank: int) -> float | None:
     """The alpha that `lora_adapter_metadata` gives a module, rank-stabilised scales turned into alpha; None without."""
-    if DIFFUSERS_KEY not in metadata:
-        return None
-    every = json.loads(metadata[DIFFUSERS_KEY])
+    every = json_table(metadata, DIFFUSERS_KEY)
     settings = {key.removeprefix(f"{component}."): v for key, v in every.items() if key.startswith(f"{component}.")}
     default = settings.get("lora_alpha", settings.get("alpha"))
     if default is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import nn
 
 from sdtrain.adapters.attach import adapter_weights, copy_into
 from sdtrain.adapters.formats import read_lora, rescaled, shortened
-from sdtrain.adapters.metadata import D_KEY
+from sdtrain.adapters.metadata import D_KEY, json_table
 from sdtrain.errors import Problem, UserError, user_error
 
 
@@ -48,6 +47,6 @@ def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float
 def _stored_d(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     """Step size d by network, empty for files that other tools made."""
     try:
-        return {str(name): float(d) for name, d in json.loads(metadata.get(D_KEY, "{}")).items()}
-    except (ValueError, AttributeError, TypeError):
+        return {name: float(d) for name, d in json_table(metadata, D_KEY).items()}
+    except (ValueError, TypeError):
         raise user_error(str(path), D_KEY, "is not a table of step sizes; the file's header was changed") from None

@@ -188,6 +188,30 @@ def test_other_files_say_so(tmp_path: Path, networks, text: bytes) -> None:
         read_lora(tmp_path / "x.safetensors", networks)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_no_damage_is_answered_with_a_traceback(file: Path, networks, data: st.DataObject) -> None:
+    raw = bytearray(file.read_bytes())
+    header = int.from_bytes(raw[:8], "little")
+    start = data.draw(st.integers(0, 8 + header))
+    new = data.draw(st.binary(min_size=1, max_size=12))
+    damaged = file.with_name("damaged.safetensors")
+    damaged.write_bytes(raw[:start] + new + raw[start + len(new) :])
+    for look in (describe_file, lambda path: read_lora(path, networks)):
+        try:
+            look(damaged)
+        except UserError as error:
+            assert "damaged.safetensors" in str(error)
+
+
+@pytest.mark.parametrize("key", ["sdtrain.alpha", "lora_adapter_metadata"])
+def test_notes_that_are_no_json_are_told(file: Path, networks, key: str) -> None:
+    save_file(load_file(file), file, {key: "{"})
+    assert describe_file(file).kind == "lora"
+    with pytest.raises(UserError, match=f"`{key}` in the header is no JSON table"):
+        read_lora(file, networks)
+
+
 def test_missing_files_pickles_and_checkpoints_say_so(tmp_path: Path, networks) -> None:
     with pytest.raises(UserError, match="no such file"):
         read_lora(tmp_path / "x.safetensors", networks)

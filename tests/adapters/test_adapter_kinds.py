@@ -124,6 +124,8 @@ def test_a_rank_stabilised_lora_is_written_with_the_alpha_that_others_need() -> 
 def test_oft_refuses_what_it_cannot_rotate() -> None:
     with pytest.raises(UserError, match="several pixels"):
         attach(layers("lora"), "oft")
+    with pytest.raises(UserError, match="mean nothing to OFT"):
+        attach_adapters(layers("oft"), ["narrow"], AdapterSettings("oft", 4, alphas={"*": 1.0}), torch.Generator())
     with pytest.raises(UserError, match="8 inputs, which blocks of 5 do not divide"):
         attach(layers("oft"), "oft", rank=5)
 

@@ -84,6 +84,14 @@ def test_what_was_merged_can_be_extracted(make_networks: MakeNetworks) -> None:
         assert (lora.delta() - wanted).norm() <= 1e-3 * wanted.norm()
 
 
+def test_models_that_do_not_belong_together_are_told(make_networks: MakeNetworks) -> None:
+    base, wider = {"unet": nn.Sequential(nn.Linear(2, 3))}, {"unet": nn.Sequential(nn.Linear(4, 3))}
+    with pytest.raises(UserError, match=r"unet\.0 +has shape \(3, 2\) in one model and \(3, 4\) in the other"):
+        extract(base, wider, RankRule(1), modules={"unet": ["0"]})
+    with pytest.raises(UserError, match="no such network"):
+        merge_into(base, [({"text_encoder": {"0": LoraWeights(torch.zeros(1, 2), torch.zeros(3, 1), 1.0)}}, 1.0)])
+
+
 def test_energy_decides_the_rank() -> None:
     left = torch.linalg.qr(torch.randn(40, 40, generator=torch.Generator().manual_seed(0)))[0]
     right = torch.linalg.qr(torch.randn(60, 60, generator=torch.Generator().manual_seed(1)))[0][:40]

@@ -175,13 +175,13 @@ def test_smaller_relatives_are_counted_through_by_the_same_rule() -> None:
 
 
 def test_names_do_not_change_when_adapters_are_attached(make_networks: Callable[[], dict[str, nn.Module]]) -> None:
-    from sdtrain.adapters.lora import attach_lora
+    from sdtrain.adapters.attach import AdapterSettings, attach_adapters
 
     networks = make_networks()
     before = sd_scripts_names(networks)
     for network in networks.values():
         modules = select_modules(network, "attention")
-        attach_lora(network, modules, rank=2, alpha=1.0, generator=torch.Generator())
+        attach_adapters(network, modules, AdapterSettings("lora", 2, 1.0), torch.Generator())
     assert sd_scripts_names(networks) == before
 
 
