@@ -32,9 +32,6 @@ from sdtrain.models.vae_source import vae_source
 
 __all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]
 
-FAMILIES: tuple[Family, ...] = ("sdxl",)
-"""The families that can be trained."""
-
 Result = TypeVar("Result")
 
 
@@ -48,6 +45,11 @@ class ModelFacts:
     """Widths and heights of pictures must be multiples of this, or the U-Net's halvings do not fit."""
     family: Family = "sdxl"
 
+    @property
+    def networks(self) -> tuple[Component, ...]:
+        """The networks that can be trained."""
+        return tuple(part for part in COMPONENTS[self.family] if part != "vae")
+
 
 def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]]:
     """What the model says of itself, and everything that would keep it from loading. Never uses the network."""
@@ -57,8 +59,6 @@ def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]
     )
     if checkpoint is None:
         return None, problems
-    if checkpoint.family not in FAMILIES:
-        return None, [Problem("model.path", f"{checkpoint.path} {_wrong_family(checkpoint.family)}")]
     problems += _part_problems(config, checkpoint)
     _attempt("model.components", problems, lambda: find_tokenizers(checkpoint, config.components))
     if problems:
@@ -77,10 +77,6 @@ def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) 
     except UserError as error:
         problems.append(Problem(setting, explain(error)))
         return None
-
-
-def _wrong_family(family: Family) -> str:
-    return f"is a Stable Diffusion {family[2:]}.x checkpoint; only SDXL and its relatives can be trained"
 
 
 def _part_problems(config: ModelConfig, checkpoint: Checkpoint) -> list[Problem]:

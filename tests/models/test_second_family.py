@@ -17,6 +17,7 @@ from sdtrain.models.checkpoint import TokenizerSource, builtin_folder
 from sdtrain.models.export import write_single_file
 from sdtrain.models.export_folder import write_folder
 from sdtrain.models.files import SDComponents, load_components, load_sd_components, load_tokenizer
+from sdtrain.models.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.modelspec import Description
@@ -78,6 +79,17 @@ def test_the_family_is_found_and_fulfils_the_contract(folder: Path) -> None:
     prediction = model.predict(latents, steps, conditioning, torch.zeros(2, 6))
     assert prediction.shape == latents.shape == (2, 4, 8, 8)
     assert [len(part) > 0 for part in model.fingerprints()] == [True, True]
+
+
+def test_a_check_knows_the_family_and_its_networks(folder: Path) -> None:
+    facts, problems = inspect_model(ModelConfig(path=str(folder)))
+    assert not problems and facts.family == folder.name
+    assert facts.networks == ("unet", "text_encoder") and facts.latent_step_px == 64
+    assert inspect_model(ModelConfig(path="builtin:tiny-sdxl"))[0].networks == (
+        "unet",
+        "text_encoder",
+        "text_encoder_2",
+    )
 
 
 def test_pictures_are_those_of_diffusers_pipeline(folder: Path) -> None:
