@@ -1,14 +1,12 @@
 // The step of `stacks.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `native.py` on first use.
 //
-// Work is cut into blocks of about 32,768 elements that stay in one core's cache. How a tensor is cut depends on its shape
+// Work is cut into blocks of about 32,768 elements that stay in one core's cache, and these into tiles of 512 that stay in its
+// registers' reach: each stage is a plain loop over float arrays, which compilers turn into vector instructions. How a tensor is cut depends on its shape
 // alone and sums are added up block by block, so results depend neither on the number of threads nor on what else is in a call.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace {
 
@@ -45,12 +43,13 @@ struct Coefficients {
 
 struct Unit { int64_t job, block; };
 
-inline float load(const float *p, int64_t i) { return p[i]; }
-inline float load(const uint16_t *p, int64_t i) {
-    uint32_t bits = uint32_t(p[i]) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
+constexpr int64_t TILE = 512;
+
+inline float widen(uint16_t value) {
+    uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return wide;
 }
 inline uint32_t bits_of(float value) {
     uint32_t bits;
@@ -61,17 +60,45 @@ inline uint16_t nearest(float value) {
     uint32_t bits = bits_of(value);
     return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
-inline uint32_t random_bits(uint32_t element, uint32_t key) {
-    uint32_t x = element * 0x9E3779B9u + key;
-    x ^= x >> 16;
-    x *= 0x7FEB352Du;
-    x ^= x >> 15;
-    x *= 0x846CA68Bu;
-    return x ^ (x >> 16);
+inline float load(const float *p, int64_t i) { return p[i]; }
+inline float load(const uint16_t *p, int64_t i) { return widen(p[i]); }
+
+// n elements as floats: where they are, or widened into the buffer.
+inline const float *as_float(const float *p, float *, int64_t) { return p; }
+inline const float *as_float(const uint16_t *__restrict p, float *__restrict buffer, int64_t n) {
+#pragma omp simd
+    for (int32_t j = 0; j < int32_t(n); ++j) buffer[j] = widen(p[j]);
+    return buffer;
 }
-inline void store(float *p, int64_t i, float value, uint32_t) { p[i] = value; }
-inline void store(uint16_t *p, int64_t i, float value, uint32_t random) {
-    p[i] = uint16_t((bits_of(value) + random) >> 16);
+inline float *as_float(float *p, float *, int64_t) { return p; }
+inline float *as_float(uint16_t *p, float *buffer, int64_t n) {
+    as_float(static_cast<const uint16_t *>(p), buffer, n);
+    return buffer;
+}
+
+// Floats back to bfloat16, stochastically or to the nearest; the low half of the random bits is y's, the high half z's.
+inline void put_back(float *, float *, const float *, const float *, int64_t, bool, uint32_t, uint32_t) {}
+inline void put_back(uint16_t *__restrict y, uint16_t *__restrict z, const float *__restrict from_y,
+                     const float *__restrict from_z, int64_t n, bool stochastic, uint32_t key, uint32_t element) {
+    if (!stochastic) {
+#pragma omp simd
+        for (int32_t j = 0; j < int32_t(n); ++j) {
+            y[j] = nearest(from_y[j]);
+            z[j] = nearest(from_z[j]);
+        }
+        return;
+    }
+#pragma omp simd
+    for (int32_t j = 0; j < int32_t(n); ++j) {
+        uint32_t x = (element + uint32_t(j)) * 0x9E3779B9u + key;
+        x ^= x >> 16;
+        x *= 0x7FEB352Du;
+        x ^= x >> 15;
+        x *= 0x846CA68Bu;
+        x ^= x >> 16;
+        y[j] = uint16_t((bits_of(from_y[j]) + (x & 0xFFFFu)) >> 16);
+        z[j] = uint16_t((bits_of(from_z[j]) + (x >> 16)) >> 16);
+    }
 }
 
 // (4/pi) atan2(t, root) for root >= 0; a minimax polynomial of atan on [0, 1], within 2.1e-7 of the true value (of up to 2).
@@ -92,43 +119,65 @@ inline float atan2_update(float t, float root) {
     return std::copysign(p, t);
 }
 
-template <bool ATAN> inline float raw_update(float t, float root, float d_eps) {
-    return ATAN ? atan2_update(t, root) : t / (root + d_eps);
+inline float sum_of(const float *__restrict values, int64_t n) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int32_t j = 0; j < int32_t(n); ++j) sum += values[j];
+    return sum;
 }
 
+inline void square(const float *__restrict values, float *__restrict squares, int64_t n) {
+#pragma omp simd
+    for (int32_t j = 0; j < int32_t(n); ++j) squares[j] = values[j] * values[j];
+}
+
+inline void add(const float *__restrict values, float *__restrict sums, int64_t n) {
+#pragma omp simd
+    for (int32_t j = 0; j < int32_t(n); ++j) sums[j] += values[j];
+}
+
+// Sums of g^2 of whole rows that share a tile (rows of at most TILE elements), or of one row in several tiles.
 template <typename T> void measure_block(const Job &job, int64_t block) {
     const T *g = static_cast<const T *>(job.g);
+    float buffer[TILE], squares[TILE], wide[TILE] = {0};
     int64_t width = job.B * job.K, first = block * job.rows, last = first + job.rows < job.A ? first + job.rows : job.A;
     if (!job.row) {
         double total = 0;
-#pragma omp simd reduction(+ : total)
-        for (int64_t i = first * width; i < last * width; ++i) total += double(load(g, i)) * load(g, i);
+        for (int64_t i = first * width; i < last * width; i += TILE) {
+            int64_t n = last * width - i < TILE ? last * width - i : TILE;
+            square(as_float(g + i, buffer, n), squares, n);
+            total += sum_of(squares, n);
+        }
         job.partial[2 * block] = total;
         return;
     }
     float *col = job.rows < job.A ? job.col_partial + block * width : job.col_root;
     std::memset(col, 0, sizeof(float) * width);
-    for (int64_t a = first; a < last; ++a) {
-        const T *line = g + a * width;
-        if (job.K == 1) {
-            float sum = 0;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < width; ++j) {
-                float square = load(line, j) * load(line, j);
-                col[j] += square;
-                sum += square;
+    std::memset(job.row_root + first * job.K, 0, sizeof(float) * (last - first) * job.K);
+    int64_t together = width <= TILE ? TILE / width : 1;
+    for (int64_t a = first; a < last; a += together) {
+        int64_t rows = last - a < together ? last - a : together;
+        for (int64_t at = 0; at < rows * width; at += TILE) {
+            int64_t n = rows * width - at < TILE ? rows * width - at : TILE;
+            square(as_float(g + a * width + at, buffer, n), squares, n);
+            if (width <= TILE)
+                add(squares, wide, n);
+            else
+                add(squares, col + at, n);
+            if (job.K == 1) {
+                int64_t step = width <= TILE ? width : n;
+                for (int64_t r = 0; r * step < n; ++r) job.row_root[a + r] += sum_of(squares + r * step, step);
+                continue;
             }
-            job.row_root[a] = sum;
-            continue;
-        }
-#pragma omp simd
-        for (int64_t j = 0; j < width; ++j) col[j] += load(line, j) * load(line, j);
-        for (int64_t k = 0; k < job.K; ++k) {
-            float sum = 0;
-            for (int64_t b = 0; b < job.B; ++b) sum += load(line, b * job.K + k) * load(line, b * job.K + k);
-            job.row_root[a * job.K + k] = sum;
+            for (int64_t j = 0, k = at % job.K, row = a; j < n; ++j) {
+                job.row_root[row * job.K + k] += squares[j];
+                if (++k == job.K) k = 0;
+                if (width <= TILE && (j + 1) % width == 0) ++row;
+            }
         }
     }
+    if (width <= TILE)
+        for (int64_t r = 0; r < together; ++r) add(wide + r * width, col, width);
 }
 
 // Adds up what the blocks found: column sums and the total.
@@ -179,130 +228,124 @@ template <typename T> void prodigy_sums(const Job &job, int64_t first, int64_t l
     int64_t from = first <= shift ? 0 : (first - shift + SLICE_P - 1) / SLICE_P;
     int64_t to = last <= shift ? 0 : (last - shift + SLICE_P - 1) / SLICE_P;
     double num = 0, den = 0;
-#pragma omp simd reduction(+ : num, den)
-    for (int64_t i = from; i < to; ++i) {
-        int64_t e = i * SLICE_P + shift;
-        float gradient = load(g, e);
-        num += gradient * ((job.p0 ? load(job.p0, i) : 0.0f) - load(z, e));
-        uint16_t decayed = nearest(load(job.s, i) * c.beta3);
-        uint16_t sum = nearest(load(&decayed, 0) + gradient * c.lam);
-        job.s[i] = sum;
-        den += std::fabs(load(&sum, 0));
+    float gradients[TILE], away[TILE];
+    const float beta3 = c.beta3, lam = c.lam;
+    for (int64_t i = from; i < to; i += TILE) {
+        int32_t n = int32_t(to - i < TILE ? to - i : TILE);
+        const T *from_g = g + i * SLICE_P + shift, *from_z = z + i * SLICE_P + shift;
+        uint16_t *__restrict s = job.s + i;
+        for (int32_t j = 0; j < n; ++j) gradients[j] = load(from_g, j * SLICE_P);
+        for (int32_t j = 0; j < n; ++j) away[j] = -load(from_z, j * SLICE_P);
+        if (job.p0)
+            for (int32_t j = 0; j < n; ++j) away[j] += widen(job.p0[i + j]);
+        float dot = 0, norm = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int32_t j = 0; j < n; ++j) dot += gradients[j] * away[j];
+#pragma omp simd reduction(+ : norm)
+        for (int32_t j = 0; j < n; ++j) {
+            // each of the two operations rounds to bfloat16
+            uint16_t sum = nearest(widen(nearest(widen(s[j]) * beta3)) + gradients[j] * lam);
+            s[j] = sum;
+            norm += std::fabs(widen(sum));
+        }
+        num += dot;
+        den += norm;
     }
-    out[0] = num * c.lam;
+    out[0] = num * lam;
     out[1] = den;
 }
 
-// y and z of one line of n elements. ROOT: 0 sqrt v = scale * root[j]; 1 root[j]; 2 from v, which is brought up to date.
-template <typename T, bool ATAN, int ROOT, bool DECAY, bool STOCHASTIC>
-void advance_line(T *y, const T *g, T *z, float *v, const float *root, float scale, float divide, int64_t n,
-                  const Coefficients &c, uint32_t key, uint32_t element) {
-    const float d = c.d, dlr = c.dlr, weight = c.weight, share = c.y_share, decay = c.decay, apart = c.decay_apart;
-    const float beta2 = c.beta2, square = c.square, d_eps = c.d_eps;
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) {
-        float gradient = load(g, j), y0 = load(y, j), z0 = load(z, j);
-        float sqrt_v;
-        if (ROOT == 0) sqrt_v = scale * root[j];
-        if (ROOT == 1) sqrt_v = root[j];
-        if (ROOT == 2) {
-            float moment = v[j] * beta2 + gradient * square * gradient;
-            v[j] = moment;
-            sqrt_v = std::sqrt(moment);
-        }
-        float u = raw_update<ATAN>(gradient * d, sqrt_v, d_eps) * divide;
-        if (DECAY) u += decay * y0;
-        float move = u * dlr;
-        float away = DECAY ? apart * y0 : 0.0f;
-        float y1 = y0 + weight * (z0 - y0) - share * (move + away);
-        float z1 = z0 - move - away;
-        uint32_t random = STOCHASTIC ? random_bits(element + uint32_t(j), key) : 0u;
-        if (STOCHASTIC || sizeof(T) == 4) {
-            store(y, j, y1, random & 0xFFFFu);
-            store(z, j, z1, random >> 16);
-        } else {
-            store(y, j, y1, 0x7FFFu + ((bits_of(y1) >> 16) & 1u));
-            store(z, j, z1, 0x7FFFu + ((bits_of(z1) >> 16) & 1u));
-        }
-    }
-}
-
-template <typename T, bool ATAN, bool DECAY, bool STOCHASTIC>
-void advance_rows(const Job &job, int64_t a0, int64_t a1, float divide, const Coefficients &c, uint32_t step_key, float *line) {
-    int64_t width = job.B * job.K;
-    uint32_t key = uint32_t(job.key) ^ step_key;
-    T *y = static_cast<T *>(job.y), *z = static_cast<T *>(job.z);
-    const T *g = static_cast<const T *>(job.g);
+// sqrt v of n elements from number i of the tensor; where nothing is factored, v takes in g^2 (and is kept, if `keep`).
+inline void roots(const Job &job, int64_t i, int64_t n, const float *__restrict g, const Coefficients &c, bool keep,
+                  float *__restrict root) {
     if (!job.row) {
-        int64_t i = a0 * width;
-        advance_line<T, ATAN, 2, DECAY, STOCHASTIC>(y + i, g + i, z + i, job.v + i, nullptr, 1, divide, (a1 - a0) * width, c,
-                                                    key, uint32_t(job.offset + i));
+        float *__restrict v = job.v + i;
+        const float beta2 = c.beta2, gain = c.square;
+        if (keep) {
+#pragma omp simd
+            for (int32_t j = 0; j < int32_t(n); ++j) v[j] = v[j] * beta2 + g[j] * gain * g[j];
+#pragma omp simd
+            for (int32_t j = 0; j < int32_t(n); ++j) root[j] = std::sqrt(v[j]);
+        } else {
+#pragma omp simd
+            for (int32_t j = 0; j < int32_t(n); ++j) root[j] = std::sqrt(v[j] * beta2 + g[j] * gain * g[j]);
+        }
         return;
     }
-    for (int64_t a = a0; a < a1; ++a) {
-        int64_t i = a * width;
-        uint32_t element = uint32_t(job.offset + i);
+    int64_t width = job.B * job.K, a = i / width, at = i % width;
+    for (int64_t done = 0; done < n; ++a, at = 0) {
+        int64_t here = width - at < n - done ? width - at : n - done;
+        const float *__restrict col = job.col_root + at;
         if (job.K == 1) {
-            advance_line<T, ATAN, 0, DECAY, STOCHASTIC>(y + i, g + i, z + i, nullptr, job.col_root, job.row_root[a], divide, width,
-                                                        c, key, element);
-            continue;
+            const float scale = job.row_root[a];
+#pragma omp simd
+            for (int32_t j = 0; j < int32_t(here); ++j) root[done + j] = scale * col[j];
+        } else {
+            const float *row = job.row_root + a * job.K;
+            for (int64_t j = 0, k = at % job.K; j < here; ++j) {
+                root[done + j] = row[k] * col[j];
+                if (++k == job.K) k = 0;
+            }
         }
-        for (int64_t b = 0; b < job.B; ++b)
-            for (int64_t k = 0; k < job.K; ++k)
-                line[b * job.K + k] = job.col_root[b * job.K + k] * job.row_root[a * job.K + k];
-        advance_line<T, ATAN, 1, DECAY, STOCHASTIC>(y + i, g + i, z + i, nullptr, line, 1, divide, width, c, key, element);
+        done += here;
     }
 }
 
-// |u|^2 of a block, for StableAdamW; eps > 0 only.
-template <typename T> double squared_update(const Job &job, int64_t a0, int64_t a1, const Coefficients &c) {
-    int64_t width = job.B * job.K;
-    const T *g = static_cast<const T *>(job.g);
-    double total = 0;
-    if (!job.row) {
-        for (int64_t i = a0 * width; i < a1 * width; ++i) {
-            float value = load(g, i);
-            float u = value * c.d / (std::sqrt(job.v[i] * c.beta2 + value * c.square * value) + c.d_eps);
-            total += double(u) * u;
-        }
-        return total;
+// u of n elements, in the place of the roots.
+inline void updates(const float *__restrict g, float *__restrict u, int64_t n, float d, float d_eps, bool atan) {
+    if (atan) {
+#pragma omp simd
+        for (int32_t j = 0; j < int32_t(n); ++j) u[j] = atan2_update(g[j] * d, u[j]);
+    } else {
+#pragma omp simd
+        for (int32_t j = 0; j < int32_t(n); ++j) u[j] = g[j] * d / (u[j] + d_eps);
     }
-    for (int64_t a = a0; a < a1; ++a) {
-        const T *gradient = g + a * width;
-        float sum = 0;
-        if (job.K == 1) {
-            float scale = job.row_root[a];
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < width; ++j) {
-                float u = load(gradient, j) * c.d / (scale * job.col_root[j] + c.d_eps);
-                sum += u * u;
-            }
-        } else {
-            for (int64_t b = 0; b < job.B; ++b)
-                for (int64_t k = 0; k < job.K; ++k) {
-                    int64_t j = b * job.K + k;
-                    float u = load(gradient, j) * c.d / (job.row_root[a * job.K + k] * job.col_root[j] + c.d_eps);
-                    sum += u * u;
-                }
-        }
-        total += sum;
+}
+
+// |u|^2 of a block, for StableAdamW; nothing is changed.
+template <typename T> double squared_update(const Job &job, int64_t first, int64_t last, const Coefficients &c, bool atan) {
+    float buffer[TILE], u[TILE], squares[TILE];
+    double total = 0;
+    for (int64_t i = first; i < last; i += TILE) {
+        int64_t n = last - i < TILE ? last - i : TILE;
+        const float *g = as_float(static_cast<const T *>(job.g) + i, buffer, n);
+        roots(job, i, n, g, c, false, u);
+        updates(g, u, n, c.d, c.d_eps, atan);
+        square(u, squares, n);
+        total += sum_of(squares, n);
     }
     return total;
 }
 
+// The step of a block: y and z move.
 template <typename T>
-void advance_block(const Job &job, int64_t block, float divide, const Coefficients &c, bool atan, bool stochastic,
-                   uint32_t step_key, float *line) {
-    int64_t width = job.B * job.K, a0 = block * job.rows, a1 = a0 + job.rows < job.A ? a0 + job.rows : job.A;
-    prodigy_sums<T>(job, a0 * width, a1 * width, c, job.partial + 2 * block);
-    bool decay = c.decay != 0 || c.decay_apart != 0;
-    bool rounds = stochastic && sizeof(T) == 2;
-#define ROWS(ATAN, DECAY, ROUNDS) advance_rows<T, ATAN, DECAY, ROUNDS>(job, a0, a1, divide, c, step_key, line)
-    if (atan && decay) rounds ? ROWS(true, true, true) : ROWS(true, true, false);
-    if (atan && !decay) rounds ? ROWS(true, false, true) : ROWS(true, false, false);
-    if (!atan && decay) rounds ? ROWS(false, true, true) : ROWS(false, true, false);
-    if (!atan && !decay) rounds ? ROWS(false, false, true) : ROWS(false, false, false);
-#undef ROWS
+void advance_block(const Job &job, int64_t first, int64_t last, float divide, const Coefficients &c, bool atan, bool stochastic,
+                   uint32_t step_key) {
+    float wide_g[TILE], wide_y[TILE], wide_z[TILE], u[TILE];
+    const float dlr = c.dlr * divide, weight = c.weight, share = c.y_share, away = c.dlr * c.decay + c.decay_apart;
+    for (int64_t i = first; i < last; i += TILE) {
+        int64_t n = last - i < TILE ? last - i : TILE;
+        T *to_y = static_cast<T *>(job.y) + i, *to_z = static_cast<T *>(job.z) + i;
+        const float *g = as_float(static_cast<const T *>(job.g) + i, wide_g, n);
+        float *__restrict y = as_float(to_y, wide_y, n), *__restrict z = as_float(to_z, wide_z, n);
+        roots(job, i, n, g, c, true, u);
+        updates(g, u, n, c.d, c.d_eps, atan);
+#pragma omp simd
+        for (int32_t j = 0; j < int32_t(n); ++j) {
+            float move = u[j] * dlr + away * y[j];
+            y[j] = y[j] + weight * (z[j] - y[j]) - share * move;
+            z[j] = z[j] - move;
+        }
+        put_back(to_y, to_z, y, z, n, stochastic, uint32_t(job.key) ^ step_key, uint32_t(job.offset + i));
+    }
+}
+
+template <typename T>
+void step_block(const Job &job, int64_t block, float divide, const Coefficients &c, bool atan, bool stochastic, uint32_t step_key) {
+    int64_t width = job.B * job.K, a1 = (block + 1) * job.rows < job.A ? (block + 1) * job.rows : job.A;
+    int64_t first = block * job.rows * width, last = a1 * width;
+    prodigy_sums<T>(job, first, last, c, job.partial + 2 * block);
+    advance_block<T>(job, first, last, divide, c, atan, stochastic, step_key);
 }
 
 }  // namespace
@@ -324,18 +367,12 @@ void sdtrain_measure(const Job *jobs, int64_t num_jobs, const Unit *units, int64
     }
 }
 
-// scratch: float [threads, longest row]. With an unsound gradient everything stays as it is.
+// With an unsound gradient everything stays as it is.
 void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64_t num_units, const Coefficients *table,
-                     const uint8_t *sound, int bf16, int atan, int rms, int stochastic, uint32_t step_key, float *scratch,
-                     int64_t longest, int threads) {
+                     const uint8_t *sound, int bf16, int atan, int rms, int stochastic, uint32_t step_key, int threads) {
     if (!*sound) return;
 #pragma omp parallel num_threads(threads) if (num_units > 1)
     {
-#ifdef _OPENMP
-        float *line = scratch + longest * omp_get_thread_num();
-#else
-        float *line = scratch;
-#endif
 #pragma omp for schedule(dynamic, 4)
         for (int64_t i = 0; i < num_jobs; ++i) blend(jobs[i], table[jobs[i].group]);
         if (rms) {
@@ -344,8 +381,9 @@ void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64
                 const Job &job = jobs[units[i].job];
                 const Coefficients &c = table[job.group];
                 int64_t a0 = units[i].block * job.rows, a1 = a0 + job.rows < job.A ? a0 + job.rows : job.A;
-                job.partial[2 * units[i].block] =
-                        bf16 ? squared_update<uint16_t>(job, a0, a1, c) : squared_update<float>(job, a0, a1, c);
+                int64_t width = job.B * job.K, first = a0 * width, last = a1 * width;
+                job.partial[2 * units[i].block] = bf16 ? squared_update<uint16_t>(job, first, last, c, atan)
+                                                       : squared_update<float>(job, first, last, c, atan);
             }
 #pragma omp for schedule(dynamic, 4)
             for (int64_t i = 0; i < num_jobs; ++i) {
@@ -363,9 +401,9 @@ void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64
             const Coefficients &c = table[job.group];
             float divide = rms ? float(job.sums[2]) : 1.0f;
             if (bf16)
-                advance_block<uint16_t>(job, units[i].block, divide, c, atan, stochastic, step_key, line);
+                step_block<uint16_t>(job, units[i].block, divide, c, atan, stochastic, step_key);
             else
-                advance_block<float>(job, units[i].block, divide, c, atan, stochastic, step_key, line);
+                step_block<float>(job, units[i].block, divide, c, atan, stochastic, step_key);
         }
 #pragma omp for schedule(dynamic, 4)
         for (int64_t i = 0; i < num_jobs; ++i) {

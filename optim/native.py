@@ -24,7 +24,7 @@ from optim.stacks import Stack
 
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-         "-shared", "-fPIC")  # fmt: skip
+         "-shared", "-fPIC", *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()))  # fmt: skip
 BLOCK_ELEMENTS = 1 << 15
 COLUMNS = ("y", "g", "z", "row", "col", "v", "s", "p0", "row_root", "col_root", "total", "sums", "partial", "col_partial",
            "A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")  # fmt: skip
@@ -43,8 +43,8 @@ def _run(command: Sequence[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UnavailableError(f"{command[0]} did not run: {error}") from error
     if done.returncode != 0:
-        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise UnavailableError(f"{command[0]} failed: {last[0]}")
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise UnavailableError(f"{command[0]} failed: {next((line for line in said if 'error' in line), said[-1])}")
     return done.stdout
 
 
@@ -98,8 +98,7 @@ def library() -> ctypes.CDLL:
     loaded.sdtrain_job_bytes.restype = number
     loaded.sdtrain_measure.argtypes = [pointer, number, pointer, number, flag, flag]
     loaded.sdtrain_measure.restype = None
-    loaded.sdtrain_advance.argtypes = [pointer, number, pointer, number, pointer, pointer, *[flag] * 4, ctypes.c_uint32, pointer,
-                                       number, flag]  # fmt: skip
+    loaded.sdtrain_advance.argtypes = [pointer, number, pointer, number, pointer, pointer, *[flag] * 4, ctypes.c_uint32, flag]  # fmt: skip
     loaded.sdtrain_advance.restype = None
     if loaded.sdtrain_job_bytes() != 8 * len(COLUMNS):
         raise UnavailableError("the compiler lays structures out in an unexpected way")
@@ -184,8 +183,6 @@ class Table:
         sizes = torch.where(many, self.blocks * width, 0)
         self.col_partial = torch.empty(max(1, int(sizes.sum())))
         self.jobs[:, AT["col_partial"]] = self.col_partial.data_ptr() + 4 * (torch.cumsum(sizes, 0) - sizes)
-        self.longest = int(width.max())
-        self.lines = torch.empty(max(1, torch.get_num_threads()), self.longest)
 
     def _chosen(
         self, present: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]
@@ -219,10 +216,8 @@ class Call:
 
     def advance(self, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
         """The step itself, unless `sound` (bool, 0-dim) is False. coefficients: float32 [coefficients, groups]."""
-        table, settings, threads = self.table, self.table.settings, torch.get_num_threads()
+        table, settings = self.table, self.table.settings
         by_group = coefficients.t().contiguous()
-        if len(table.lines) < threads:
-            table.lines = torch.empty(threads, table.longest)
         library().sdtrain_advance(
             self.jobs.data_ptr(),
             len(self.jobs),
@@ -235,7 +230,5 @@ class Call:
             settings.scales_by_rms,
             settings.stochastic_rounding,
             step_key & 0xFFFFFFFF,
-            table.lines.data_ptr(),
-            table.longest,
-            threads,
+            torch.get_num_threads(),
         )

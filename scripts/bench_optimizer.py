@@ -140,9 +140,12 @@ class Candidate:
     syncs: int = 0
 
 
-def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str) -> Candidate:
+def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, zero_columns: int) -> Candidate:
     generator = torch.Generator().manual_seed(0)
-    weights = {shape: torch.randn(shape, generator=generator) * 0.02 for shape in set(shapes)}
+    weights = {shape: torch.randn(shape, generator=generator) * 0.02 for shape in sorted(set(shapes))}
+    for shape, weight in weights.items():
+        if len(shape) == 2 and shape[1] == zero_columns:
+            weight.zero_()  # LoRA's up matrices start at zero
     params = [nn.Parameter(weights[shape].to(device, dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator).mul_(1e-3).to(device, dtype)
@@ -206,14 +209,16 @@ def minimal_bytes(optimizer: ProdigyPlusScheduleFree, params: list[nn.Parameter]
     return num * 6 * element + 2 * (state_bytes(optimizer) - num * element)
 
 
-def run(name: str, shapes: list[Shape], dtype: torch.dtype, device: str, rounds: int, chosen: list[str] | None) -> None:
+def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Namespace) -> None:
+    device, rounds, chosen = options.device, options.rounds, options.peers
+    zero_columns = options.rank if name.startswith("lora") else 0
     num = sum(torch.Size(shape).numel() for shape in shapes)
     kinds = len(set(shapes))
     print(f"\n{name}, {dtype}, {len(shapes)} tensors of {kinds} shapes, {num / 1e6:.1f} M parameters, {device}")
     candidates = []
     for peer in peers(device, chosen):
         gc.collect()
-        candidates.append(prepare(peer, shapes, dtype, device))
+        candidates.append(prepare(peer, shapes, dtype, device, zero_columns))
     for _ in range(rounds):
         for candidate in candidates:
             # the slowest peers would take most of the time for no better median
@@ -253,7 +258,7 @@ def main() -> None:
     for name in options.sets:
         for dtype in options.dtypes:
             chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-            run(name, sets[name](), chosen, options.device, options.rounds, options.peers)
+            run(name, sets[name](), chosen, options)
 
 
 if __name__ == "__main__":
