@@ -84,13 +84,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def locate(path: str, variant: str) -> Path:
-    """The file or folder a model path means. Raises UserError when it is nowhere on this machine."""
+def locate(path: str, variant: str, *, weights: bool = True) -> Path:
+    """The file or folder a model path means. Raises UserError when it is nowhere on this machine.
+
+    weights: whether a model of the hub is needed with its weights or for its configs and tokenizers only.
+    """
     if is_hub_id(path):
-        folder = cached_model(path, variant)
+        folder = cached_model(path, variant, weights=weights)
         if folder is None:
             reason = "the network is off" if is_offline() else "this command does not use the network"
-            raise not_cached(path, variant, reason)
+            raise not_cached(path, variant, reason, weights=weights)
         return folder
     found = model_folder(path)
     if found.exists():
@@ -192,7 +195,7 @@ def _other_weights(folder: Path, stem: str) -> str:
 
 def lent_config(components: str, component: Component) -> dict[str, Any] | None:
     """The configuration that the folder named in model.components has for a network; None when it has none."""
-    path = locate(components, "") / component / "config.json" if components else None
+    path = locate(components, "", weights=False) / component / "config.json" if components else None
     return read_json(path) if path and path.is_file() else None
 
 
@@ -207,7 +210,7 @@ def find_tokenizers(checkpoint: Checkpoint, components: str) -> tuple[TokenizerS
     """
     names = [part.replace("text_encoder", "tokenizer") for part in COMPONENTS[checkpoint.family] if "text" in part]
     if components:
-        return _named_tokenizers(locate(components, ""), names, "model.components")
+        return _named_tokenizers(locate(components, "", weights=False), names, "model.components")
     match checkpoint:
         case DiffusersFolder(path):
             return _named_tokenizers(path, names, "model.path")

@@ -36,13 +36,17 @@ def cached_file(repository: str, name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def cached_model(repository: str, variant: str) -> Path | None:
-    """The folder of a hub repository in the local cache, None when what is needed is not there; no network."""
+def cached_model(repository: str, variant: str, *, weights: bool = True) -> Path | None:
+    """The folder of a hub repository in the local cache, None when what is needed is not there; no network.
+
+    weights: whether more than configs and tokenizers is needed.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=files_to_fetch(variant), local_files_only=True))
+        patterns = files_to_fetch(variant) if weights else list(SMALL_FILES)
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 
@@ -79,13 +83,12 @@ def fetch_model(repository: str, variant: str) -> Path:
         raise not_cached(repository, variant, f"fetching it failed ({reason[0]})") from None
 
 
-def not_cached(repository: str, variant: str, reason: str) -> UserError:
+def not_cached(repository: str, variant: str, reason: str, *, weights: bool = True) -> UserError:
     """What to do about a hub model that is not here."""
     middle = f".{variant}" if variant else ""
-    command = (
-        f"hf download {repository} --include '*.json' 'tokenizer*/*' 'unet/*{middle}.safetensors' "
-        f"'vae/*{middle}.safetensors' 'text_encoder*/*{middle}.safetensors'"
-    )
+    command = f"hf download {repository} --include '*.json' 'tokenizer*/*'"
+    if weights:
+        command += "".join(f" '{part}/*{middle}.safetensors'" for part in ("unet", "vae", "text_encoder*"))
     return user_error(
         repository,
         "model.path",

@@ -116,5 +116,5 @@ def single_file_scheduler(lent: Mapping[str, Any], markers: Markers) -> dict[str
 def _lent_scheduler(components: str) -> dict[str, Any]:
     if not components:
         return {}
-    path = locate(components, "") / "scheduler" / "scheduler_config.json"
+    path = locate(components, "", weights=False) / "scheduler" / "scheduler_config.json"
     return read_json(path) if path.is_file() else {}

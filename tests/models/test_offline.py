@@ -93,6 +93,15 @@ def test_a_cached_hub_model_is_used(cache: Path, tiny: Components) -> None:
     assert torch.equal(read.unet.conv_in.weight, tiny.unet.conv_in.weight)
 
 
+def test_components_from_the_hub_need_no_weights(cache: Path, single_file: Path, tmp_path: Path) -> None:
+    config = ModelConfig(path=str(single_file), components="someone/model")
+    _, problems = inspect_model(config)
+    assert "hf download someone/model" in problems[0].what and "safetensors" not in problems[0].what
+    small = shutil.copytree(TINY, tmp_path / "small", ignore=shutil.ignore_patterns("*.safetensors"))
+    put_into_cache(cache, "someone/model", small)
+    assert inspect_model(config)[1] == []
+
+
 def test_a_hub_model_that_is_not_cached_says_what_to_fetch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

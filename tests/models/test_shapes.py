@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdtrain.models.export import changed_weights, configs_metadata, original_tensors
+from sdtrain.models.files import Components
 from sdtrain.models.header import Entry, Header
 from sdtrain.models.keys import COMPONENTS, Family, places_of
 from sdtrain.models.networks import empty_network
-from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SDXL_UNET, SDXL_VAE
+from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.models.shapes import config_of, detect_family, unet_config
+from sdtrain.models.writer import Planned
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": SDXL_UNET,
@@ -123,6 +127,20 @@ def test_the_published_file_has_its_known_number_of_tensors(sdxl: Header) -> Non
     """2,515 tensors, of which two are constants: position_ids and logit_scale."""
     assert len(sdxl.entries) == 2_515 - 2
     assert sum(math.prod(entry.shape) for entry in sdxl.entries.values()) * 2 == pytest.approx(6.94e9, rel=1e-3)
+
+
+def test_a_published_model_needs_no_configs_in_its_header() -> None:
+    networks = {part: empty_network(part, PUBLISHED[part], "sdxl") for part in COMPONENTS["sdxl"]}
+    tensors: dict[str, Planned] = {}
+    for part, network in networks.items():
+        tensors |= original_tensors("sdxl", part, changed_weights(part, network, None), torch.float16)
+    tokenizer: Any = None
+    parts = Components(
+        **networks, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler_config=SCHEDULER, zeros_for_empty_prompt=True
+    )
+    assert configs_metadata(parts, Path("model.safetensors"), tensors) == {}
+    parts.scheduler_config = {**SCHEDULER, "beta_end": 0.02}
+    assert "beta_end" in configs_metadata(parts, Path("model.safetensors"), tensors)["sdtrain.configs"]
 
 
 @pytest.mark.parametrize("unet", [SSD_1B, VEGA], ids=["SSD-1B", "Segmind-Vega"])
