@@ -14,6 +14,7 @@ alpha stands in the `lora_adapter_metadata` of the header, which diffusers reads
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -265,9 +266,18 @@ def names_of(path: Path, header: Header) -> Names:
 
 
 def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[str, str]]:
-    """Name in the file -> (component, module). Some trainers write SDXL in sd-scripts style but diffusers' layout."""
+    """Name in the file -> (component, module), with the other names that writers use.
+
+    With transformers 5 diffusers writes text encoders without `text_model.`; some trainers write SDXL in sd-scripts
+    style, but in the layout of diffusers.
+    """
     if names == "diffusers":
-        tables = [diffusers_names(networks)]
+        proper = diffusers_names(networks)
+        short = {
+            component: {module: name.replace(".text_model.", ".") for module, name in modules.items()}
+            for component, modules in proper.items()
+        }
+        tables = [short, proper]
     else:
         proper = sd_scripts_names(networks)
         flat = {module: "lora_unet_" + module.replace(".", "_") for module in proper.get("unet", {})}
@@ -283,14 +293,24 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
 def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dict[str, dict[str, Tensor]]:
     """Layer name -> part -> tensor; names of diffusers contain dots, so that the longest known layer name counts."""
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        pieces = key.replace(".processor.", ".").split(".")
+    for written, tensor in tensors.items():
+        key = _modern(written)
+        pieces = key.split(".")
         cuts = (".".join(pieces[:cut]) for cut in range(len(pieces) - 1, 0, -1))
         layer = next((name for name in cuts if name in layers), None)
         if layer is None:
             layer = key.split(".lora")[0] if not key.startswith("lora_") else pieces[0]
-        found.setdefault(layer, {})[key.replace(".processor.", ".").removeprefix(layer + ".")] = tensor
+        found.setdefault(layer, {})[key.removeprefix(layer + ".")] = tensor
     return found
+
+
+def _modern(key: str) -> str:
+    """What the first diffusers called `attn1.processor.to_out_lora.down` is now `attn1.to_out.0.lora.down`."""
+    layer = {"to_out": "to_out.0"}
+    key = key.replace(".processor.", ".")
+    return re.sub(
+        r"\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.", lambda m: f".{layer.get(m[1], m[1])}.lora.{m[2]}.", key
+    )
 
 
 def _decoded(

@@ -150,6 +150,14 @@ def test_a_run_starts_from_the_file(make_networks: MakeNetworks, tmp_path: Path,
     torch.testing.assert_close(prediction(networks["unet"]), prediction(first["unet"]))
 
 
+def test_a_run_of_rotations_starts_from_the_file(make_networks: MakeNetworks, tmp_path: Path) -> None:
+    file = saved(first := make_networks(), tmp_path / "a.safetensors", "diffusers", "oft")
+    networks = make_networks()
+    attach_adapters(networks["unet"], MODULES[:1], AdapterSettings("oft", 4), torch.Generator())
+    start_from(file, networks)
+    torch.testing.assert_close(prediction(networks["unet"]), prediction(first["unet"]))
+
+
 def test_another_alpha_keeps_the_change(make_networks: MakeNetworks, tmp_path: Path) -> None:
     file = saved(first := make_networks(), tmp_path / "a.safetensors")
     networks = make_networks()
@@ -200,3 +208,9 @@ def test_a_pattern_without_a_layer_is_an_error_with_near_names(make_networks: Ma
     found = select_targets(networks, ["*to_k", "*k_proj"], unused={"text_encoder": ["encoder.layers.1"]})
     assert all("layers.1" not in name for name in found["text_encoder"])
     assert len(found["text_encoder"]) == 1
+
+
+def test_presets_leave_out_what_other_tools_cannot_name(make_networks: MakeNetworks) -> None:
+    encoder = make_networks()["text_encoder_2"]
+    assert "text_projection" not in select_modules(encoder, "all")
+    assert select_modules(encoder, ["text_projection"]) == ["text_projection"]

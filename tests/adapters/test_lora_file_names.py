@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -112,6 +113,16 @@ def test_every_name_of_true_size_sdxl_is_the_one_sd_scripts_writes() -> None:
     assert set(written["unet"]) == set(spelled_out_attention_ff())
     assert set(written["text_encoder"]) == set(spelled_out_text("lora_te1", 12))
     assert set(written["text_encoder_2"]) == set(spelled_out_text("lora_te2", 32))
+
+
+def test_the_list_is_frozen() -> None:
+    """The table above and the rule could be changed together; this could not."""
+    names = [*spelled_out_attention_ff(), *spelled_out_text("lora_te1", 12), *spelled_out_text("lora_te2", 32)]
+    assert len(names) == 722 + 72 + 192
+    assert (
+        hashlib.sha256("\n".join(sorted(names)).encode()).hexdigest()
+        == "1063b91c0a4164d0d184003241903ddb45ea2789384d465a17bbc942e6c871ff"
+    )
 
 
 def test_every_other_layer_of_the_sdxl_unet_has_its_original_name_too() -> None:

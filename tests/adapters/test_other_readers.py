@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
-from sdtrain.adapters.formats import write_lora
+from sdtrain.adapters.formats import read_lora, write_lora
 from sdtrain.adapters.metadata import FileFacts
 from sdtrain.adapters.names import sd_scripts_names
 from sdtrain.adapters.tensors import Names
@@ -23,6 +23,7 @@ from sdtrain.adapters.weights import AdapterKind, AdapterWeights, delta
 MakeNetworks = Callable[[], dict[str, nn.Module]]
 FACTS = FileFacts(title="test", date="2026-11-22T15:00:00+00:00")
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+TEXT_2 = ["text_model.encoder.layers.1.self_attn.k_proj"]
 MODULES = [TO_Q, "mid_block.attentions.0.proj_in", "mid_block.resnets.0.conv1", "down_blocks.1.attentions.0.proj_out"]
 
 
@@ -78,6 +79,55 @@ def test_peft_loads_what_diffusers_does_not(make_networks: MakeNetworks, tmp_pat
     if kind == "lokr":  # peft scales whole factors too; the file says alpha = rank for them
         assert any(layer.scaling["default"] == 1.0 for layer in theirs.modules() if hasattr(layer, "lokr_w1"))
     torch.testing.assert_close(prediction(theirs), prediction(ours["unet"]), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("spelling", ["peft", "diffusers"])
+def test_what_diffusers_writes_is_read(make_networks: MakeNetworks, tmp_path: Path, spelling: str) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import get_peft_model_state_dict
+
+    networks = make_networks()
+    wanted = {}
+    for component, modules in (
+        ("unet", MODULES),
+        ("text_encoder", ["encoder.layers.0.mlp.fc1"]),
+        ("text_encoder_2", TEXT_2),
+    ):
+        settings = AdapterSettings("lora", 4, 3.0, {"*proj*": 6}, {"*to_q": 1.5})
+        parameters = attach_adapters(networks[component], modules, settings, torch.Generator().manual_seed(1))
+        for parameter in parameters.values():
+            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+        wanted[component] = adapter_weights(networks[component])
+    states = {name: get_peft_model_state_dict(networks[name]) for name in wanted}
+    if spelling == "diffusers":
+        states = {name: convert_state_dict_to_diffusers(state) for name, state in states.items()}
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=states["unet"],
+        text_encoder_lora_layers=states["text_encoder"],
+        text_encoder_2_lora_layers=states["text_encoder_2"],
+        **_collate_lora_metadata({name: networks[name] for name in wanted}),
+    )
+    read = read_lora(tmp_path / "pytorch_lora_weights.safetensors", make_networks()).adapters
+    assert {name: set(modules) for name, modules in read.items()} == {name: set(w) for name, w in wanted.items()}
+    for component, weights in wanted.items():
+        for module, lora in weights.items():
+            found, base = read[component][module], torch.zeros(())
+            torch.testing.assert_close(delta(found, base), delta(lora, base), rtol=1e-5, atol=1e-6)
+
+
+def test_the_names_of_the_first_diffusers_loras_are_read(make_networks: MakeNetworks, tmp_path: Path) -> None:
+    networks = {"unet": make_networks()["unet"]}
+    layer = TO_Q.removesuffix("to_q")
+    tensors = {}
+    for name in ("to_q", "to_out"):
+        tensors[f"unet.{layer}processor.{name}_lora.down.weight"] = torch.ones(2, 64)
+        tensors[f"unet.{layer}processor.{name}_lora.up.weight"] = torch.ones(64, 2)
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = read_lora(tmp_path / "a.safetensors", networks).adapters["unet"]
+    assert {module: weights.alpha for module, weights in read.items()} == {TO_Q: 2.0, f"{layer}to_out.0": 2.0}
 
 
 def lycoris_reader(parts: dict[str, Tensor], base: Tensor) -> Tensor:
