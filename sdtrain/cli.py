@@ -46,13 +46,16 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training state of this run.")] = False,
 ) -> None:
     """Train what CONFIG says."""
-    from sdtrain.training.start import read_run_config
+    from sdtrain.training.check import inspect_run
+    from sdtrain.training.start import read_run_config, require_own_folder
 
     settings = read_run_config(config, set_ or [], resume=resume)
-    quiet_libraries()
+    require_own_folder(settings, resume=resume)
+    _, examples = inspect_run(settings, str(config), decode=False)
+    quiet_libraries()  # what can be told without torch has been told
     from sdtrain.training.fit import fit as run_fit
 
-    if not run_fit(settings, Console(), resume=resume):
+    if not run_fit(settings, examples, Console(), resume=resume):
         raise typer.Exit(130)
 
 

@@ -71,11 +71,15 @@ def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
         from rich.console import Console
 
         from sdtrain.config.read import resolve
+        from sdtrain.training.check import inspect_run
         from sdtrain.training.fit import fit
+        from sdtrain.training.start import require_own_folder
 
         config = resolve(merged(table, changes or {}), "test config")
+        require_own_folder(config, resume=resume)
+        _, examples = inspect_run(config, "test config", decode=False)
         text = io.StringIO()
-        fit(config, Console(file=text, width=200), resume=resume)
+        fit(config, examples, Console(file=text, width=200), resume=resume)
         return Path(config.output) / config.name, text.getvalue()
 
     return run

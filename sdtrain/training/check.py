@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sdtrain.config.read import read_config
 from sdtrain.config.schema import Config
-from sdtrain.data.examples import scan_folders
+from sdtrain.data.examples import Example, scan_folders
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.errors import Problem, UserError
 from sdtrain.models.inspect import ModelFacts, inspect_model
@@ -18,17 +18,29 @@ from sdtrain.models.inspect import ModelFacts, inspect_model
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
     """Check the config, then its model and every picture; print what a run would see. Raises UserError."""
     config = read_config(path, overrides)
-    facts, problems = inspect_model(config.model)
-    if facts is not None:
-        problems = [*problems, *size_problems(config, facts)]
-    examples, data_problems = scan_folders(config.data, decode=True)
-    problems = [*problems, *data_problems]
-    if problems or facts is None:
-        raise UserError(str(path), problems)
+    facts, examples = inspect_run(config, str(path), decode=True)
     report = summarise(examples, config.data)
     console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
     for line in (*_model_lines(config, facts), *report_lines(report)):
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+
+
+def inspect_run(config: Config, source: str, *, decode: bool) -> tuple[ModelFacts, list[Example]]:
+    """What the model says of itself, and the pictures (decode: every pixel is read). Raises UserError with it all."""
+    facts, problems = inspect_model(config.model)
+    if facts is not None:
+        problems = [*problems, *size_problems(config, facts), *_network_problems(config, facts)]
+    examples, data_problems = scan_folders(config.data, decode=decode)
+    problems = [*problems, *data_problems]
+    if problems or facts is None:
+        raise UserError(source, problems)
+    return facts, examples
+
+
+def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+    if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
+        return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
+    return []
 
 
 def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
+from sdtrain.errors import user_error
 from sdtrain.models.model import Model
 from sdtrain.training.checkpoint import load_state, save_state, saved_states
 from sdtrain.training.export import export_weights, format_of
@@ -39,15 +40,15 @@ class Training:
     data: Prepared
 
 
-def fit(config: Config, console: Console, *, resume: bool = False) -> bool:
-    """Train what the config says; True when the planned steps are done, False when it was stopped before.
+def fit(config: Config, examples: list[Example], console: Console, *, resume: bool = False) -> bool:
+    """Train what the config says on pictures that were scanned; True when the planned steps are done, else False.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known.
     """
     started = time.monotonic()
-    run = open_run(config, resume=resume)
+    run = open_run(config)
     model = load(run)
-    data = encode_everything(model, run, console)
+    data = encode_everything(model, run, examples, console)
     write_resolved_config(run)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
@@ -129,4 +130,11 @@ def preview(training: Training, step: int, report: Report) -> None:
 
 def _resumed_step(training: Training) -> int:
     states = saved_states(training.run.folder / "checkpoints")
-    return load_state(states[-1], training.trainable, training.optimizer) if states else 0
+    if not states:
+        return 0
+    if states[-1].step > training.run.config.steps:
+        what = (
+            f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
+        )
+        raise user_error(f"--resume {training.run.folder}", "steps", what)
+    return load_state(states[-1], training.trainable, training.optimizer)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
-from sdtrain.data.examples import Example, scan_folders
+from sdtrain.data.examples import Example
 from sdtrain.errors import UserError
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.load import load_model
@@ -38,11 +38,8 @@ class Prepared:
     prompts: Prompts
 
 
-def encode_everything(model: Model, run: Run, console: Console) -> Prepared:
+def encode_everything(model: Model, run: Run, examples: list[Example], console: Console) -> Prepared:
     """Batches and preview prompts; afterwards VAE and text encoders have left the device. Raises UserError."""
-    examples, problems = scan_folders(run.config.data, decode=False)
-    if problems:
-        raise UserError("data", problems)
     model.move_encoders(run.device, text=True)
     batches = make_batches(model, run, examples, console)
     prompts = prepare_prompts(model, run.config, trains_text=_trains_text(run))

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Generator
 
-from sdtrain.config.read import differences
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
-from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.training.start import stored_config
-
-CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
-"""Settings a resumed run may change: none of them changes what a step computes."""
+from sdtrain.errors import user_error
+from sdtrain.training.start import run_folder
 
 
 @dataclass(frozen=True)
@@ -67,19 +62,10 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
             return torch.bfloat16 if fast else torch.float32
 
 
-def open_run(config: Config, *, resume: bool) -> Run:
-    """The run of a config; refuses to mix with what already lies in its folder. Raises UserError."""
-    folder = Path(config.output).expanduser() / config.name
-    if resume:
-        _require_same(config, folder)
-    elif (folder / "config.toml").exists():
-        done = (folder / "weights" / f"{config.name}.safetensors").exists()
-        what = "a finished run" if done else "a run that was not finished"
-        longer = f"add --resume --set steps=N to train it beyond {stored_config(folder).steps} steps"
-        more = longer if done else "add --resume to go on"
-        raise user_error(str(folder), "name", f"holds {what}; {more}, or choose another `name` (--set name=...)")
+def open_run(config: Config) -> Run:
+    """The run of a config. Raises UserError when it asks for a device that is not there."""
     device = pick_device(config)
-    return Run(folder, config, device, pick_dtype(config, device))
+    return Run(run_folder(config.output, config.name), config, device, pick_dtype(config, device))
 
 
 def write_resolved_config(run: Run) -> None:
@@ -93,15 +79,3 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
-
-
-def _require_same(config: Config, folder: Path) -> None:
-    before = json.loads(stored_config(folder).model_dump_json())
-    after = json.loads(config.model_dump_json())
-    problems = [
-        Problem(path, f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name")
-        for path, old, new in differences(before, after)
-        if not path.startswith(CHANGEABLE)
-    ]
-    if problems:
-        raise UserError(f"--resume {folder}", problems)

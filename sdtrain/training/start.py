@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdtrain.config.read import read_table, resolve
+from sdtrain.config.read import differences, read_table, resolve
 from sdtrain.config.schema import Config
-from sdtrain.errors import user_error
+from sdtrain.errors import Problem, UserError, user_error
+
+CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
+"""Settings a resumed run may change: none of them changes what a step computes."""
 
 
 def read_run_config(path: Path, overrides: Sequence[str], *, resume: bool) -> Config:
     """The config of a run. Raises UserError with everything that is wrong with it."""
     table = read_table(path, overrides)
     if resume:
-        table = keep_stored_optimizer(table, stored_table(run_folder(table)))
+        table = keep_stored_optimizer(
+            table, stored_table(run_folder(str(table.get("output", "runs")), str(table.get("name"))))
+        )
     return resolve(table, str(path))
 
 
-def run_folder(table: Mapping[str, Any]) -> Path:
-    """Where the run of a plain config table lies."""
-    return Path(str(table.get("output", "runs"))).expanduser() / str(table.get("name", ""))
+def run_folder(output: str, name: str) -> Path:
+    """Where a run lies."""
+    return Path(output).expanduser() / name
 
 
 def stored_table(folder: Path) -> dict[str, Any]:
@@ -46,3 +52,28 @@ def keep_stored_optimizer(table: Mapping[str, Any], stored: Mapping[str, Any]) -
     if not isinstance(optimizer, Mapping) or optimizer.get("preset") not in (None, stored["optimizer"]["preset"]):
         return dict(table)
     return {**table, "optimizer": {**stored["optimizer"], **optimizer}}
+
+
+def require_own_folder(config: Config, *, resume: bool) -> None:
+    """Refuse to mix a run with another that lies in its folder. Raises UserError."""
+    folder = run_folder(config.output, config.name)
+    if resume:
+        _require_same(config, folder)
+    elif (folder / "config.toml").exists():
+        done = (folder / "weights" / f"{config.name}.safetensors").exists()
+        what = "a finished run" if done else "a run that was not finished"
+        longer = f"add --resume --set steps=N to train it beyond {stored_config(folder).steps} steps"
+        more = longer if done else "add --resume to go on"
+        raise user_error(str(folder), "name", f"holds {what}; {more}, or choose another `name` (--set name=...)")
+
+
+def _require_same(config: Config, folder: Path) -> None:
+    before = json.loads(stored_config(folder).model_dump_json())
+    after = json.loads(config.model_dump_json())
+    problems = [
+        Problem(path, f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name")
+        for path, old, new in differences(before, after)
+        if not path.startswith(CHANGEABLE)
+    ]
+    if problems:
+        raise UserError(f"--resume {folder}", problems)
