@@ -227,16 +227,5 @@ def copy_into(layer_weights: AdapterWeights, values: AdapterWeights) -> None:
             f"has rank {values.rank} in the file and {layer_weights.rank} in this run: set `method.rank` or "
             "`method.ranks` to the file's, or change the file with `sdtrain resize`"
         )
-    if scale_differs(layer_weights, values):
-        raise ValueError(
-            f"has alpha {values.alpha:g} in the file and {layer_weights.alpha:g} in this run: set `method.alpha`"
-        )
     for name, tensor in here.items():
         tensor.copy_(there[name])
-
-
-def scale_differs(one: AdapterWeights, other: AdapterWeights) -> bool:
-    """Whether two adapters of the same kind and rank have different scales, beyond the rounding of a file."""
-    if isinstance(one, LokrWeights) and not one.rank:
-        return False
-    return not math.isclose(one.alpha, other.alpha, rel_tol=1e-6)

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,17 @@ from sdtrain.adapters.metadata import (
 from sdtrain.adapters.names import COMPONENTS, diffusers_names, family_of, plain_modules, sd_scripts_names
 from sdtrain.adapters.peft_metadata import alpha_in_metadata, peft_metadata
 from sdtrain.adapters.tensors import Names, decode, encode, expressible, shape_problem
-from sdtrain.adapters.weights import Adapters, AdapterWeights, DoraWeights, LoraWeights, kind_of, mapped
+from sdtrain.adapters.weights import (
+    Adapters,
+    AdapterWeights,
+    DoraWeights,
+    LohaWeights,
+    LokrWeights,
+    LoraWeights,
+    OftWeights,
+    kind_of,
+    mapped,
+)
 from sdtrain.errors import Problem, UserError, user_error
 
 
@@ -157,10 +168,11 @@ def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
         found[component] = {}
         for module, weights in modules.items():
             stored = cast(weights, dtype)
-            if weights.alpha != common and undoable(stored, common):
+            differs = weights.alpha != common and isinstance(weights, LoraWeights | DoraWeights)
+            if differs and undoable(stored, common):
                 alphas.setdefault(component, {})[module] = weights.alpha
                 stored = rescaled(stored, common)
-            elif weights.alpha != common:
+            elif differs:
                 stored = cast(rescaled(weights, common), dtype)  # rounded once, after the multiplication
             found[component][module] = stored
     return Scaled(found, alphas)
@@ -173,13 +185,13 @@ def scale_of_one(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
         for component, modules in adapters.items()
     }
     every = [weights for modules in stored.values() for weights in modules.values()]
-    if not all(undoable(weights, float(weights.rank)) for weights in every):
+    if not all(undoable(weights, _unscaled_alpha(weights)) for weights in every):
         return Scaled(stored, {})
     unscaled = {
-        component: {module: rescaled(weights, float(weights.rank)) for module, weights in modules.items()}
+        component: {module: rescaled(weights, _unscaled_alpha(weights)) for module, weights in modules.items()}
         for component, modules in stored.items()
     }
-    if all(weights.alpha == weights.rank for weights in every):
+    if all(weights.alpha == _unscaled_alpha(weights) for weights in every):
         return Scaled(unscaled, {})
     alphas = {
         component: {name: weights.alpha for name, weights in modules.items()} for component, modules in stored.items()
@@ -187,32 +199,41 @@ def scale_of_one(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
     return Scaled(unscaled, alphas)
 
 
+def _unscaled_alpha(weights: AdapterWeights) -> float:
+    return float(weights.rank or 1)  # a LoKr of whole factors has no rank, and no use for its alpha
+
+
 def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    """A LoRA or DoRA of the same dW with this alpha; other kinds as they are."""
+    """The same dW with this alpha: one factor makes up for it."""
+
+    def scaled(factor: Tensor) -> Tensor:
+        return factor if weights.alpha == alpha else (factor.float() * (weights.alpha / alpha)).to(factor.dtype)
+
     match weights:
         case LoraWeights():
-            factor = weights.alpha / alpha
-            up = weights.up if factor == 1 else (weights.up.float() * factor).to(weights.up.dtype)
-            return replace(weights, up=up, alpha=alpha)
+            return replace(weights, up=scaled(weights.up), alpha=alpha)
         case DoraWeights():
             direction = rescaled(weights.direction, alpha)
             assert isinstance(direction, LoraWeights)
             return replace(weights, direction=direction)
-        case _:
+        case LohaWeights():
+            return replace(weights, w1_a=scaled(weights.w1_a), alpha=alpha)
+        case LokrWeights():
+            if not weights.rank:
+                return replace(weights, alpha=alpha)
+            w1 = weights.w1
+            return replace(weights, w1=(scaled(w1[0]), w1[1]) if isinstance(w1, tuple) else scaled(w1), alpha=alpha)
+        case OftWeights():
             return weights
+        case _:
+            assert_never(weights)
 
 
 def undoable(weights: AdapterWeights, alpha: float) -> bool:
     """Whether rescaling to this alpha and back gives the same bits."""
-    match weights:
-        case LoraWeights():
-            there_and_back = rescaled(rescaled(weights, alpha), weights.alpha)
-            assert isinstance(there_and_back, LoraWeights)
-            return torch.equal(there_and_back.up, weights.up)
-        case DoraWeights():
-            return undoable(weights.direction, alpha)
-        case _:
-            return False
+    before = encode(weights, "diffusers")
+    after = encode(rescaled(rescaled(weights, alpha), weights.alpha), "diffusers")
+    return all(torch.equal(after[part], tensor) for part, tensor in before.items())
 
 
 def cast(weights: AdapterWeights, dtype: torch.dtype | None) -> AdapterWeights:

@@ -19,7 +19,7 @@ def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float
     """Copy a file's adapters, in either naming, into those attached to the networks; the file's d by network.
 
     `networks` are all networks of the model, those without adapters too. The change dW is the file's; where the run's
-    alpha is another, the up matrices make up for it. Raises UserError for a file of another model, kind or rank, for
+    alpha is another, a factor makes up for it. Raises UserError for a file of another model, kind or rank, for
     layers of it that the run does not train, and for trained layers it lacks: after any of these the run would not
     start from what the file is.
     """

@@ -58,25 +58,6 @@ def pipeline(networks: dict[str, nn.Module]):
     )
 
 
-def picture(pipe) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    pipe.set_progress_bar_config(disable=True)
-    ids = torch.arange(8)[None]
-    first = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
-    second = pipe.text_encoder_2(ids, output_hidden_states=True)
-    prompt = torch.cat([first, second.hidden_states[-2]], dim=-1)
-    return pipe(
-        prompt_embeds=prompt,
-        pooled_prompt_embeds=second.text_embeds,
-        num_inference_steps=1,
-        guidance_scale=1.0,
-        height=16,
-        width=16,
-        output_type="latent",
-        generator=generator,
-    ).images
-
-
 def assert_same_deltas(networks: dict[str, nn.Module], adapters: Adapters) -> None:
     for component, modules in adapters.items():
         loaded = {n: m for n, m in networks[component].named_modules() if hasattr(m, "lora_A")}
@@ -96,15 +77,11 @@ def test_diffusers_computes_the_same_delta(
     adapters = random_lora(networks, RANKS_AND_ALPHAS[case])
     write_lora(tmp_path / "a.safetensors", adapters, networks, names=names, facts=FACTS)
     pipe = pipeline(networks)
-    with torch.no_grad():
-        before = picture(pipe)
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)  # peft's word for settings that match nothing
         pipe.load_lora_weights(tmp_path / "a.safetensors")
     assert not [record for record in caplog.records if "unexpected" in record.message or "missing" in record.message]
     assert_same_deltas(networks, adapters)
-    with torch.no_grad():
-        assert not torch.equal(picture(pipe), before)
 
 
 @pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])

@@ -63,6 +63,21 @@ def test_diffusers_loads_the_kinds_it_knows(make_networks: MakeNetworks, tmp_pat
     assert not torch.allclose(prediction(theirs), before, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["lora", "dora", "lokr"])
+def test_readers_that_skip_the_header_compute_the_same_where_alpha_could_be_multiplied_in(
+    make_networks: MakeNetworks, tmp_path: Path, kind: AdapterKind
+) -> None:
+    path = tmp_path / "a.safetensors"
+    ours, theirs = make_networks(), make_networks()["unet"]
+    modules = MODULES[:2] if kind == "lokr" else MODULES  # diffusers cannot tell the factors of a convolution apart
+    parameters = attach_adapters(ours["unet"], modules, AdapterSettings(kind, 8, 2.0), torch.Generator().manual_seed(1))
+    for parameter in parameters.values():
+        parameter.data.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)), alpha=0.1)
+    write_lora(path, {"unet": adapter_weights(ours["unet"])}, ours, names="diffusers", facts=FACTS)
+    theirs.load_lora_adapter(load_file(path), prefix="unet")
+    torch.testing.assert_close(prediction(theirs), prediction(ours["unet"]), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["loha", "lokr", "oft"])
 def test_peft_loads_what_diffusers_does_not(make_networks: MakeNetworks, tmp_path: Path, kind: AdapterKind) -> None:
     from peft import LoHaConfig, LoKrConfig, OFTConfig, inject_adapter_in_model, set_peft_model_state_dict
