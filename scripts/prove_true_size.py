@@ -129,7 +129,7 @@ def random_weights(component: Component, dtype: torch.dtype) -> dict[str, Weight
 
         return Weight(shape, value)
 
-    network = empty_network(component, CONFIGS[component], "sdxl")
+    network = empty_network(component, CONFIGS[component])
     return {name: later(tuple(tensor.shape), name) for name, tensor in network.named_parameters()}
 
 
@@ -158,7 +158,7 @@ def load(folder: Path) -> None:
     checked = time.monotonic()
     print(f"checked in {checked - began:.2f} s: {facts}", flush=True)
     for component in COMPONENTS["sdxl"]:  # imports are not what is measured here
-        empty_network(component, CONFIGS[component], "sdxl")
+        empty_network(component, CONFIGS[component])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     imported = time.monotonic()
     components = load_components(config, torch.bfloat16)

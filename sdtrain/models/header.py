@@ -13,6 +13,7 @@ from sdtrain.errors import Problem, UserError, user_error
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+SETTINGS = ("model.path", "model.vae", "model.components")
 BITS = {
     **dict.fromkeys(("F64", "I64", "U64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
@@ -121,6 +122,6 @@ def explain(error: UserError) -> str:
 def _sentence(source: str, problem: Problem) -> str:
     if problem.where == Path(source).name:
         return f"{source} {problem.what}"
-    if problem.where.startswith("model."):
+    if problem.where in SETTINGS:
         return f"{source}: {problem.what}"
     return f"{source}: {problem.where} {problem.what}"

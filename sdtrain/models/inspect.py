@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.errors import Problem, UserError
+from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.models.checkpoint import (
     BUILTIN,
     Checkpoint,
@@ -111,14 +111,21 @@ def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
     unet = network_config(checkpoint, "unet", config.components)
     vae = vae_source(config.vae, config.variant, checkpoint.family).config if config.vae else None
     vae = vae or network_config(checkpoint, "vae", config.components)
-    pixels = 2 ** (len(vae["block_out_channels"]) - 1)
-    halvings = 2 ** (len(unet["block_out_channels"]) - 1)
+    pixels, halvings = _shrinking(vae, checkpoint, "vae"), _shrinking(unet, checkpoint, "unet")
     return ModelFacts(
         prediction="v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
         latent_step_px=pixels * halvings,
         family=checkpoint.family,
     )
+
+
+def _shrinking(config: dict[str, Any], checkpoint: Checkpoint, component: Component) -> int:
+    """By how much a network makes pictures smaller: every block but the last halves them."""
+    blocks = config.get("block_out_channels")
+    if not isinstance(blocks, list):
+        raise user_error(str(checkpoint.path), f"{component}/config.json", "has no list `block_out_channels`")
+    return int(2 ** (len(blocks) - 1))
 
 
 def network_config(checkpoint: Checkpoint, component: Component, components: str) -> dict[str, Any]:

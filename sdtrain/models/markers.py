@@ -28,6 +28,9 @@ MODELSPEC_NAMES: dict[str, Prediction] = {
     "v-prediction": "v_prediction",
 }
 
+NEEDED = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+"""What a noise schedule is made of."""
+
 
 @dataclass(frozen=True)
 class Markers:
@@ -55,7 +58,14 @@ def file_markers(header: Header) -> Markers:
 
 
 def scheduler_markers(scheduler: Mapping[str, Any], path: Path) -> Markers:
-    """What a scheduler config says. Raises UserError for a prediction that cannot be trained."""
+    """What a scheduler config says. Raises UserError for a prediction or a schedule that cannot be trained."""
+    missing = [key for key in NEEDED if key not in scheduler]
+    if missing:
+        raise user_error(str(path), missing[0], "is missing; is this a whole model?")
+    if scheduler["beta_schedule"] not in ("linear", "scaled_linear"):
+        raise user_error(
+            str(path), "beta_schedule", f"is {scheduler['beta_schedule']}; only linear and scaled_linear are known"
+        )
     prediction = scheduler.get("prediction_type")
     if prediction not in ("epsilon", "v_prediction", None):
         raise user_error(

@@ -6,12 +6,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
-from sdtrain.errors import Problem, UserError
+from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.models.checkpoint import (
     Checkpoint,
     DiffusersFolder,
@@ -56,7 +56,7 @@ def load_network(checkpoint: Checkpoint, component: Component, dtype: torch.dtyp
         case DiffusersFolder(path, variant):
             folder = path / component
             headers = [read_header(file) for file in weight_files(folder, component, variant)]
-            network = empty_network(component, read_json(folder / "config.json"), checkpoint.family)
+            network = empty_network(component, read_json(folder / "config.json"))
             return _loaded(network, _named_sources(network, headers), dtype)
         case SingleFile(header, family):
             prefix = prefix_of(family, component)
@@ -66,7 +66,7 @@ def load_network(checkpoint: Checkpoint, component: Component, dtype: torch.dtyp
 
 def load_vae(source: VaeSource, family: Family, dtype: torch.dtype) -> Loaded:
     """A VAE that is named on its own."""
-    network = empty_network("vae", source.config, family)
+    network = empty_network("vae", source.config)
     if source.prefix is None:
         return _loaded(network, _named_sources(network, source.headers), dtype)
     return _loaded(network, _original_sources(network, source.headers[0], family, "vae", source.prefix), dtype)
@@ -78,22 +78,34 @@ def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype) -
     return Loaded(network.eval(), stored_dtype(stored.values()))
 
 
-def empty_network(component: Component, config: dict[str, Any], family: Family) -> nn.Module:
-    """A network of a configuration with parameters on the meta device: no memory, no time for initial values."""
+def empty_network(component: Component, config: dict[str, Any]) -> nn.Module:
+    """A network of a configuration with parameters on the meta device: no memory, no time for initial values.
+
+    Raises UserError for a configuration that makes no network.
+    """
+    try:
+        with torch.device("meta"):
+            return _build(component, config)
+    except (TypeError, ValueError) as error:
+        raise user_error(component, "config.json", f"describes no network that can be built: {error}") from None
+
+
+def _build(component: Component, config: dict[str, Any]) -> nn.Module:
     # The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
     network: nn.Module
-    with torch.device("meta"):
-        match component:
-            case "unet":
-                from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    match component:
+        case "unet":
+            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-                network = UNet2DConditionModel.from_config(config)
-            case "vae":
-                from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+            network = UNet2DConditionModel.from_config(config)
+        case "vae":
+            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-                network = AutoencoderKL.from_config(config)
-            case "text_encoder" | "text_encoder_2":
-                network = _empty_text_encoder(config, with_projection=component == "text_encoder_2")
+            network = AutoencoderKL.from_config(config)
+        case "text_encoder" | "text_encoder_2":
+            network = _empty_text_encoder(config, with_projection=component == "text_encoder_2")
+        case _:
+            assert_never(component)
     return network
 
 
@@ -124,13 +136,13 @@ def _fitting_network(checkpoint: SingleFile, component: Component, components: s
     header, family = checkpoint.header, checkpoint.family
     own = stored_configs(header).get(component)
     if own:
-        return empty_network(component, own, family)
+        return empty_network(component, own)
     lent = lent_config(components, component)
     if lent:
-        network = empty_network(component, lent, family)
+        network = empty_network(component, lent)
         if fits(network, header, family, component):
             return network
-    return empty_network(component, trusted_config_of(header, family, component), family)
+    return empty_network(component, trusted_config_of(header, family, component))
 
 
 def fits(network: nn.Module, header: Header, family: Family, component: Component) -> bool:

@@ -250,6 +250,25 @@ def test_a_refiner_folder_is_refused(folder: Path) -> None:
     assert "refiner" in only_problem(folder)[1]
 
 
+@pytest.mark.parametrize(
+    ("part", "settings", "said"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule is squaredcos"),
+        ("unet/config.json", {"block_out_channels": 5}, "block_out_channels"),
+    ],
+)
+def test_configs_that_make_no_model_are_refused(folder: Path, part: str, settings: dict, said: str) -> None:
+    edit(folder / part, **settings)
+    _, problems = inspect_model(ModelConfig(path=str(folder)))
+    assert len(problems) == 1 and said in problems[0].what
+
+
+def test_a_config_that_does_not_build_is_refused(folder: Path) -> None:
+    edit(folder / "unet" / "config.json", up_block_types=["UpBlock2D"])
+    with pytest.raises(UserError, match="describes no network"):
+        load_components(ModelConfig(path=str(folder)), torch.float32)
+
+
 def test_a_missing_tokenizer_is_named(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer_2")
     where, what = only_problem(folder, components="")
