@@ -107,15 +107,13 @@ def _check_layers(network: nn.Module, modules: Sequence[str], settings: AdapterS
 
 
 def _peft_config(modules: Sequence[str], settings: AdapterSettings) -> PeftConfig:
-    """peft's description of the adapters; sizes that differ stand in patterns that match one module each."""
+    """peft's description of the adapters; sizes that differ stand in patterns for exactly their modules."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig, OFTConfig
 
     kind, targets = settings.kind, list(modules)
     rank, alpha = settings.rank, settings.alpha
-    ranks = {"^" + re.escape(m): settings.rank_of(m) for m in modules if settings.rank_of(m) != rank}
-    alphas: dict[str, Any] = {
-        "^" + re.escape(m): settings.alpha_of(m) for m in modules if settings.alpha_of(m) != alpha
-    }
+    ranks = _by_value({module: settings.rank_of(module) for module in modules}, rank)
+    alphas = _by_value({module: settings.alpha_of(module) for module in modules}, alpha)
     match kind:
         case "lora" | "rslora" | "dora":
             return LoraConfig(
@@ -136,6 +134,15 @@ def _peft_config(modules: Sequence[str], settings: AdapterSettings) -> PeftConfi
             return OFTConfig(oft_block_size=rank, r=0, target_modules=targets, use_cayley_neumann=False)
         case _:
             assert_never(kind)
+
+
+def _by_value(values: Mapping[str, Any], common: float) -> dict[str, Any]:
+    """One pattern for each value that is not the common one: peft tries every pattern on every layer."""
+    modules: dict[float, list[str]] = {}
+    for module, value in values.items():
+        if value != common:
+            modules.setdefault(value, []).append(re.escape(module))
+    return {f"^(?:{'|'.join(names)})": value for value, names in modules.items()}
 
 
 ZERO = {"lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a", "oft_R"}
