@@ -4,12 +4,14 @@
     python scripts/make_tiny_sdxl.py judge             how often colour, background and shape are right
     python scripts/make_tiny_sdxl.py judge --lora F    the same with a LoRA, and how often the concept is
 
-`all` runs vae, text, train, release and quickstart-pictures in this order; every one of them keeps its state in
-build/tiny-sdxl and goes on from there when it is started again.
+`all` runs vae, text, train, release and quickstart-pictures in this order. vae and train keep their state in
+build/tiny-sdxl and go on from there when they are started again. On two cores of a 2.5 GHz Xeon shared with other work
+it took about 70 minutes: decoder 10, text encoders 3, scenes 3, U-Net 45 for 5,250 steps.
 
-The text encoders are trained first and alone: from their outputs linear heads read the colour, shape and background
-a caption names and the letters of unknown words. Frozen afterwards, their outputs are computed once per caption, so
-that the U-Net, which is the long pole, has the machine to itself.
+Three choices make so little time enough. The encoder is set by hand to scale a picture down, so latents are small
+pictures from the first minute and only the decoder learns. The text encoders are trained alone: from their outputs
+linear heads read the colour, shape and background a caption names and the letters of unknown words; frozen afterwards,
+their outputs are computed once per caption. And with v-prediction and zero terminal SNR flat colours come right at once.
 """
 
 from __future__ import annotations
@@ -292,14 +294,14 @@ def draw_batch(pool: list[dict[str, Tensor]], draw: int, batch: int) -> dict[str
 
 
 @app.command()
-def train(steps: int = 7000, peak: float = 1.5e-3, batch: int = 16, num_scenes: int = 6400, workers: int = 2) -> None:
+def train(steps: int = 5250, peak: float = 1.5e-3, batch: int = 16, num_scenes: int = 6400, workers: int = 2) -> None:
     """Trains the U-Net on cached latents, keeping a running average of its weights for the release.
 
     Layers this small gain little from threads: one worker per core, each with its share of the batch, is faster.
     """
     pool = cached_pool(parts.make_pipeline(WORK), num_scenes)
-    with tempfile.NamedTemporaryFile() as meeting:
-        arguments = (workers, meeting.name, steps, peak, batch // workers, pool)
+    with tempfile.TemporaryDirectory() as meeting:
+        arguments = (workers, f"{meeting}/workers", steps, peak, batch // workers, pool)
         torch.multiprocessing.spawn(train_worker, arguments, nprocs=workers)
 
 
@@ -398,7 +400,7 @@ def paint(
 
 def load_folder(model: Path, lora: Path | None) -> StableDiffusionXLPipeline:
     """A diffusers folder in fp32, with a LoRA file or folder applied where one is given."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(model).to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         where = {"weight_name": lora.name} if lora.is_file() else {}

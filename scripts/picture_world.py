@@ -10,6 +10,7 @@ the pixels far from that background, and names the figure after the outline that
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import deque
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ MIN_AREA = 0.015  # of the picture: smaller figures are specks, the picture show
 MIN_CONTRAST = 60.0  # RGB distance between figure and background
 MAX_COLOUR_DISTANCE = 95.0  # RGB distance to the nearest named colour
 MAX_BACKGROUND_DISTANCE = 60.0
-MIN_OVERLAP = 0.72  # intersection over union with the best outline
+MIN_OVERLAP = 0.7  # intersection over union with the best outline
 GRID = 64  # side of the square raster on which outlines are compared
 
 
@@ -245,14 +246,8 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
 
 
 def _best_outline(mask: np.ndarray) -> tuple[str, float]:
-    """The shape whose outline, fitted to the figure's bounding box, covers the figure best, and how well (IoU)."""
-    ys, xs = np.nonzero(mask)
-    box = (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1)
-    aspect = (box[2] - box[0]) / (box[3] - box[1])
-    if not 0.72 < aspect < 1.39:  # every shape of the world is about as wide as high
-        return "unclear", 0.0
-    figure = Image.fromarray(mask.astype(np.uint8) * 255).crop(box).resize((GRID, GRID), Image.Resampling.BOX)
-    seen = np.asarray(figure, dtype=np.float32) / 255
+    """The shape that covers the figure best once both have the same centre of mass and area, and how well (IoU)."""
+    seen = _normalised(mask)
     overlaps = {}
     for shape in (*SHAPES, CONCEPT_SHAPE):
         ideal = _template(shape)
@@ -261,11 +256,25 @@ def _best_outline(mask: np.ndarray) -> tuple[str, float]:
     return (best if overlaps[best] >= MIN_OVERLAP else "unclear"), overlaps[best]
 
 
+def _normalised(mask: np.ndarray) -> np.ndarray:
+    """The figure of a mask bool [H, W], centred on its mass and of fixed area: float [GRID, GRID] in 0..1.
+
+    Mass and area, not the bounding box, because a box hangs on single pixels at the figure's rim.
+    """
+    ys, xs = np.nonzero(mask)
+    reach = 1.3 * math.sqrt(len(xs))
+    x, y = xs.mean() + 0.5, ys.mean() + 0.5
+    frame = (x - reach, y - reach, x + reach, y + reach)
+    figure = Image.fromarray(mask.astype(np.uint8) * 255)
+    seen = figure.transform((GRID, GRID), Image.Transform.EXTENT, frame, Image.Resampling.BILINEAR)
+    return np.asarray(seen, dtype=np.float32) / 255
+
+
+@functools.cache
 def _template(shape: str) -> np.ndarray:
-    """Cover of a shape stretched to its bounding box, float [GRID, GRID] in 0..1."""
-    corners = outline(shape)
-    corners = (corners - corners.min(0)) / (corners.max(0) - corners.min(0)) * GRID
-    return np.asarray(draw_polygon(corners, (255,) * 3, (0,) * 3, (GRID, GRID)).convert("L"), dtype=np.float32) / 255
+    """A shape as `_normalised` sees it when it is drawn without flaw."""
+    drawn = draw_polygon(outline(shape) * 100 + 160, (255,) * 3, (0,) * 3, (320, 320))
+    return _normalised(np.asarray(drawn.convert("L")) > 127)
 
 
 def known_scenes() -> list[Scene]:
