@@ -18,7 +18,7 @@ struct Job {
     void *y;
     const void *g;
     void *z;
-    float *row, *col;            // R [A, K] and C [B, K]; null where nothing is factored
+    float *row, *col;            // R [A, K] (null if A is 0) and C [B, K] (null where nothing is factored)
     float *v;                    // full second moment [numel], or null
     uint16_t *s;                 // bfloat16, or null once d is frozen
     const uint16_t *p0;          // bfloat16, or null: starts at zero
@@ -141,7 +141,7 @@ template <typename T> void measure_block(const Job &job, int64_t block) {
     const T *g = static_cast<const T *>(job.g);
     float buffer[TILE], squares[TILE], wide[TILE] = {0};
     int64_t width = job.B * job.K, first = block * job.rows, last = first + job.rows < job.A ? first + job.rows : job.A;
-    if (!job.row) {
+    if (!job.col) {
         double total = 0;
         for (int64_t i = first * width; i < last * width; i += TILE) {
             int64_t n = last * width - i < TILE ? last * width - i : TILE;
@@ -184,7 +184,7 @@ template <typename T> void measure_block(const Job &job, int64_t block) {
 void measure_total(const Job &job) {
     int64_t width = job.B * job.K, blocks = job.A ? (job.A + job.rows - 1) / job.rows : 0;
     double total = 0;
-    if (!job.row) {
+    if (!job.col) {
         for (int64_t b = 0; b < blocks; ++b) total += job.partial[2 * b];
         *job.total = float(total);
         return;
@@ -201,7 +201,7 @@ void measure_total(const Job &job) {
 
 // R and C take in this step's means; their roots take the place of the sums.
 void blend(const Job &job, const Coefficients &c) {
-    if (!job.row) return;
+    if (!job.col) return;
     float row_gain = c.square / float(job.B), col_gain = c.square / float(job.whole_a);
     for (int64_t j = 0; j < job.B * job.K; ++j) {
         job.col[j] = job.col_root[j] * col_gain + job.col[j] * c.beta2;
@@ -258,7 +258,7 @@ template <typename T> void prodigy_sums(const Job &job, int64_t first, int64_t l
 // sqrt v of n elements from number i of the tensor; where nothing is factored, v takes in g^2 (and is kept, if `keep`).
 inline void roots(const Job &job, int64_t i, int64_t n, const float *__restrict g, const Coefficients &c, bool keep,
                   float *__restrict root) {
-    if (!job.row) {
+    if (!job.col) {
         float *__restrict v = job.v + i;
         const float beta2 = c.beta2, gain = c.square;
         if (keep) {

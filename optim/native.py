@@ -179,7 +179,7 @@ class Table:
         self.partial = torch.zeros(max(1, int(self.blocks.sum())), 2, dtype=torch.float64)
         self.jobs[:, AT["partial"]] = self.partial.data_ptr() + 16 * (torch.cumsum(self.blocks, 0) - self.blocks)
         width = self.jobs[:, AT["B"]] * self.jobs[:, AT["K"]]
-        many = (self.blocks > 1) & (self.jobs[:, AT["row"]] != 0)
+        many = (self.blocks > 1) & (self.jobs[:, AT["col"]] != 0)
         sizes = torch.where(many, self.blocks * width, 0)
         self.col_partial = torch.empty(max(1, int(sizes.sum())))
         self.jobs[:, AT["col_partial"]] = self.col_partial.data_ptr() + 4 * (torch.cumsum(sizes, 0) - sizes)

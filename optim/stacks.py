@@ -113,7 +113,7 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
         z=z if settings.use_schedulefree else torch.zeros_like(z),
     )
     if settings.use_focus:
-        stack.v = z.float()
+        stack.v = z.to(torch.float32, copy=True)
     elif kind.axes is None:
         stack.v = torch.zeros(num, *shape, device=device)
     else:

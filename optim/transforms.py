@@ -24,8 +24,11 @@ def grams(move: Tensor, direction: Tensor) -> Tensor:
 def orthogonal(update: Tensor, weights: Tensor) -> Tensor:
     """The part of the update that is orthogonal to the weights, at the update's own length.
 
-    OrthoGrad, arXiv 2501.04697, section 5. All-zero weights leave the update as it is. One projection a tensor.
+    OrthoGrad, arXiv 2501.04697, section 5. All-zero weights leave the update as it is, and so do scalars, to which nothing
+    is orthogonal but rounding errors. One projection a tensor.
     """
+    if update.shape[1] == 1:
+        return update
     along = (weights * update).sum(1, keepdim=True) / (weights * weights).sum(1, keepdim=True).add(SMALLEST_NORM)
     rest = update - along * weights
     length, rest_length = (t.square().sum(1, keepdim=True).sqrt() for t in (update, rest))

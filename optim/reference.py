@@ -1,0 +1,256 @@
+"""The optimizer as a plain float64 loop: the definition that every fast path is held to by tests.
+
+One tensor after the other, one formula after the other, nothing stacked, nothing in place but the state. What is
+rounded is rounded because the definition says so: p0, s and its sum are bfloat16. Weights and z are float64 here.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from optim.settings import Settings
+
+
+@dataclass
+class ReferenceTensor:
+    """One parameter: y and its state."""
+
+    y: Tensor
+    z: Tensor  # or the first moment
+    p0: Tensor
+    s: Tensor
+    v: Tensor
+    row: Tensor
+    col: Tensor
+    axes: tuple[int, int] | None
+    dot: float = 0.0
+    l1: float = 0.0
+    l2: float = 0.0
+
+
+class Reference:
+    """groups: lists of float64 start values; lr, weight_decay, d0, d_coef: one value for all groups or one a group."""
+
+    def __init__(
+        self,
+        groups: list[list[Tensor]],
+        settings: Settings,
+        *,
+        lr: list[float],
+        weight_decay: float = 0.0,
+        d0: float = 1e-6,
+        d_coef: float = 1.0,
+    ) -> None:
+        self.settings, self.lr, self.weight_decay, self.d0, self.d_coef = settings, lr, weight_decay, d0, d_coef
+        self.groups = [[self._start(value) for value in group] for group in groups]
+        self.d = [d0 for _ in groups]
+        self.r = [0.0 for _ in groups]
+        self.peak = [0.0 for _ in groups]
+        self.W = [0.0 for _ in groups]
+        self.k = 1
+        self.frozen = False
+
+    def _start(self, value: Tensor) -> ReferenceTensor:
+        value = value.detach().double()
+        settings = self.settings
+        axes = None
+        if settings.factored and not settings.use_focus and value.dim() >= 2 and max(value.shape) >= 32:
+            largest = sorted(range(value.dim()), key=lambda axis: (value.shape[axis], axis))[-2:]
+            axes = (min(largest), max(largest))
+        first, second = axes or (0, 0)
+        sliced = value.reshape(-1)[::11]
+        zeros = torch.zeros_like(value)
+        return ReferenceTensor(
+            y=value.clone(),
+            z=value.clone() if settings.use_schedulefree else zeros.clone(),
+            p0=sliced.bfloat16().double(),
+            s=torch.zeros_like(sliced),
+            v=value.clone() if settings.use_focus else zeros.clone(),
+            row=zeros.mean(second, keepdim=True) if axes else zeros,
+            col=zeros.mean(first, keepdim=True) if axes else zeros,
+            axes=axes,
+        )
+
+    def applied(self) -> list[float]:
+        """D: the d that each group's step is made with."""
+        num = len(self.d)
+        if not self.settings.split_groups:
+            return [self.d[0]] * num
+        match self.settings.split_groups_mean:
+            case "harmonic_mean":
+                return [num / sum(1 / d for d in self.d)] * num
+            case "geometric_mean":
+                return [math.exp(sum(math.log(d) for d in self.d) / num)] * num
+            case "mean":
+                return [sum(self.d) / num] * num
+            case None:
+                return list(self.d)
+
+    def step(self, gradients: list[list[Tensor]]) -> None:
+        """One step of all groups, from gradients at y."""
+        settings, applied = self.settings, self.applied()
+        steps = settings.prodigy_steps
+        self.frozen = self.frozen or (isinstance(steps, int) and 0 < steps <= self.k)
+        num, den = [0.0] * len(self.groups), [0.0] * len(self.groups)
+        for index, (group, grads) in enumerate(zip(self.groups, gradients, strict=True)):
+            dlr, beta2 = applied[index] * self.lr[index], settings.betas[1]
+            if settings.use_bias_correction:
+                factor, beta2 = self._rectified()
+                dlr *= factor
+            if settings.use_adopt and self.k == 1:
+                dlr, beta2 = 0.0, 0.0
+            self.W[index] += dlr**2
+            c = dlr**2 / self.W[index] if self.W[index] > 0 else 0.0
+            if settings.schedulefree_c > 0:
+                c = min(1.0, c * (1 - settings.betas[0]) * settings.schedulefree_c)
+            for tensor, g in zip(group, grads, strict=True):
+                more = self._step_tensor(tensor, g.double(), self.d[index], dlr, c, beta2)
+                num[index] += more[0]
+                den[index] += more[1]
+        if not settings.split_groups:
+            num, den = [sum(num)] * len(num), [sum(den)] * len(den)
+        if not self.frozen and not (settings.use_adopt and self.k == 1):
+            for index in range(len(self.groups)):
+                self._estimate(index, num[index], den[index])
+        self.k += 1
+
+    def _rectified(self) -> tuple[float, float]:
+        """RAdam, eq. 7, and the beta2 of a bias-corrected average."""
+        beta2, k = self.settings.betas[1], self.k
+        longest = 2 / (1 - beta2) - 1
+        length = longest - 2 * k * beta2**k / (1 - beta2**k)
+        factor = 0.0
+        if length > 4:
+            factor = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+        return factor, 1 - (1 - beta2) / (1 - beta2**k)
+
+    def _root(self, t: ReferenceTensor, g: Tensor, d: float, beta2: float) -> Tensor:
+        """sqrt v, after (ADOPT: before) v took in g."""
+
+        def root() -> Tensor:
+            if t.axes is None:
+                return t.v.sqrt()
+            mean = t.row.mean(t.axes[0], keepdim=True)
+            return (torch.where(mean > 0, t.row / mean, 0.0) * t.col).sqrt()
+
+        before = root() if self.settings.use_adopt else None
+        square = (1 - beta2) * d**2 * g**2
+        if t.axes is None:
+            t.v = beta2 * t.v + square
+        else:
+            t.row = beta2 * t.row + square.mean(t.axes[1], keepdim=True)
+            t.col = beta2 * t.col + square.mean(t.axes[0], keepdim=True)
+        return root() if before is None else before
+
+    def _update(self, numerator: Tensor, root: Tensor, d: float) -> Tensor:
+        if self.settings.eps is None:
+            return 4 / math.pi * torch.atan2(numerator, root)
+        return numerator / (root + d * self.settings.eps)
+
+    def _step_tensor(
+        self, t: ReferenceTensor, g: Tensor, d: float, dlr: float, c: float, beta2: float
+    ) -> tuple[float, float]:
+        """Moves one tensor; returns what it adds to num and den."""
+        settings, beta1 = self.settings, self.settings.betas[0]
+        at = t.z if settings.use_schedulefree else t.y
+        skips = settings.use_adopt and self.k == 1
+        direction = d * g
+        if not settings.use_schedulefree:
+            direction = self._moment(t, g, d, beta2, skips)
+        if settings.use_focus:
+            t.v = t.v + (1 - beta2) * (at - t.v)
+            u = direction.sign() + 0.1 * (at - t.v).sign()
+        elif settings.use_adopt and not settings.use_schedulefree:
+            u = direction
+        else:
+            u = self._update(direction, self._root(t, g, d, beta2), d)
+        if settings.use_orthograd and u.numel() > 1:
+            along = (at * u).sum() / ((at * at).sum() + 1e-30)
+            rest = u - along * at
+            u = rest * (u.norm() / (rest.norm() + 1e-30))
+        if settings.scales_by_rms:
+            u = u / math.sqrt(max(1.0, float(u.square().mean().sqrt())))
+        sums = (0.0, 0.0) if skips else self._sums(t, g, at, d)
+        if not skips:
+            self._advance(t, u, dlr, c, beta1)
+        return sums
+
+    def _moment(self, t: ReferenceTensor, g: Tensor, d: float, beta2: float, skips: bool) -> Tensor:
+        settings, beta1 = self.settings, self.settings.betas[0]
+        taken = d * g
+        if settings.use_adopt:
+            bound = self.k**0.25
+            taken = self._update(taken, self._root(t, g, d, beta2), d).clamp(-bound, bound)
+        if not skips:
+            t.z = beta1 * t.z + (1 - beta1) * taken
+        if settings.use_cautious:
+            agrees = (t.z * g > 0).double()
+            return t.z * agrees / agrees.mean().clamp_min(1e-3)
+        return t.z.abs() * g.sign() if settings.use_grams else t.z
+
+    def _advance(self, t: ReferenceTensor, u: Tensor, dlr: float, c: float, beta1: float) -> None:
+        """Schedule-Free's sequences, or plain Prodigy's step."""
+        settings = self.settings
+        apart = 0.0 if settings.weight_decay_by_lr else self.weight_decay
+        decay = self.weight_decay if settings.weight_decay_by_lr else 0.0
+        if not settings.use_schedulefree:
+            t.y = (1 - dlr * decay - apart) * t.y - dlr * u
+            return
+        share, start = 1 - beta1 * (1 - c), t.y
+        u = u + decay * start
+        if settings.use_cautious or settings.use_grams:
+            move = c * (t.y - t.z) + dlr * share * u
+            if settings.use_cautious:
+                agrees = (move * u > 0).double()
+                move = move * agrees / agrees.mean().clamp_min(1e-3)
+            else:
+                move = move.abs() * u.sign()
+            t.y = t.y - move
+        else:
+            t.y = (1 - c) * t.y + c * t.z - dlr * share * u
+        t.z = t.z - dlr * u - apart * start
+        t.y = t.y - apart * share * start
+
+    def _sums(self, t: ReferenceTensor, g: Tensor, at: Tensor, d: float) -> tuple[float, float]:
+        """Prodigy's sums over every 11th element, or SPEED's."""
+        if self.frozen:
+            return 0.0, 0.0
+        lam = d**2 / math.sqrt(self.d0)
+        g, away = g.reshape(-1)[::11], t.p0 - at.reshape(-1)[::11]
+        dot = float(g @ away)
+        if self.settings.use_speed:
+            beta = 1 - self.k**-0.75
+            t.dot = beta * t.dot + (1 - beta) * dot
+            t.l1 = max(t.l1, float(away.abs().sum()), 1e-8)
+            t.l2 = max(t.l2, float(away.norm()), 1e-8)
+            return lam / (1 + t.l2) ** 2 * t.dot / t.l1, 1.0
+        t.s = (self.settings.decay_of_sums * t.s).bfloat16().double()
+        t.s = (t.s + lam * g).bfloat16().double()
+        return lam * dot, float(t.s.abs().sum().bfloat16())
+
+    def _estimate(self, index: int, num: float, den: float) -> None:
+        """d of the next step."""
+        settings, d, before = self.settings, self.d[index], self.r[index]
+        self.r[index] = settings.decay_of_sums * before + (num if d > self.d0 or num > 0 else 0.0)
+        self.peak[index] = max(self.peak[index], self.r[index])
+        if settings.use_speed:
+            if self.r[index] >= self.peak[index] and self.r[index] > 0 and before > 0:
+                growth = min(2**0.25, math.sqrt(self.r[index] / before))
+                self.d[index] = max(d, d * growth * self.d_coef**0.125)
+            return
+        if den <= 0:
+            return
+        d_hat = self.r[index] / den
+        if settings.d_limiter:
+            d_hat = min(d_hat, 2**0.25 * d)
+        target, beta4 = self.d_coef * d_hat, settings.decay_of_d
+        averaged = abs(beta4) * d + (1 - abs(beta4)) * target
+        if beta4 == 0:
+            new = max(d, target)
+        elif beta4 > 0:
+            new = averaged
+        else:
+            new = averaged if target < d else target
+        self.d[index] = max(new, self.d0)

@@ -1,0 +1,136 @@
+"""The step size d: how it rises, falls and freezes, formula by formula."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from optim import ProdigyPlusScheduleFree
+from optim.prodigy import GroupValues, Numbers, end_step
+
+
+def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: Any) -> float:
+    """d after one step with these sums, from this d and r (d0 = 1e-6)."""
+    optimizer = ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(2))], **settings)
+    buffer = Numbers.start(1e-6, torch.device("cpu"))
+    now = Numbers.of(buffer)
+    now.d.fill_(d)
+    now.numerator.fill_(r)
+    one = torch.ones(1, dtype=torch.float64)
+    values = GroupValues(lr=one, weight_decay=0 * one, d0=1e-6 * one, d_coef=settings.get("d_coef", 1.0) * one)
+    sums = torch.tensor([[num, den]], dtype=torch.float64)
+    true = torch.ones((), dtype=torch.bool)
+    end_step(now, sums, true.expand(1), values, optimizer.settings, true)
+    return float(now.d)
+
+
+def test_d_takes_over_a_larger_estimate() -> None:
+    assert after(1.1e-3, 1.0) == pytest.approx(1.1e-3)
+
+
+def test_d_never_falls_with_beta4_0() -> None:
+    assert after(0.5e-3, 1.0) == 1e-3
+
+
+def test_the_limiter_holds_growth_to_the_fourth_root_of_2() -> None:
+    assert after(1.0, 1.0) == pytest.approx(2**0.25 * 1e-3)
+    assert after(1.0, 1.0, d_limiter=False) == pytest.approx(1.0)
+
+
+def test_d_coef_multiplies_the_limited_estimate() -> None:
+    assert after(1.0, 1.0, d_coef=2.0) == pytest.approx(2 * 2**0.25 * 1e-3)
+
+
+def test_positive_beta4_averages_both_ways() -> None:
+    assert after(0.5e-3, 1.0, beta4=0.9) == pytest.approx(0.95e-3)
+    assert after(1.1e-3, 1.0, beta4=0.9) == pytest.approx(1.01e-3)
+
+
+def test_negative_beta4_averages_only_on_the_way_down() -> None:
+    assert after(0.5e-3, 1.0, beta4=-0.9) == pytest.approx(0.95e-3)
+    assert after(1.1e-3, 1.0, beta4=-0.9) == pytest.approx(1.1e-3)
+
+
+def test_beta4_none_is_beta2() -> None:
+    assert after(0.5e-3, 1.0, beta4=None) == pytest.approx(0.99e-3 + 0.01 * 0.5e-3)
+
+
+def test_d_never_leaves_d0_downwards() -> None:
+    assert after(-1.0, 1.0, beta4=0.5, d=1.5e-6) == pytest.approx(1e-6)
+
+
+def test_without_a_denominator_d_stays() -> None:
+    assert after(1.0, 0.0) == 1e-3
+
+
+def test_at_d0_a_negative_numerator_is_left_out() -> None:
+    assert after(-1.0, 1.0, d=1e-6, r=1.1e-6) == pytest.approx(1.1e-6 * 0.99**0.5)
+
+
+def bowl(steps: int, **settings: Any) -> tuple[nn.Parameter, ProdigyPlusScheduleFree, list[tuple[float, bool]]]:
+    generator = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(20, 60, generator=generator))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p], "name": "unet"}], **settings)
+    seen = []
+    for _ in range(steps):
+        p.grad = (p.detach() - 2) * 0.1 + 0.02 * torch.randn(p.shape, generator=generator)
+        optimizer.step()
+        seen.append((optimizer.metrics()[0].d, optimizer.metrics()[0].frozen))
+    return p, optimizer, seen
+
+
+def test_a_number_of_prodigy_steps_freezes_d_and_frees_what_estimated_it() -> None:
+    p, optimizer, seen = bowl(40, prodigy_steps=20)
+    d = [value for value, _ in seen]
+    assert d[17] > d[10] and len(set(d[19:])) == 1
+    assert not {"p0", "s"} & set(optimizer.state[p])
+    p, optimizer, _ = bowl(10, prodigy_steps=20)
+    assert {"p0", "s"} <= set(optimizer.state[p])
+
+
+def test_auto_freezes_once_d_has_stopped_growing_and_not_before() -> None:
+    p, optimizer, seen = bowl(400, prodigy_steps="auto")
+    first = next(step for step, (_, frozen) in enumerate(seen) if frozen)
+    assert 100 < first < 399
+    assert seen[first][0] <= 1.03 * seen[first - 100][0]
+    assert seen[first][0] > 100 * 1e-6
+    assert len({d for d, frozen in seen if frozen}) == 1
+    assert not {"p0", "s"} & set(optimizer.state[p])
+
+
+def test_auto_does_not_freeze_a_d_that_never_grew() -> None:
+    p = nn.Parameter(torch.zeros(4, 40))
+    optimizer = ProdigyPlusScheduleFree([p], prodigy_steps="auto")
+    for _ in range(150):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+    assert not optimizer.metrics()[0].frozen
+
+
+def test_the_mean_over_groups_is_applied_and_each_group_still_estimates_its_own() -> None:
+    means = {"harmonic_mean": lambda a, b: 2 / (1 / a + 1 / b), "geometric_mean": lambda a, b: (a * b) ** 0.5,
+             "mean": lambda a, b: (a + b) / 2}  # fmt: skip
+    for name, mean in means.items():
+        params = [nn.Parameter(torch.full((4, 40), 0.1)), nn.Parameter(torch.full((4, 40), 0.1))]
+        groups = [{"params": [params[0]], "name": "unet"}, {"params": [params[1]], "name": "text"}]
+        optimizer = ProdigyPlusScheduleFree(groups, split_groups_mean=name)
+        for step in range(30):
+            before = [m.d for m in optimizer.metrics()]
+            params[0].grad = torch.ones(4, 40)
+            params[1].grad = torch.ones(4, 40) * (-1) ** step
+            optimizer.step()
+        now = optimizer.metrics()
+        assert now[0].d > 5 * now[1].d
+        assert now[0].applied_d == now[1].applied_d == pytest.approx(mean(*before))
+
+
+def test_effective_lr_is_what_y_moves_by() -> None:
+    p, optimizer, _ = bowl(30, d0=1e-4)
+    before, z = p.detach().clone(), optimizer.state[p]["z"].clone()
+    p.grad = torch.full_like(p, 1e6)
+    optimizer.step()
+    m = optimizer.metrics()[0]
+    c = float(optimizer._now.weight)
+    u = (z - optimizer.state[p]["z"]) / (m.applied_d * m.lr)
+    torch.testing.assert_close(p.detach(), before + c * (z - before) - m.effective_lr * u, rtol=0, atol=1e-5)
