@@ -11,7 +11,7 @@ it took about 70 minutes: decoder 10, text encoders 3, scenes 3, U-Net 45 for 5,
 Three choices make so little time enough. The encoder is set by hand to scale a picture down, so latents are small
 pictures from the first minute and only the decoder learns. The text encoders are trained alone: from their outputs
 linear heads read the colour, shape and background a caption names and the letters of unknown words; frozen afterwards,
-their outputs are computed once per caption. And with v-prediction and zero terminal SNR flat colours come right at once.
+their outputs are computed once per caption. With v-prediction and zero terminal SNR flat colours come right at once.
 """
 
 from __future__ import annotations
