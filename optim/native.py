@@ -23,11 +23,14 @@ from optim.settings import Settings
 from optim.stacks import Stack
 
 SOURCE = Path(__file__).with_name("native.cpp")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-         "-shared", "-fPIC", *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()))  # fmt: skip
+WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
+ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = ("-O3", "-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
 BLOCK_ELEMENTS = 1 << 15
-COLUMNS = ("y", "g", "z", "row", "col", "v", "s", "p0", "row_root", "col_root", "total", "sums", "partial", "col_partial",
-           "A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")  # fmt: skip
+STATE = ("y", "g", "z", "row", "col", "v", "s", "p0")
+WITHIN_THE_STEP = ("row_root", "col_root", "total", "sums", "partial", "col_partial")
+SIZES = ("A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")
+COLUMNS = (*STATE, *WITHIN_THE_STEP, *SIZES)
 """The fields of `Job` in native.cpp, each an int64."""
 
 AT = {name: place for place, name in enumerate(COLUMNS)}
@@ -76,10 +79,8 @@ def library() -> ctypes.CDLL:
     Raises:
         UnavailableError: there is no compiler, or what it made does not work.
     """
-    wanted = os.environ.get("CXX")
-    compiler = next(
-        (found for name in (wanted, "g++", "clang++", "c++") if name and (found := shutil.which(name))), None
-    )
+    names = (os.environ.get("CXX"), "g++", "clang++", "c++")
+    compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler (g++, clang++, or $CXX) was found")
     identity = "\n".join((SOURCE.read_text(), *FLAGS, _run((compiler, "--version")), _machine()))
@@ -96,9 +97,10 @@ def library() -> ctypes.CDLL:
         raise UnavailableError(f"{path} does not load: {error}") from error
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.sdtrain_job_bytes.restype = number
-    loaded.sdtrain_measure.argtypes = [pointer, number, pointer, number, flag, flag]
+    lists = [pointer, number, pointer, number]
+    loaded.sdtrain_measure.argtypes = [*lists, flag, flag]
     loaded.sdtrain_measure.restype = None
-    loaded.sdtrain_advance.argtypes = [pointer, number, pointer, number, pointer, pointer, *[flag] * 4, ctypes.c_uint32, flag]  # fmt: skip
+    loaded.sdtrain_advance.argtypes = [*lists, pointer, pointer, flag, flag, flag, flag, ctypes.c_uint32, flag]
     loaded.sdtrain_advance.restype = None
     if loaded.sdtrain_job_bytes() != 8 * len(COLUMNS):
         raise UnavailableError("the compiler lays structures out in an unexpected way")

@@ -326,6 +326,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._refuse_while_lent("backward() with fused_back_pass")
         current = self._current or self._begin()
         if index in current.done:
+            self._parameters[index].grad = None  # so that step() can still end the step
             raise RuntimeError(
                 f"parameter {index} got a second gradient before step(): with fused_back_pass=True every backward must "
                 "be followed by step(); accumulate gradients without it"

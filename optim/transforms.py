@@ -24,8 +24,8 @@ def grams(move: Tensor, direction: Tensor) -> Tensor:
 def orthogonal(update: Tensor, weights: Tensor) -> Tensor:
     """The part of the update that is orthogonal to the weights, at the update's own length.
 
-    OrthoGrad, arXiv 2501.04697, section 5. All-zero weights leave the update as it is, and so do scalars, to which nothing
-    is orthogonal but rounding errors. One projection a tensor.
+    OrthoGrad, arXiv 2501.04697, section 5. All-zero weights leave the update as it is, and so do scalars, to which
+    nothing is orthogonal but rounding errors. One projection a tensor.
     """
     if update.shape[1] == 1:
         return update

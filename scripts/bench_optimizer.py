@@ -3,8 +3,8 @@
     python scripts/bench_optimizer.py                         # LoRA on attention, float32 and bfloat16
     python scripts/bench_optimizer.py --sets lora-all unet --dtypes bf16 --rounds 15
 
-Peers take turns, round after round, so that a busy machine slows all of them alike; medians and the ratio to fused AdamW are
-printed. On CUDA times come from events, and achieved bytes/s are set against a device-to-device copy measured in the same run.
+Peers take turns, round after round, so that a busy machine slows all of them alike; medians and the ratio to fused
+AdamW are printed. On CUDA times come from events, and achieved bytes/s are set against a copy measured in the same run.
 """
 
 import argparse
@@ -203,7 +203,7 @@ def copy_bandwidth(device: str) -> float:
 
 
 def minimal_bytes(optimizer: ProdigyPlusScheduleFree, params: list[nn.Parameter]) -> float:
-    """What a step cannot but move: g read twice (once to know whether all of it is finite), y and z read and written."""
+    """What a step cannot but move: g read twice (the first time to see that it is finite), y and z read and written."""
     element = params[0].element_size()
     num = sum(p.numel() for p in params)
     return num * 6 * element + 2 * (state_bytes(optimizer) - num * element)

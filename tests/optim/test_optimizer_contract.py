@@ -1,0 +1,461 @@
+"""Works as any torch optimizer: groups, closures, schedules, missing gradients, wrappers; and says no clearly."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optim import ProdigyPlusScheduleFree, averaged, native
+
+SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
+PATHS = [False] + ([True] if native.available(say=False) else [])
+
+
+def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(7)
+    return [nn.Parameter((torch.randn(shape, generator=generator) * 0.3).to(dtype)) for shape in SHAPES]
+
+
+def give_gradients(params: list[nn.Parameter], step: int, without: tuple[int, ...] = ()) -> None:
+    generator = torch.Generator().manual_seed(step)
+    for index, p in enumerate(params):
+        noise = torch.randn(p.shape, generator=generator)
+        if index not in without:
+            p.grad = (0.02 * (p.detach().float() - 1) + 0.01 * noise).to(p.dtype)
+
+
+def build(params: list[nn.Parameter], **settings: Any) -> ProdigyPlusScheduleFree:
+    groups = [{"params": params[:3], "name": "unet"}, {"params": params[3:], "name": "text"}]
+    return ProdigyPlusScheduleFree(groups, **{"d0": 1e-4, **settings})
+
+
+def same(a: list[nn.Parameter], b: list[nn.Parameter]) -> bool:
+    return all(torch.equal(p.detach(), q.detach()) for p, q in zip(a, b, strict=True))
+
+
+def snapshot(optimizer: ProdigyPlusScheduleFree) -> dict[tuple[int, str], Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {(index, name): tensor.clone() for index, tensors in state.items() for name, tensor in tensors.items()}
+
+
+# ------------------------------------------------------------------ gradients that are not there, or not finite
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was_and_is_counted(
+    bad: float, dtype: torch.dtype, compile_step: bool
+) -> None:
+    params = params_of(dtype)
+    optimizer = build(params, compile=compile_step, weight_decay=0.1)
+    for step in range(5):
+        give_gradients(params, step)
+        optimizer.step()
+    weights, state, metrics = copy.deepcopy(params), snapshot(optimizer), optimizer.metrics()
+    give_gradients(params, 5)
+    grad = params[4].grad
+    assert grad is not None
+    grad[3] = bad
+    optimizer.step()
+    assert same(params, weights)
+    assert all(torch.equal(value, state[key]) for key, value in snapshot(optimizer).items())
+    for before, after in zip(metrics, optimizer.metrics(), strict=True):
+        assert (after.skipped, after.k, after.d) == (before.skipped + 1, before.k, before.d)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"use_schedulefree": False}, {"use_speed": True}, {"eps": 1e-8}, {"use_adopt": True}]
+)
+def test_that_holds_for_other_settings_too(settings: dict[str, Any]) -> None:
+    params = params_of()
+    optimizer = build(params, **settings)
+    for step in range(5):
+        give_gradients(params, step)
+        optimizer.step()
+    weights, state = copy.deepcopy(params), snapshot(optimizer)
+    give_gradients(params, 5)
+    params[0].grad.fill_(float("nan"))  # type: ignore[union-attr]
+    optimizer.step()
+    assert same(params, weights)
+    assert all(torch.equal(value, state[key]) for key, value in snapshot(optimizer).items())
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+def test_parameters_without_gradient_stay_and_the_others_do_not_notice(compile_step: bool) -> None:
+    some, all_of_them = params_of(), params_of()
+    left_out = (1, 2)
+    optimizer = build(some, compile=compile_step, split_groups_mean=None)
+    rest = [p for index, p in enumerate(all_of_them) if index not in left_out]
+    groups = [{"params": rest[:1], "name": "unet"}, {"params": rest[1:], "name": "text"}]
+    other = ProdigyPlusScheduleFree(groups, d0=1e-4, compile=compile_step, split_groups_mean=None)
+    start = copy.deepcopy(some)
+    for step in range(8):
+        give_gradients(some, step, left_out)
+        give_gradients(all_of_them, step, left_out)
+        optimizer.step()
+        other.step()
+    assert all(torch.equal(some[index].detach(), start[index].detach()) for index in left_out)
+    for index, p in enumerate(all_of_them):
+        torch.testing.assert_close(some[index].detach(), p.detach(), rtol=0, atol=1e-6)
+    assert [m.k for m in optimizer.metrics()] == [9, 9]
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+def test_a_parameter_frozen_midway_stays_and_can_come_back(compile_step: bool) -> None:
+    params = params_of()
+    optimizer = build(params, compile=compile_step)
+    for step in range(12):
+        frozen = 4 <= step < 8
+        before = params[0].detach().clone()
+        params[0].requires_grad_(not frozen)
+        params[0].grad = None
+        give_gradients(params, step, (0,) if frozen else ())
+        optimizer.step()
+        assert torch.equal(params[0].detach(), before) == frozen
+    assert optimizer.metrics()[0].k == 13
+
+
+def test_a_group_without_any_gradient_keeps_its_numbers() -> None:
+    params = params_of()
+    optimizer = build(params)
+    for step in range(6):
+        give_gradients(params, step)
+        optimizer.step()
+    d, r = optimizer.metrics()[1].d, float(optimizer._now.numerator[1])
+    for p in params[3:]:
+        p.grad = None
+    optimizer.step()
+    assert (optimizer.metrics()[1].d, float(optimizer._now.numerator[1])) == (d, r)
+
+
+# ------------------------------------------------------------------ fused backward
+
+
+def fused_pair(dtype: torch.dtype, compile_step: bool, steps: int = 8) -> list[list[nn.Parameter]]:
+    results = []
+    for fused in (False, True):
+        params = params_of(dtype)
+        optimizer = build(params, fused_back_pass=fused, compile=compile_step)
+        for step in range(steps):
+            generator = torch.Generator().manual_seed(step)
+            if step == 5:
+                params[1].requires_grad_(False)
+            loss = torch.zeros(())
+            for index, p in enumerate(params):
+                if (step, index) != (3, 2):  # one parameter has no gradient in one step
+                    target = torch.randn(p.shape, generator=generator)
+                    loss = loss + (p.float() - 1 - target).square().sum()
+            loss.backward()
+            assert all((p.grad is None) == (fused or (step, i) == (3, 2) or not p.requires_grad) for i, p in
+                       enumerate(params))  # fmt: skip
+            optimizer.step()
+            optimizer.zero_grad()
+        assert [m.k for m in optimizer.metrics()] == [steps + 1] * 2
+        results.append(params)
+    return results
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_not_fused_to_the_bit(dtype: torch.dtype, compile_step: bool) -> None:
+    plain, fused = fused_pair(dtype, compile_step)
+    assert same(plain, fused)
+
+
+def test_a_second_gradient_before_step_is_refused_when_fused() -> None:
+    params = params_of()
+    optimizer = build(params, fused_back_pass=True)
+    params[0].square().sum().backward()
+    with pytest.raises(RuntimeError, match="second gradient before step"):
+        params[0].square().sum().backward()
+    optimizer.step()
+
+
+def test_lending_within_a_fused_step_is_refused() -> None:
+    params = params_of()
+    optimizer = build(params, fused_back_pass=True)
+    params[0].square().sum().backward()
+    with pytest.raises(RuntimeError, match="between a fused backward and its step"):
+        optimizer.eval()
+    optimizer.step()
+    with averaged(optimizer), pytest.raises(RuntimeError, match="averaged weights"):
+        params[0].square().sum().backward()
+
+
+# ------------------------------------------------------------------ the host, the generators
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+@pytest.mark.parametrize("settings", [{}, {"eps": 1e-8}, {"use_speed": True}, {"split_groups": False}])
+def test_a_step_asks_the_device_nothing(settings: dict[str, Any], compile_step: bool) -> None:
+    params = params_of(torch.bfloat16)
+    optimizer = build(params, compile=compile_step, **settings)
+    for step in range(3):
+        give_gradients(params, step)
+        with Operations() as operations:
+            optimizer.param_groups[0]["lr"] = 1.0 - 0.1 * step  # as a schedule does
+            optimizer.step()
+    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"} & set(operations.names)
+
+
+def test_the_global_generators_are_never_touched() -> None:
+    params = params_of(torch.bfloat16)
+    optimizer = build(params)
+    before = torch.get_rng_state()
+    for step in range(3):
+        give_gradients(params, step)
+        optimizer.step()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_stochastic_rounding_is_right_on_average_and_depends_on_the_seed() -> None:
+    means, weights = {}, {}
+    for name, settings in {"on": {}, "other seed": {"seed": 1}, "off": {"stochastic_rounding": False}}.items():
+        p = nn.Parameter(torch.full((100, 100), 1.0, dtype=torch.bfloat16))
+        optimizer = ProdigyPlusScheduleFree([p], d0=1e-4, prodigy_steps=1, lr=1.0, **settings)  # type: ignore[arg-type]
+        for _ in range(20):
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+        means[name] = float(optimizer.state[p]["z"].float().mean())
+        weights[name] = optimizer.state[p]["z"].clone()
+    moved = 1 - sum(1e-4 * 4 / torch.pi * torch.atan2(torch.tensor(1.0), torch.tensor(1 - 0.99**k).sqrt()) for k in
+                    range(1, 21))  # fmt: skip
+    assert means["off"] == 1.0, "steps below half a bfloat16 are lost when rounding to the nearest"
+    assert means["on"] == pytest.approx(float(moved), abs=2e-4)
+    assert not torch.equal(weights["on"], weights["other seed"])
+
+
+# ------------------------------------------------------------------ groups and closures
+
+
+def test_a_closure_is_called_with_gradients_on_and_its_loss_returned() -> None:
+    params = params_of()
+    optimizer = build(params)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = sum((p.square().sum() for p in params), torch.zeros(()))
+        loss.backward()
+        return loss
+
+    start = copy.deepcopy(params)
+    assert float(optimizer.step(closure)) > 0
+    assert not same(params, start)
+
+
+def test_groups_have_their_own_lr_and_weight_decay() -> None:
+    params = [nn.Parameter(torch.ones(4, 40)) for _ in range(3)]
+    groups: list[dict[str, Any]] = [{"params": [params[0]]}, {"params": [params[1]], "lr": 0.5},
+                                    {"params": [params[2]], "weight_decay": 10.0}]  # fmt: skip
+    optimizer = ProdigyPlusScheduleFree(groups, d0=1e-2, split_groups=False, prodigy_steps=1)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    moved = [float((1 - p.detach()).mean()) for p in params]
+    assert moved[1] == pytest.approx(moved[0] / 2, rel=1e-5)
+    assert moved[2] > 5 * moved[0]
+    assert [m.name for m in optimizer.metrics()] == ["group_0", "group_1", "group_2"]
+
+
+def test_a_group_can_be_added_midway() -> None:
+    params = params_of()
+    optimizer = ProdigyPlusScheduleFree([{"params": params[:3], "name": "unet"}], d0=1e-4, split_groups_mean=None)
+    for step in range(4):
+        give_gradients(params[:3], step)
+        optimizer.step()
+    d = optimizer.metrics()[0].d
+    optimizer.add_param_group({"params": params[3:], "name": "text", "lr": 0.5})
+    assert [m.d for m in optimizer.metrics()] == [d, 1e-4]
+    start = copy.deepcopy(params)
+    give_gradients(params, 9)
+    optimizer.step()
+    assert not any(torch.equal(p.detach(), q.detach()) for p, q in zip(params, start, strict=True))
+
+
+def test_a_schedule_that_writes_lr_is_followed() -> None:
+    params = params_of()
+    optimizer = build(params)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)
+    for step in range(4):
+        before = copy.deepcopy(params)
+        give_gradients(params, step)
+        optimizer.step()
+        schedule.step()
+        assert same(params, before) == (step >= 2)
+
+
+def test_zero_grad_clears_gradients() -> None:
+    params = params_of()
+    optimizer = build(params)
+    give_gradients(params, 0)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+def test_channels_last_weights_and_gradients_are_followed() -> None:
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        p = nn.Parameter(params_of()[3].detach().to(memory_format=memory_format))
+        optimizer = ProdigyPlusScheduleFree([p], d0=1e-3, compile=PATHS[-1])
+        for _ in range(4):
+            p.grad = (p.detach() - 1).to(memory_format=memory_format)
+            optimizer.step()
+        results.append(p.detach())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ wrappers
+
+
+def test_accelerate_wraps_it() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Linear(40, 8)
+    optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-3)
+    accelerator = accelerate.Accelerator(cpu=True)
+    wrapped_model, wrapped = accelerator.prepare(model, optimizer)
+    wrapped.train()
+    for _ in range(3):
+        accelerator.backward(wrapped_model(torch.ones(4, 40)).square().mean())
+        wrapped.step()
+        wrapped.zero_grad()
+    before = [p.detach().clone() for p in model.parameters()]
+    wrapped.eval()
+    assert optimizer.lent
+    wrapped.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    wrapped.load_state_dict(wrapped.state_dict())
+
+
+def test_a_compiled_model_trains_as_the_same_model_does() -> None:
+    results = []
+    for backend in (None, "eager"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 2))
+        run = model if backend is None else torch.compile(model, backend=backend)
+        optimizer = ProdigyPlusScheduleFree(model.parameters(), d0=1e-3)
+        for step in range(5):
+            x = torch.randn(4, 40, generator=torch.Generator().manual_seed(step))
+            run(x).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------ refusals
+
+
+def test_grad_scaler_is_refused_with_the_reason() -> None:
+    params = params_of()
+    optimizer = build(params)
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    scaler.scale(sum((p.sum() for p in params), torch.zeros(()))).backward()
+    with pytest.raises(RuntimeError, match="GradScaler cannot be used"):
+        scaler.step(optimizer)
+
+
+def test_pickling_and_copying_are_refused_with_the_way_out() -> None:
+    optimizer = build(params_of())
+    for attempt in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="state_dict"):
+            attempt(optimizer)
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = nn.Embedding(50, 40, sparse=True)
+    optimizer = ProdigyPlusScheduleFree(table.parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ValueError, match="sparse"):
+        optimizer.step()
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr = -1.0"),
+    ({"lr": float("nan")}, "lr = nan"),
+    ({"lr": True}, "lr = True"),
+    ({"weight_decay": -0.1}, "weight_decay = -0.1"),
+    ({"d0": 0.0}, "d0 = 0.0 .* > 0"),
+    ({"d_coef": -1.0}, "d_coef = -1.0"),
+    ({"betas": (1.0, 0.99)}, r"betas\[0\] = 1.0.*\(0, 1\)"),
+    ({"betas": (0.0, 0.99)}, r"betas\[0\] = 0.0"),
+    ({"betas": (0.9, 1.0)}, r"betas\[1\] = 1.0"),
+    ({"betas": 0.9}, "betas = 0.9"),
+    ({"beta3": 1.0}, "beta3 = 1.0"),
+    ({"beta4": 1.0}, "beta4 = 1.0"),
+    ({"eps": 0.0}, "eps = 0.0"),
+    ({"prodigy_steps": -1}, "prodigy_steps = -1"),
+    ({"prodigy_steps": "soon"}, "prodigy_steps = 'soon'"),
+    ({"schedulefree_c": -1.0}, "schedulefree_c = -1.0"),
+    ({"split_groups_mean": "median"}, "split_groups_mean = 'median' .* harmonic_mean"),
+    ({"seed": -1}, "seed = -1"),
+    ({"use_schedulefree": False, "schedulefree_c": 8.0}, "schedulefree_c > 0 with use_schedulefree=False"),
+    ({"use_speed": True, "beta4": 0.9}, "use_speed with beta4"),
+    ({"use_cautious": True, "use_grams": True}, "use_cautious with use_grams"),
+    ({"use_focus": True}, "use_focus with factored"),
+    ({"use_focus": True, "factored": False, "use_adopt": True}, "use_focus with use_adopt"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), BAD)
+def test_a_bad_setting_is_refused_by_name_value_and_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(" .* ", ".*")):
+        build(params_of(), **settings)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"beta3.*seed"):
+        build(params_of(), beta3=2.0, seed=-1)
+
+
+def test_bad_parameters_are_refused() -> None:
+    p, q = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="empty parameter list"):
+        ProdigyPlusScheduleFree([])
+    with pytest.raises(ValueError, match="holds no parameters"):
+        ProdigyPlusScheduleFree([{"params": [], "name": "unet"}])
+    with pytest.raises(ValueError, match="more than once"):
+        ProdigyPlusScheduleFree([{"params": [p]}, {"params": [q, p]}])
+    with pytest.raises(ValueError, match=r"float16: must be torch\.float32 or torch\.bfloat16"):
+        ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(2, dtype=torch.float16))])
+    with pytest.raises(ValueError, match="complex64"):
+        ProdigyPlusScheduleFree([nn.Parameter(torch.zeros(2, dtype=torch.complex64))])
+    with pytest.raises(ValueError, match="all must be on one device"):
+        ProdigyPlusScheduleFree([p, nn.Parameter(torch.zeros(2, device="meta"))])
+    with pytest.raises(ValueError, match="sets eps: a group may set only"):
+        ProdigyPlusScheduleFree([{"params": [p], "eps": 1e-8}])
+    with pytest.raises(ValueError, match="two groups are named 'unet'"):
+        ProdigyPlusScheduleFree([{"params": [p], "name": "unet"}, {"params": [q], "name": "unet"}])
+    with pytest.raises(ValueError, match=r"lr = -2\.0 in group 'unet'"):
+        ProdigyPlusScheduleFree([{"params": [p], "name": "unet", "lr": -2.0}])
+
+
+def test_without_a_compiler_plain_torch_is_used_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    native.library.cache_clear()
+    native.available.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    params = params_of()
+    optimizer = build(params, compile=True)
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+    native.library.cache_clear()
+    native.available.cache_clear()
+    assert optimizer.metrics()[0].k == 4
