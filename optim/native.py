@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def library() -> ctypes.CDLL:
         raise UnavailableError(f"{path} does not load: {error}") from error
     pointer, number, flag = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     loaded.sdtrain_job_bytes.restype = number
-    lists = [pointer, number, pointer, number]
+    lists: tuple[type[ctypes._SimpleCData[Any]], ...] = (pointer, number, pointer, number)
     loaded.sdtrain_measure.argtypes = [*lists, flag, flag]
     loaded.sdtrain_measure.restype = None
     loaded.sdtrain_advance.argtypes = [*lists, pointer, pointer, flag, flag, flag, flag, ctypes.c_uint32, flag]

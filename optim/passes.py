@@ -3,6 +3,7 @@
 What the compiled library knows goes to `native.py`, everything else through `stacks.py` piece by piece.
 """
 
+import ctypes
 from collections.abc import Iterator
 
 import torch
@@ -65,7 +66,13 @@ class Passes:
         table = torch.where(sound, table, neutral)
         for call in calls:
             call.advance(table, sound, step_key)
-        self._advance_plain(work, grads, table, sound, step_key)
+        if not work:
+            return sound
+        if sound.device.type != "cpu":
+            self._advance_plain(work, grads, table, sound, step_key)
+        elif ctypes.c_bool.from_address(sound.data_ptr()).value:
+            # the memory of the host can be read without asking a device; it saves a pass that puts zeros for gradients
+            self._advance_plain(work, grads, table, None, step_key)
         return sound
 
     def _prepare(self) -> None:
@@ -152,26 +159,27 @@ class Passes:
                         yield stack, slice(place, place + 1), [index]
 
     def _advance_plain(
-        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor, step_key: int
+        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor | None, step_key: int
     ) -> None:
+        by_group = [Coefficients.of(table, group) for group in range(table.shape[1])]
         whole: dict[int, list[Work]] = {}
         for stack, piece, indices in work:
             whole.setdefault(id(stack), []).append((stack, piece, indices))
         for pieces in whole.values():
             stack = pieces[0][0]
-            c = Coefficients.of(table, stack.kind.group)
+            c = by_group[stack.kind.group]
             complete = sum(len(indices) for _, _, indices in pieces) == len(stack.indices)
             for piece in [slice(0, len(stack.indices))] if complete else [piece for _, piece, _ in pieces]:
                 stacks.blend_factors(stack, piece, c, sound, self.settings)
-        divisors = self._divisors(work, grads, table, sound)
+        divisors = self._divisors(work, grads, by_group, sound)
         for (stack, piece, indices), divisor in zip(work, divisors, strict=True):
-            c = Coefficients.of(table, stack.kind.group)
+            c = by_group[stack.kind.group]
             params = [sharding.local_part(self.parameters[index]) for index in indices]
             mine = [grads[index] for index in indices]
             stacks.update(stack, piece, params, mine, c, sound, self.settings, step_key, divisor)
 
     def _divisors(
-        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor
+        self, work: list[Work], grads: dict[int, Tensor], by_group: list[Coefficients], sound: Tensor | None
     ) -> list[Tensor | None]:
         """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
         result: list[Tensor | None] = [None] * len(work)
@@ -181,7 +189,7 @@ class Passes:
         for place, (stack, piece, indices) in enumerate(work):
             if not isinstance(stack.kind.split, sharding.Split):
                 continue
-            c = Coefficients.of(table, stack.kind.group)
+            c = by_group[stack.kind.group]
             mine = [grads[index] for index in indices]
             places.append(place)
             sums.append(stacks.sum_of_squared_update(stack, piece, mine, c, sound, self.settings))

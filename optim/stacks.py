@@ -139,6 +139,11 @@ def stacked(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors).float() if tensors[0].dtype != torch.float32 else torch.stack(tensors)
 
 
+def masked(values: Tensor, sound: Tensor | None) -> Tensor:
+    """Zeros in place of values that may not be finite. sound: bool, 0-dim; None: the host knows that they are."""
+    return values if sound is None else torch.where(sound, values, 0.0)
+
+
 def measure(stack: Stack, piece: slice, grads: list[Tensor]) -> None:
     """Sums of g^2 over a piece of the stack: what the factors and the check for finite gradients need."""
     square = stacked(grads).square_()
@@ -160,7 +165,7 @@ def begin_stack(stack: Stack) -> None:
     stack.sums.zero_()
 
 
-def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor, settings: Settings) -> None:
+def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor | None, settings: Settings) -> None:
     """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums.
 
     With ADOPT the roots are those from before.
@@ -172,7 +177,7 @@ def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor, se
     row, col = stack.row[piece], stack.col[piece]
     before = factor_roots(row.float(), col.float(), second + 1) if settings.use_adopt else None
     for factor, total, axis in ((row, stack.row_now[piece], second), (col, stack.col_now[piece], first)):
-        gain = torch.where(sound, total, 0.0).mul_(c.square / stack.kind.whole[axis])
+        gain = masked(total, sound) * (c.square / stack.kind.whole[axis])
         factor.copy_(torch.addcmul(gain, factor, c.beta2))
     roots = before or factor_roots(row.float(), col.float(), second + 1)
     stack.row_now[piece], stack.col_now[piece] = roots
@@ -191,14 +196,15 @@ class Piece:
     c: Coefficients
 
 
-def update(stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], c: Coefficients, sound: Tensor,
+def update(stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], c: Coefficients,
+    sound: Tensor | None,
            settings: Settings, step_key: int, divisor: Tensor | None = None) -> None:  # fmt: skip
     """The step of a piece: u, Prodigy's sums, y and z, and everything written back.
 
-    sound: bool, 0-dim; where False, `c` must be neutral. divisor: [n], StableAdamW's, where it cannot be had from this
-        shard.
+    sound: as `masked` has it; where False, `c` must be neutral. divisor: [n], StableAdamW's, where it cannot be had
+        from this shard.
     """
-    y, z, g = stacked(params), stack.z[piece], torch.where(sound, stacked(grads), 0.0)
+    y, z, g = stacked(params), stack.z[piece], masked(stacked(grads), sound)
     work = Piece(stack, piece, y, z.float(), g, c)
     if settings.use_schedulefree:
         _update_schedule_free(work, settings, divisor)
@@ -207,10 +213,11 @@ def update(stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor]
     _write_back(work, params, settings, step_key)
 
 
-def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], c: Coefficients, sound: Tensor,
+def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], c: Coefficients,
+    sound: Tensor | None,
                           settings: Settings) -> Tensor:  # fmt: skip
     """[n]: this shard's part of |u|^2, before anything is changed; for StableAdamW on sharded tensors."""
-    g, z = torch.where(sound, stacked(grads), 0.0), stack.z[piece].float()
+    g, z = masked(stacked(grads), sound), stack.z[piece].float()
     numerator = g * c.d if settings.use_schedulefree else _moment(Piece(stack, piece, g, z.clone(), g, c), settings)
     root, _ = _root(Piece(stack, piece, g, z, g, c), settings)
     return epsilon_update(numerator, root, c.d_eps).flatten(1).square().sum(1)
