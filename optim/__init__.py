@@ -1,7 +1,8 @@
 """Prodigy + Schedule-Free in one optimizer: no learning rate, no schedule, no number of steps to choose. See
 README.md."""
 
-from optim.optimizer import GroupMetrics, ProdigyPlusScheduleFree
+from optim.metrics import GroupMetrics
+from optim.optimizer import ProdigyPlusScheduleFree
 from optim.saving import flatten_state, unflatten_state
 from optim.schedule_free import averaged
 

@@ -9,34 +9,14 @@ import torch
 from torch import Tensor
 
 from optim import rounding, saving, sharding, stacks
+from optim.metrics import GroupMetrics, metrics_of
+from optim.parameters import parameter_problems
 from optim.passes import Passes
 from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step, end_step, neutral_table, speed_sums
 from optim.schedule_free import average
 from optim.second_moment import factored_axes
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
 from optim.stacks import Kind, Stack
-
-FLOATING = (torch.float32, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class GroupMetrics:
-    """What one group is doing, for people to see."""
-
-    name: str
-    d: float
-    """The group's own estimate of the step size."""
-    applied_d: float
-    """The d its last step was made with: its own, the mean over the groups, or the joint one."""
-    lr: float
-    effective_lr: float
-    """applied d * lr * (1 - beta1 (1 - c)): how far y moves against the update in a step."""
-    k: int
-    """Number of the coming step, from 1."""
-    frozen: bool
-    """Whether d is fixed (`prodigy_steps`)."""
-    skipped: int
-    """Steps left out because a gradient was not finite."""
 
 
 @dataclass(eq=False)
@@ -189,35 +169,11 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         problems = check_group(name, *(group[key] for key in GROUP_SETTINGS))
         if any(other["name"] == name for other in self.param_groups):
             problems.append(f"two groups are named {name!r}: names must differ")
-        problems += self._parameter_problems(name, group["params"])
+        problems += parameter_problems(name, group["params"], self._parameters, self.settings)
         if problems:
             raise ValueError("; ".join(problems))
         super().add_param_group(group)
         self._add_column(self.param_groups[-1])
-
-    def _parameter_problems(self, name: str, params: list[object]) -> list[str]:
-        if not params:
-            return [f"group {name!r} holds no parameters"]
-        problems = []
-        seen = {id(p) for p in self._parameters}
-        device = self._parameters[0].device if self._parameters else None
-        for place, p in enumerate(params):
-            where = f"parameter {place} of group {name!r}"
-            if not isinstance(p, Tensor):
-                problems.append(f"{where} is a {type(p).__name__}: must be a tensor")
-                continue
-            if id(p) in seen:
-                problems.append(f"{where} appears more than once")
-            seen.add(id(p))
-            device = device or p.device
-            if p.dtype not in FLOATING:
-                problems.append(f"{where} is {p.dtype}: must be torch.float32 or torch.bfloat16")
-            if p.layout != torch.strided:
-                problems.append(f"{where} is {p.layout}: must be dense")
-            if p.device != device:
-                problems.append(f"{where} is on {p.device}, others on {device}: all must be on one device")
-            problems += [f"{where}: {problem}" for problem in sharding.problems(p, self.settings)]
-        return problems
 
     def _add_column(self, group: dict[str, Any]) -> None:
         """A column of numbers for a new group, and the group's parameters among all."""
@@ -532,29 +488,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def metrics(self) -> list[GroupMetrics]:
         """One entry a group. Waits for the device, once."""
-        beta1 = self.settings.betas[0]
-        columns = [Numbers(*column) for column in self._buffer.T.tolist()]
-        result = []
-        for group, now in zip(self.param_groups, columns, strict=True):
-            share = 1 - beta1 * (1 - float(now.weight)) if self.settings.use_schedulefree else 1.0
-            applied, lr = float(now.applied_d), float(group["lr"])
-            result.append(
-                GroupMetrics(
-                    name=group["name"],
-                    d=float(now.d),
-                    applied_d=applied,
-                    lr=lr,
-                    effective_lr=applied * lr * share,
-                    k=int(now.k),
-                    frozen=bool(now.frozen),
-                    skipped=int(now.skipped),
-                )
-            )
-        return result
-
-    def state_bytes(self) -> int:
-        """Bytes of state held for the parameters, without what lives only within a step."""
-        return sum(t.untyped_storage().nbytes() for stack in self._stacks for t in stack.tensors().values())
+        return metrics_of(self.param_groups, self._buffer, self.settings)
 
     # ------------------------------------------------------------------ fused backward
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import native, sharding, stacks
+from optim.parameters import FLOATING
 from optim.prodigy import Coefficients
 from optim.second_moment import rms_divisor
 from optim.settings import Settings
@@ -20,7 +21,6 @@ CACHED_ELEMENTS = 1 << 17
 DEVICE_ELEMENTS = 1 << 26
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
-FLOATING = (torch.float32, torch.bfloat16)
 
 Work = tuple[Stack, slice, list[int]]
 
