@@ -183,3 +183,18 @@ def test_factors_are_exact_for_a_gradient_of_rank_one(shape: tuple[int, ...]) ->
             optimizer.step()
         results.append(p.detach())
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+@needs_compiler
+def test_the_compiled_path_gives_the_same_bits_on_any_number_of_threads() -> None:
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        params, optimizer = build([*starts(), torch.ones(300, 700)], True, weight_decay=0.1)
+        for step in range(3):
+            for index, p in enumerate(params):
+                p.grad = gradient(p.detach(), step, index)
+            optimizer.step()
+        results.append([p.detach() for p in params])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
