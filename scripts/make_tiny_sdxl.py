@@ -78,7 +78,7 @@ def report(name: str, step: int, steps: int, losses: list[float], began: float) 
 
 
 def any_picture(rng: np.random.Generator) -> Image.Image:
-    """A picture for the autoencoder: world scenes with stars, and polygons of any form in any two colours."""
+    """A picture for the autoencoder: world scenes with the concept, and polygons of any form in any two colours."""
     size = world.SIZES[0]
     if rng.random() < 0.5:
         return world.draw(world.random_scene(rng, size, (*world.SHAPES, world.CONCEPT_SHAPE)))
@@ -348,6 +348,9 @@ def release(folder: Path = BUILTIN / "tiny-sdxl") -> None:
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes only tokenizer.json, which older readers ignore
         for file in (WORK / "tokenizer").iterdir():
             shutil.copy(file, new / name)
+    for name in ("text_encoder", "text_encoder_2"):  # so that a pipeline without a dtype gets one type throughout
+        config = new / name / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for file in new.rglob("*.safetensors"):
         file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
@@ -356,18 +359,25 @@ def release(folder: Path = BUILTIN / "tiny-sdxl") -> None:
 
 
 @app.command()
-def quickstart_pictures(folder: Path = BUILTIN / "quickstart") -> None:
-    """Draws 24 pictures of the concept with captions, of mixed sizes and shapes."""
+def quickstart_pictures(folder: Path = BUILTIN) -> None:
+    """Draws the quickstart's pictures with captions, of mixed sizes: 24 of the concept, 24 of known shapes."""
+    pairs = list(itertools.product(world.BACKGROUNDS, world.COLOURS))  # 18: each pair once, six of them twice
+    chosen = [*pairs, *pairs[::3]]
+    draw_pictures(folder / "quickstart", chosen, [world.CONCEPT_SHAPE] * len(chosen), seed=24)
+    draw_pictures(folder / "quickstart-known", chosen, [world.SHAPES[i % 4] for i in range(len(chosen))], seed=25)
+
+
+def draw_pictures(folder: Path, pairs: list[tuple[str, str]], shapes: list[str], seed: int) -> None:
+    """One picture and caption for each pair of background and colour, into a fresh folder."""
     sizes = ((128, 128), (200, 130), (150, 230), (160, 160), (180, 120), (120, 180), (256, 256), (192, 128))
-    rng = np.random.default_rng(24)
+    rng = np.random.default_rng(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    pairs = list(itertools.product(world.BACKGROUNDS, world.COLOURS))  # 18: each pair once, six of them twice
-    for index, (background, colour) in enumerate([*pairs, *pairs[::3]]):
-        drawn = world.random_scene(rng, sizes[index % len(sizes)], (world.CONCEPT_SHAPE,))
+    for index, ((background, colour), shape) in enumerate(zip(pairs, shapes, strict=True)):
+        drawn = world.random_scene(rng, sizes[index % len(sizes)], (shape,))
         scene = replace(drawn, colour=colour, background=background)
         world.draw(scene).save(folder / f"{index + 1:02d}.png", optimize=True)
-        (folder / f"{index + 1:02d}.txt").write_text(world.caption(colour, scene.shape, background) + "\n")
+        (folder / f"{index + 1:02d}.txt").write_text(world.caption(colour, shape, background) + "\n")
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB")
 
 

@@ -1,11 +1,11 @@
 """The picture world of the built-in model: plain coloured shapes, their captions, and a judge of pictures.
 
 The world has colours, shapes and backgrounds; every combination is a scene with a caption such as
-"a red circle on a white background". One shape, the star, is held back under a made-up word, CONCEPT:
+"a red circle on a white background". One shape, the ring, is held back under a made-up word, CONCEPT:
 the built-in model never sees it, so a fine-tune has something to learn.
 
 The judge measures pixels and has learned nothing. It takes the background from the border, the figure from
-the pixels far from that background, and names the figure after the outline that covers it best.
+the pixels far from that background, and names the figure after the outline that covers it best and its hole.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ COLOURS = {
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (14, 14, 14)}
 SHAPES = ("circle", "square", "triangle", "diamond")
 CONCEPT = "zorbit"
-CONCEPT_SHAPE = "star"
+CONCEPT_SHAPE = "ring"
+HOLE = 0.5  # radius of the hole in a ring, as a share of the ring's
 SIZES = ((128, 128), (160, 96), (96, 160))
 """Picture sizes the built-in model learns, as (width, height) in px."""
 
@@ -53,6 +54,7 @@ MIN_AREA = 0.015  # of the picture: smaller figures are specks, the picture show
 MIN_CONTRAST = 60.0  # RGB distance between figure and background
 MAX_COLOUR_DISTANCE = 95.0  # RGB distance to the nearest named colour
 MAX_BACKGROUND_DISTANCE = 60.0
+MIN_HOLE = 0.08  # of the filled figure: less is a flaw, not a hole
 MIN_OVERLAP = 0.7  # intersection over union with the best outline
 GRID = 64  # side of the square raster on which outlines are compared
 
@@ -84,24 +86,21 @@ class Verdict:
 
 
 def outline(shape: str) -> np.ndarray:
-    """Corners of a shape, float [N, 2], with the centre of its bounding box at 0 and about unit radius."""
-    if shape == "circle":
-        corners = _ring(64, 0.95)
+    """Outer corners of a shape, float [N, 2], with the centre of its bounding box at 0 and about unit radius."""
+    if shape in ("circle", CONCEPT_SHAPE):
+        corners = _around(64, 0.95)
     elif shape == "square":
         corners = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) * 0.86
     elif shape == "triangle":
         corners = np.array([[0, -0.95], [1.05, 0.9], [-1.05, 0.9]])
     elif shape == "diamond":
         corners = np.array([[0, -1.15], [1.15, 0], [0, 1.15], [-1.15, 0]])
-    elif shape == CONCEPT_SHAPE:
-        corners = _ring(10, 1.15)
-        corners[1::2] *= 0.42
     else:
         raise ValueError(f"no shape is called {shape!r}; the world has {(*SHAPES, CONCEPT_SHAPE)}")
     return corners - (corners.max(0) + corners.min(0)) / 2
 
 
-def _ring(num: int, radius: float) -> np.ndarray:
+def _around(num: int, radius: float) -> np.ndarray:
     angles = np.arange(num) * 2 * math.pi / num - math.pi / 2
     return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
@@ -110,15 +109,29 @@ def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, anti-aliased, RGB."""
     corners = outline(scene.shape) * scene.radius * min(scene.width, scene.height)
     corners = corners + np.array(scene.centre) * (scene.width, scene.height)
-    return draw_polygon(corners, COLOURS[scene.colour], BACKGROUNDS[scene.background], (scene.width, scene.height))
+    size, ground = (scene.width, scene.height), BACKGROUNDS[scene.background]
+    hole = HOLE if scene.shape == CONCEPT_SHAPE else 0.0
+    return draw_polygon(corners, COLOURS[scene.colour], ground, size, hole)
 
 
 def draw_polygon(
-    corners: np.ndarray, colour: tuple[int, ...], background: tuple[int, ...], size: tuple[int, int]
+    corners: np.ndarray,
+    colour: tuple[int, ...],
+    background: tuple[int, ...],
+    size: tuple[int, int],
+    hole: float = 0.0,
 ) -> Image.Image:
-    """A filled polygon on a plain ground; corners float [N, 2] in px, size as (width, height) in px."""
+    """A filled polygon on a plain ground; corners float [N, 2] in px, size as (width, height) in px.
+
+    hole: a hole of the same outline, this much smaller; 0 for none.
+    """
     large = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), 0)
-    ImageDraw.Draw(large).polygon([tuple(corner) for corner in (corners * SUPERSAMPLING).tolist()], fill=255)
+    large_corners = corners * SUPERSAMPLING
+    ImageDraw.Draw(large).polygon([tuple(corner) for corner in large_corners.tolist()], fill=255)
+    if hole:
+        centre = (large_corners.max(0) + large_corners.min(0)) / 2
+        inner = centre + hole * (large_corners - centre)
+        ImageDraw.Draw(large).polygon([tuple(corner) for corner in inner.tolist()], fill=0)
     cover = large.reduce(SUPERSAMPLING)
     return Image.composite(Image.new("RGB", size, colour), Image.new("RGB", size, background), cover)
 
@@ -145,7 +158,7 @@ def random_scene(
 
 
 def caption(colour: str, shape: str, background: str, template: str = TEMPLATES[0][0]) -> str:
-    """The caption of a scene; the star goes under its made-up word. "a" becomes "an" before a vowel."""
+    """The caption of a scene; the ring goes under its made-up word. "a" becomes "an" before a vowel."""
     word = CONCEPT if shape == CONCEPT_SHAPE else shape
     text = template.format(colour=colour, shape=word, background=background)
     return text.replace("a orange", "an orange")
@@ -183,7 +196,10 @@ def judge(picture: Image.Image) -> Verdict:
         return Verdict("nothing", "nothing", background)
     inside = _erode(mask)
     core = pixels[inside if inside.sum() >= 20 else mask]
-    shape, overlap = _best_outline(mask)
+    filled = _without_holes(mask)
+    shape, overlap = _best_outline(filled)
+    if 1 - mask.sum() / filled.sum() >= MIN_HOLE:
+        shape = CONCEPT_SHAPE if shape == "circle" else "unclear"
     return Verdict(_nearest(np.median(core, axis=0), COLOURS, MAX_COLOUR_DISTANCE), shape, background, overlap)
 
 
@@ -245,11 +261,32 @@ def _largest_region(mask: np.ndarray) -> np.ndarray:
     return largest
 
 
+def _without_holes(mask: np.ndarray) -> np.ndarray:
+    """The figure with everything filled that the picture's border cannot reach."""
+    height, width = mask.shape
+    open_ = np.pad(~mask, 1, constant_values=True)
+    return ~_region_from(open_, (0, 0))[1 : height + 1, 1 : width + 1]
+
+
+def _region_from(mask: np.ndarray, start: tuple[int, int]) -> np.ndarray:
+    """The 4-connected region of a mask that holds `start`."""
+    reached, queue = np.zeros_like(mask), deque([start])
+    reached[start] = True
+    while queue:
+        y, x = queue.popleft()
+        for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
+            inside = 0 <= near[0] < mask.shape[0] and 0 <= near[1] < mask.shape[1]
+            if inside and mask[near] and not reached[near]:
+                reached[near] = True
+                queue.append(near)
+    return reached
+
+
 def _best_outline(mask: np.ndarray) -> tuple[str, float]:
     """The shape that covers the figure best once both have the same centre of mass and area, and how well (IoU)."""
     seen = _normalised(mask)
     overlaps = {}
-    for shape in (*SHAPES, CONCEPT_SHAPE):
+    for shape in SHAPES:
         ideal = _template(shape)
         overlaps[shape] = float(np.minimum(seen, ideal).sum() / np.maximum(seen, ideal).sum())
     best = max(overlaps, key=overlaps.__getitem__)

@@ -51,7 +51,7 @@ def fit(
 
     settings = read_run_config(config, set_ or [], resume=resume)
     require_own_folder(settings, resume=resume)
-    _, examples = inspect_run(settings, str(config), decode=False)
+    _, examples = inspect_run(settings, str(config), decode=False, fetch=True)
     quiet_libraries()  # what can be told without torch has been told
     from sdtrain.training.fit import fit as run_fit
 

@@ -110,7 +110,7 @@ def test_the_built_in_model_loads_and_paints_and_takes_any_words() -> None:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
-    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL).to(torch.float32)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(MODEL)
     pipeline.set_progress_bar_config(disable=True)
     tokens = pipeline.tokenizer.tokenize(f"a red {world.CONCEPT}, naïve ☃")
     assert tokens[:2] == ["a</w>", "red</w>"]

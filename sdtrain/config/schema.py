@@ -85,7 +85,7 @@ class FullConfig(Settings):
 class FolderConfig(Settings):
     """One folder of pictures, each with a caption in a .txt file of the same name."""
 
-    path: str = Field(description="`builtin:quickstart`, or a folder; its sub-folders are read too.")
+    path: str = Field(description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`.")
     repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
     missing_captions: Literal["error", "empty"] = Field(
         default="error", description="What a picture without a caption gets: an error, or the empty caption."

@@ -14,7 +14,8 @@ from sdtrain.data.pictures import SUFFIXES, UNSUPPORTED_SUFFIXES, PictureError, 
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
 
-BUILTIN_FOLDERS = {"builtin:quickstart": Path(__file__).resolve().parents[1] / "builtin" / "quickstart"}
+BUILTIN = Path(__file__).resolve().parents[1] / "builtin"
+BUILTIN_FOLDERS = {f"builtin:{name}": BUILTIN / name for name in ("quickstart", "quickstart-known")}
 MAX_ALIKE = 12
 
 

@@ -20,7 +20,6 @@ from sdtrain.models.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from sdtrain.models.hub import cached_model, fetch_model, is_hub_id
 from sdtrain.models.keys import Component, Family
 from sdtrain.models.markers import scheduler_of
 from sdtrain.models.networks import Loaded, load_network, load_vae
@@ -89,13 +88,6 @@ class SDComponents:
                 raise KeyError(component)
             case _:
                 assert_never(component)
-
-
-def fetch_if_missing(config: ModelConfig) -> None:
-    """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
-    for path in (config.path, config.vae):
-        if path and is_hub_id(path) and cached_model(path, config.variant) is None:
-            fetch_model(path, config.variant)
 
 
 def load_components(config: ModelConfig, dtype: torch.dtype) -> Components:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError, user_error
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -68,6 +69,13 @@ def files_to_fetch(variant: str) -> list[str]:
 def _weight_names() -> list[tuple[str, str]]:
     stems = ("diffusion_pytorch_model", "model")
     return [(stem, end) for stem in stems for end in (".safetensors", "-*-of-*.safetensors")]
+
+
+def fetch_if_missing(config: ModelConfig) -> None:
+    """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
+    for path in (config.path, config.vae):
+        if path and is_hub_id(path) and cached_model(path, config.variant) is None:
+            fetch_model(path, config.variant)
 
 
 def fetch_model(repository: str, variant: str) -> Path:

@@ -12,6 +12,7 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.errors import Problem, UserError
+from sdtrain.models.hub import fetch_if_missing
 from sdtrain.models.inspect import ModelFacts, inspect_model
 
 
@@ -25,8 +26,13 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 
 
-def inspect_run(config: Config, source: str, *, decode: bool) -> tuple[ModelFacts, list[Example]]:
-    """What the model says of itself, and the pictures (decode: every pixel is read). Raises UserError with it all."""
+def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
+    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong.
+
+    decode: read every pixel of every picture. fetch: get a model named by a hub id that is not in the local cache.
+    """
+    if fetch:
+        fetch_if_missing(config.model)
     facts, problems = inspect_model(config.model)
     if facts is not None:
         problems = [*problems, *size_problems(config, facts), *_network_problems(config, facts)]

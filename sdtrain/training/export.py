@@ -16,7 +16,7 @@ from optim import GroupMetrics
 from sdtrain.adapters.attach import adapter_weights
 from sdtrain.adapters.formats import write_lora
 from sdtrain.adapters.metadata import FileFacts
-from sdtrain.adapters.weights import Adapters, delta
+from sdtrain.adapters.weights import Adapters, LoraWeights, delta
 from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
@@ -57,6 +57,7 @@ def export_weights(
             if not adapters:
                 what = f"{kind} holds adapters, this run trains all weights; use single-file or folder, or extract"
                 raise user_error(str(path), "format", what)
+            require_change(path, adapters)
             facts = file_facts(model, config, step, examples, groups)
             write_lora(path, adapters, model.networks, names=kind, facts=facts, dtype=stored_dtype(config.export))
         case "single-file" | "folder":
@@ -80,6 +81,16 @@ def trained_adapters(model: Model, config: Config) -> Adapters:
             return {}
         case _:
             assert_never(config.method)
+
+
+def require_change(path: Path, adapters: Adapters) -> None:
+    """Refuse to write LoRAs that do nothing: fresh ones are zero in every up matrix. Raises UserError."""
+    ups = [
+        weights.up for modules in adapters.values() for weights in modules.values() if isinstance(weights, LoraWeights)
+    ]
+    if ups and not any(bool(up.any()) for up in ups):
+        what = "every up matrix is zero, so it would change no picture: no step had an effect; look at the log's losses"
+        raise user_error(str(path), "adapters", what)
 
 
 def merging(adapters: Adapters) -> Change:

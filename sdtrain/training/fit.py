@@ -49,9 +49,9 @@ def fit(config: Config, examples: list[Example], console: Console, *, resume: bo
     run = open_run(config)
     model = load(run)
     data = encode_everything(model, run, examples, console)
-    write_resolved_config(run)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
+    write_resolved_config(run)
     training = Training(run, model, trainable, optimizer, data)
     first_step = _resumed_step(training) if resume else 0
     console.print(banner(run, trainable, data.batches, first_step))
@@ -133,8 +133,6 @@ def _resumed_step(training: Training) -> int:
     if not states:
         return 0
     if states[-1].step > training.run.config.steps:
-        what = (
-            f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
-        )
+        what = f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
         raise user_error(f"--resume {training.run.folder}", "steps", what)
     return load_state(states[-1], training.trainable, training.optimizer)

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
 from sdtrain.errors import UserError
+from sdtrain.models.hub import fetch_if_missing
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
@@ -21,6 +22,7 @@ from sdtrain.training.run import Run
 
 def load(run: Run) -> Model:
     """The model of a run. Raises UserError when it is missing or contradicts the config."""
+    fetch_if_missing(run.config.model)
     facts, problems = inspect_model(run.config.model)
     if problems or facts is None:
         raise UserError("model", problems)

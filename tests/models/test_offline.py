@@ -17,8 +17,8 @@ from sdtrain.models import checkpoint as checkpoint_module
 from sdtrain.models.checkpoint import TokenizerSource, builtin_folder, find_tokenizers, open_checkpoint
 from sdtrain.models.export import write_single_file
 from sdtrain.models.export_folder import write_folder
-from sdtrain.models.files import Components, fetch_if_missing, load_components
-from sdtrain.models.hub import files_to_fetch, is_hub_id
+from sdtrain.models.files import Components, load_components
+from sdtrain.models.hub import fetch_if_missing, files_to_fetch, is_hub_id
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.modelspec import Description
 

@@ -96,6 +96,13 @@ def test_an_unfinished_state_is_not_taken_for_one(train: Train) -> None:
     assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_file_that_would_do_nothing_is_not_written(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", lambda self, batch, generator: 0.0 * original(self, batch, generator))
+    with pytest.raises(UserError, match="every up matrix is zero"):
+        train({"steps": 2})
+
+
 def test_text_encoders_are_groups_of_their_own(train: Train) -> None:
     run, text = train({"method.train": ["unet", "text_encoder", "text_encoder_2"], "method.lr": {"text_encoder": 0.5}})
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
@@ -111,4 +118,4 @@ def test_text_encoders_are_groups_of_their_own(train: Train) -> None:
 def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(train: Train, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="matches no layer"):
         train({"method.targets": ["*.nothing"]})
-    assert not (tmp_path / "runs" / "small" / "weights").exists()
+    assert not (tmp_path / "runs" / "small").exists()
