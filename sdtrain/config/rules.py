@@ -38,6 +38,10 @@ def _method(config: Config) -> Iterator[Problem]:
     if set(config.method.stop) >= set(config.method.train) and max(config.method.stop.values()) < config.steps:
         last = max(config.method.stop.values())
         yield Problem("method.stop", f"stops every network by step {last}, before steps = {config.steps}")
+    if config.model.dtype == "mixed" and isinstance(config.method, LoraConfig):
+        yield Problem(
+            "model.dtype", "mixed keeps float32 weights to be trained; under a LoRA they are frozen: use bfloat16"
+        )
     if config.memory.fused_back_pass and not isinstance(config.method, FullConfig):
         yield Problem(
             "memory.fused_back_pass",

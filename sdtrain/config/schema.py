@@ -35,8 +35,10 @@ class ModelConfig(Settings):
     zero_terminal_snr: Literal["auto", "on", "off"] = Field(
         default="auto", description="Whether the noise schedule ends in pure noise; `auto` reads it from the model."
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Precision of the networks; `auto` is bfloat16 on a GPU that has it, else float32."
+    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = Field(
+        default="auto",
+        description="Precision of the networks; `auto`: bfloat16 on a GPU that has it, else float32. "
+        "`mixed`: weights in float32, computed with in bfloat16 (autocast).",
     )
 
 
@@ -216,6 +218,9 @@ class MemoryConfig(Settings):
     """What is traded for memory."""
 
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in backward.")
+    compile: bool = Field(
+        default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
+    )
     fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
 
 

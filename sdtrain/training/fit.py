@@ -71,7 +71,7 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
     """The loop: from `step` steps done to the planned number, or until `stop` is set; returns the steps done."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
     config, guard = run.config, NonFiniteGuard()
-    objective = Objective(training.model, config)
+    objective = Objective(training.model, config, run.device)
     if step == 0:
         preview(training, step, report)
     while step < config.steps and not stop.is_set():

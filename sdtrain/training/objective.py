@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Generator, Tensor
 
 from sdtrain.config.schema import Config
@@ -21,6 +22,7 @@ class Objective:
 
     model: Model
     config: Config
+    device: torch.device
 
     def __call__(self, batch: Batch, generator: Generator) -> Tensor:
         """The mean loss () of a batch, with noise and timesteps from `generator`; differentiable."""
@@ -45,8 +47,9 @@ class Objective:
         seen = perturb_input(noise, generator, config.noise.input_perturbation)
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
-        conditioning = batch.conditioning or model.encode_captions(batch.captions)
-        prediction = model.predict(noisy, timesteps, conditioning, batch.time_ids)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
+            conditioning = batch.conditioning or model.encode_captions(batch.captions)
+            prediction = model.predict(noisy, timesteps, conditioning, batch.time_ids)
         errors = error_per_image(
             prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=config.loss.huber_delta
         )

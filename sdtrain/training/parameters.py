@@ -69,6 +69,8 @@ def train_parameters(model: Model, run: Run) -> Trainable:
             found, d = {name: _unfreeze(model, name) for name in networks}, {}
         case _:
             assert_never(method)
+    if run.config.memory.compile:
+        _compile_blocks(model.networks["unet"])
     if run.config.memory.gradient_checkpointing:
         for network in networks.values():
             _recompute_activations(network)
@@ -95,6 +97,11 @@ def _attach(
     if not method.init_from:
         return parameters, {}
     return parameters, start_from(Path(method.init_from).expanduser(), model.networks)
+
+
+def _compile_blocks(unet: Any) -> None:
+    """Regional compilation: the transformer blocks are alike, so few compilations serve all of them."""
+    unet.compile_repeated_blocks()
 
 
 def _recompute_activations(network: Any) -> None:

@@ -53,7 +53,7 @@ def pick_device(config: Config) -> torch.device:
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
     """Precision of the networks: bfloat16 on a GPU that has it, else float32, unless the config says so."""
     match config.model.dtype:
-        case "float32":
+        case "float32" | "mixed":
             return torch.float32
         case "bfloat16":
             return torch.bfloat16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from sdtrain.errors import UserError
 from sdtrain.training.objective import Objective
 
+BUILTIN = Path(__file__).parent.parent.parent / "sdtrain" / "builtin" / "tiny-sdxl"
 Train = Callable[..., tuple[Path, str]]
 
 
@@ -119,3 +121,39 @@ def test_a_target_that_matches_nothing_is_refused_before_anything_is_written(tra
     with pytest.raises(UserError, match="matches no layer"):
         train({"method.targets": ["*.nothing"]})
     assert not (tmp_path / "runs" / "small").exists()
+
+
+def test_a_model_that_predicts_epsilon_trains_the_same_way(train: Train, tmp_path: Path) -> None:
+    model = tmp_path / "epsilon"
+    shutil.copytree(BUILTIN, model)
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
+    scheduler.write_text(json.dumps(settings))
+    epsilon, _ = train({"name": "epsilon", "model.path": str(model), "preview.every": 4})
+    v, _ = train({"name": "v"})
+    first = [json.loads((run / "log.jsonl").read_text().splitlines()[0])["loss"] for run in (epsilon, v)]
+    assert first[0] > 2 * first[1], "a v model is a bad epsilon model, so the target really is another"
+
+
+def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(train: Train) -> None:
+    full = {"method": {"kind": "full"}, "export.dtype": "float32"}
+    plain, _ = train(full | {"name": "plain"})
+    mixed, _ = train(full | {"name": "mixed", "model.dtype": "mixed"})
+    losses = [json.loads((run / "log.jsonl").read_text().splitlines()[0])["loss"] for run in (plain, mixed)]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    state = load_file(mixed / "checkpoints" / "step-000004" / "parameters.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same(train: Train) -> None:
+    """By the losses: an update that only reads the gradient's sign tips where a gradient is all but zero."""
+    plain, _ = train({"name": "plain"})
+    compiled, _ = train({"name": "compiled", "memory.compile": True})
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
+    assert losses(compiled) != losses(plain), "nothing was compiled, or this test shows nothing"
