@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,11 @@ def export_weights(
             description = Description(
                 title=config.name,
                 resolution_px=config.data.resolution_px,
-                more={CONFIG_KEY: config_to_toml(config), STEP_KEY: str(step)},
+                more={
+                    CONFIG_KEY: config_to_toml(config),
+                    STEP_KEY: str(step),
+                    "ss_tag_frequency": json.dumps(tag_counts(examples)),
+                },
             )
             dtype = None if adapters else stored_dtype(config.export)
             model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=merging(adapters))

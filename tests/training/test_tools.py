@@ -125,5 +125,6 @@ def test_full_runs_are_sampled_from_the_checkpoint_they_wrote(train: Train) -> N
     run, _ = train({"method": {"kind": "full", "train": ["unet", "text_encoder_2"]}, "steps": 2})
     sdtrain("sample", run, "--prompt", "a red circle", "--seed", "0", "--set", "preview.num_inference_steps=1")
     assert (run / "samples" / "prompt-00-seed-0.png").exists()
+    assert "a red thing number 1 (1)" in sdtrain("info", run / "weights" / "small.safetensors")
     with pytest.raises(UserError, match="holds adapters, this run trains all weights"):
         sdtrain("export", run, "--format", "sd-scripts")
