@@ -128,9 +128,10 @@ def extract(
 ) -> None:
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
-    from sdtrain.training.tools import extract_lora, rank_rule
+    from sdtrain.adapters.extract import RankRule
+    from sdtrain.training.tools import extract_lora
 
-    layers = extract_lora(base, tuned, rank_rule(rank, energy), targets, out, components)
+    layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
     typer.echo(f"wrote {out}: {layers} layers")
 
 
@@ -145,9 +146,10 @@ def resize(
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
-    from sdtrain.training.tools import rank_rule, resize_lora
+    from sdtrain.adapters.extract import RankRule
+    from sdtrain.training.tools import resize_lora
 
-    resize_lora(file, base, rank_rule(rank, energy), out, components)
+    resize_lora(file, base, RankRule(rank, energy), out, components)
     typer.echo(f"wrote {out}")
 
 

@@ -17,7 +17,7 @@ from optim import GroupMetrics
 from sdtrain.adapters.attach import adapter_weights
 from sdtrain.adapters.formats import write_lora
 from sdtrain.adapters.metadata import FileFacts
-from sdtrain.adapters.weights import Adapters, LoraWeights, delta
+from sdtrain.adapters.weights import Adapters, delta, idle_networks
 from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
@@ -89,11 +89,8 @@ def trained_adapters(model: Model, config: Config) -> Adapters:
 
 
 def require_change(path: Path, adapters: Adapters) -> None:
-    """Refuse to write LoRAs that do nothing: fresh ones are zero in every up matrix. Raises UserError."""
-    ups = [
-        weights.up for modules in adapters.values() for weights in modules.values() if isinstance(weights, LoraWeights)
-    ]
-    if ups and not any(bool(up.any()) for up in ups):
+    """Refuse to write adapters that do nothing, as fresh ones do. Raises UserError."""
+    if len(idle_networks(adapters)) == len(adapters):
         what = "every up matrix is zero, so it would change no picture: no step had an effect; look at the log's losses"
         raise user_error(str(path), "adapters", what)
 

@@ -68,11 +68,6 @@ def _file_name(config: Config, step: int, kind: Format) -> str:
     return name if kind == "folder" else f"{name}.safetensors"
 
 
-def rank_rule(rank: int, energy: float) -> RankRule:
-    """At most `rank`, and no more than hold this share of the sum of squares."""
-    return RankRule(rank, energy)
-
-
 def open_model(path: str, components: str = "") -> Model:
     """A model on the CPU, its networks in float32. Raises UserError."""
     config = ModelConfig(path=path, components=components)
