@@ -1,4 +1,4 @@
-"""`ProdigyPlusScheduleFree`: arguments, groups, the order of a step, and what it keeps."""
+"""`ProdigyPlusScheduleFree`: its arguments and the order of a step. What it keeps is in `state.py`."""
 
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from optim import rounding, saving, sharding, stacks
+from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
 from optim.passes import Passes
 from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step, end_step, neutral_table, speed_sums
-from optim.schedule_free import average
-from optim.second_moment import factored_axes
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
-from optim.stacks import Kind, Stack
+from optim.stacks import Stack
+from optim.state import State
 
 
 @dataclass(eq=False)
@@ -133,28 +133,19 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             use_focus=use_focus,
             seed=seed,
         )
-        self._seed = seed
-        self._steps = 0
-        self._lent: dict[int, Tensor] | None = None
-        self._parameters: list[Tensor] = []
-        self._group_of: list[int] = []
-        self._stacks: list[Stack] = []
-        self._place: dict[int, tuple[Stack, int]] = {}
-        self._passes = Passes(self._parameters, self._stacks, self.settings, compile)
+        self._kept = State(self.settings, seed)
+        self._groups = GroupsOnDevice()
+        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, compile)
         self._hooked: dict[int, Any] = {}
-        self._freed: set[int] = set()
         self._current: StepInProgress | None = None
-        self._buffer = torch.empty(0)
-        self._values: GroupValues | None = None
-        self._values_seen: list[tuple[float, ...]] = []
-        self._moved_seen: dict[tuple[bool, ...], Tensor] = {}
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "d0": d0, "d_coef": d_coef})
+        self.state = self._kept.views
 
     # ------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; its d starts at its d0, or at the joint d without `split_groups`."""
-        if self._lent is not None or self._current is not None:
+        if self.lent or self._current is not None:
             raise RuntimeError("add_param_group() in the middle of a step or while the averaged weights are lent")
         known = {"params", "name", "initial_lr", *GROUP_SETTINGS}
         name = str(param_group.get("name", f"group_{len(self.param_groups)}"))
@@ -169,65 +160,25 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         problems = check_group(name, *(group[key] for key in GROUP_SETTINGS))
         if any(other["name"] == name for other in self.param_groups):
             problems.append(f"two groups are named {name!r}: names must differ")
-        problems += parameter_problems(name, group["params"], self._parameters, self.settings)
+        problems += parameter_problems(name, group["params"], self._kept.parameters, self.settings)
         if problems:
             raise ValueError("; ".join(problems))
         super().add_param_group(group)
-        self._add_column(self.param_groups[-1])
-
-    def _add_column(self, group: dict[str, Any]) -> None:
-        """A column of numbers for a new group, and the group's parameters among all."""
-        params: list[Tensor] = group["params"]
-        index = len(self.param_groups) - 1
-        device = params[0].device
-        column = Numbers.start(group["d0"], device)
-        if index == 0:
-            self._buffer = column
-        else:
-            joins = self._buffer[:, :1].clone() if not self.settings.split_groups else column
-            self._buffer = torch.cat((self._buffer, joins), dim=1)
-        self._parameters += params
-        self._group_of += [index] * len(params)
-        num = len(self._parameters)
-        self._sums = torch.zeros(num, stacks.NUM_SUMS, dtype=self._buffer.dtype, device=device)
+        self._kept.add_group(group["params"], group["d0"])
+        device = self._kept.numbers.device
         self._neutral = neutral_table(device)
-        self._group_column = torch.tensor(self._group_of, device=device)
-        self._values = None
-        self._moved_seen = {}
+        self._sums = torch.zeros(
+            len(self._kept.parameters), stacks.NUM_SUMS, dtype=self._kept.numbers.dtype, device=device
+        )
         if self.settings.fused_back_pass:
             self._hook_parameters()
 
     @property
     def _now(self) -> Numbers:
-        return Numbers.of(self._buffer)
+        return Numbers.of(self._kept.numbers)
 
-    def _group_values(self) -> GroupValues:
-        """The groups' settings on the device; written again only when somebody (a schedule) changed them."""
-        seen = [tuple(group[key] for key in GROUP_SETTINGS) for group in self.param_groups]
-        if self._values is None or len(seen) != len(self._values_seen):
-            empty = torch.zeros(len(GROUP_SETTINGS), len(seen), dtype=self._buffer.dtype, device=self._buffer.device)
-            self._values, self._values_seen = GroupValues(*empty.unbind(0)), [()] * len(seen)
-        for index, (new, old) in enumerate(zip(seen, self._values_seen, strict=True)):
-            if new == old:
-                continue
-            if problems := check_group(self.param_groups[index]["name"], *new):
-                raise ValueError("; ".join(problems))
-            for key, value in zip(GROUP_SETTINGS, new, strict=True):
-                self._value_row(key)[index].fill_(value)  # a fill, unlike a copy, does not wait for the device
-        self._values_seen = seen
-        return self._values
-
-    def _value_row(self, key: str) -> Tensor:
-        assert self._values is not None
-        match key:
-            case "lr":
-                return self._values.lr
-            case "weight_decay":
-                return self._values.weight_decay
-            case "d0":
-                return self._values.d0
-            case _:
-                return self._values.d_coef
+    def _values(self) -> GroupValues:
+        return self._groups.values(self.param_groups, self._kept.numbers.device)
 
     # ------------------------------------------------------------------ the step
 
@@ -251,7 +202,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_while_lent("step()")
-        present = [index for index, p in enumerate(self._parameters) if p.grad is not None]
+        present = [index for index, p in enumerate(self._kept.parameters) if p.grad is not None]
         if self.settings.fused_back_pass:
             for index in present:  # parameters without a hook: they needed no gradient when the step began
                 self._step_parameter(index)
@@ -266,14 +217,14 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     def _begin(self) -> StepInProgress:
         if self.settings.fused_back_pass:
             self._hook_parameters()
-            self._build_missing([index for index, p in enumerate(self._parameters) if p.requires_grad])
-        for stack in self._stacks:
+            self._build_missing([index for index, p in enumerate(self._kept.parameters) if p.requires_grad])
+        for stack in self._kept.stacks:
             stacks.begin_stack(stack)
         self._sums.zero_()
-        table = begin_step(self._now, self._group_values(), self.settings)
-        self._steps += 1
-        key = rounding.signed(rounding.step_key(self._seed, self._steps))
-        sound = torch.ones((), dtype=torch.bool, device=self._buffer.device)
+        table = begin_step(self._now, self._values(), self.settings)
+        self._kept.steps += 1
+        key = rounding.signed(rounding.step_key(self._kept.seed, self._kept.steps))
+        sound = torch.ones((), dtype=torch.bool, device=self._sums.device)
         self._current = StepInProgress(table, sound, key, set())
         return self._current
 
@@ -282,14 +233,22 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._refuse_while_lent("backward() with fused_back_pass")
         current = self._current or self._begin()
         if index in current.done:
-            self._parameters[index].grad = None  # so that step() can still end the step
+            self._kept.parameters[index].grad = None  # so that step() can still end the step
             raise RuntimeError(
                 f"parameter {index} got a second gradient before step(): with fused_back_pass=True every backward must "
                 "be followed by step(); accumulate gradients without it"
             )
         self._build_missing([index])
         self._advance([index], current)
-        self._parameters[index].grad = None
+        self._kept.parameters[index].grad = None
+
+    def _build_missing(self, wanted: list[int]) -> None:
+        built = self._kept.build_missing(wanted)
+        if built:
+            self._passes.changed()
+        if self._current is not None:
+            for stack in built:
+                stacks.begin_stack(stack)
 
     def _advance(self, present: list[int], current: StepInProgress) -> None:
         current.done.update(present)
@@ -298,7 +257,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def _end(self, current: StepInProgress) -> None:
         """The sums of all parameters become those of the groups, and d moves."""
-        used = [stack for stack in self._stacks if not current.done.isdisjoint(stack.indices)]
+        used = [stack for stack in self._kept.stacks if not current.done.isdisjoint(stack.indices)]
         for stack in used:
             self._sums.index_copy_(0, stack.places, stack.sums)
         sharding.reduce_sums(self._sums, used)
@@ -307,12 +266,14 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         else:
             # as upstream, where |s|_1 of each tensor is a bfloat16
             self._sums[:, 1].copy_(self._sums[:, 1].to(torch.bfloat16))
-        groups = [self._sums[start:stop, :2].sum(0) for start, stop in self._group_ranges()]
-        moved = self._moved(current.done)
-        end_step(self._now, torch.stack(groups), moved, self._group_values(), self.settings, current.sound)
-        self._passes.end(self._stacks)
+        sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
+        which = {self._kept.group_of[index] for index in current.done}
+        moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
+        end_step(self._now, sums, moved, self._values(), self.settings, current.sound)
+        self._passes.end(self._kept.stacks)
         self._current = None
-        self._free_frozen()
+        if self._kept.free_frozen():
+            self._passes.changed()
 
     def _finish_speed(self, used: list[Stack], current: StepInProgress) -> None:
         """SPEED's sums are ratios of each tensor's own averages."""
@@ -329,87 +290,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             entry = torch.stack((num, num.new_ones(len(stack.indices)), torch.zeros_like(num)), dim=1)
             self._sums.index_copy_(0, stack.places, torch.where(learns[:, None], entry, 0.0))
 
-    def _group_ranges(self) -> list[tuple[int, int]]:
-        ranges, start = [], 0
-        for group in self.param_groups:
-            ranges.append((start, start + len(group["params"])))
-            start = ranges[-1][1]
-        return ranges
-
-    def _moved(self, done: set[int]) -> Tensor:
-        """bool [groups]: which groups had any gradient."""
-        groups = {self._group_of[index] for index in done}
-        key = tuple(index in groups for index in range(len(self.param_groups)))
-        if key not in self._moved_seen:
-            self._moved_seen[key] = torch.tensor(key, device=self._buffer.device)
-        return self._moved_seen[key]
-
     # ------------------------------------------------------------------ state
-
-    def _build_missing(self, wanted: list[int]) -> None:
-        """State for the parameters that have none yet. The only place that asks the device: which of them start at
-        zero."""
-        missing = [index for index in wanted if index not in self._place]
-        if not missing:
-            return
-        local = {index: sharding.local_part(self._parameters[index]) for index in missing}
-        counts = torch.stack([part.count_nonzero() for part in local.values()])
-        counts = sharding.reduce_counts(counts, [sharding.split_of(self._parameters[index]) for index in missing])
-        kinds: dict[Kind, list[int]] = {}
-        for index, count in zip(missing, counts.tolist(), strict=True):
-            kinds.setdefault(self._kind(index, local[index], count == 0), []).append(index)
-        for kind, indices in kinds.items():
-            self._add_stack(
-                stacks.build_stack(kind, indices, self._keys(indices), [local[i] for i in indices], self.settings)
-            )
-
-    def _kind(self, index: int, local: Tensor, starts_at_zero: bool) -> Kind:
-        p = self._parameters[index]
-        factors = self.settings.factored and not self.settings.use_focus
-        split = sharding.split_of(p)
-        return Kind(
-            group=self._group_of[index],
-            shape=local.shape,
-            whole=local.shape if split is None else p.shape,
-            split=split,
-            offset=0 if split is None else split.first_row * p.shape[1:].numel(),
-            dtype=p.dtype,
-            axes=factored_axes(p.shape) if factors else None,
-            starts_at_zero=starts_at_zero,
-        )
-
-    def _keys(self, indices: list[int]) -> list[int]:
-        return [rounding.signed(rounding.parameter_key(self._seed, index)) for index in indices]
-
-    def _add_stack(self, stack: Stack) -> None:
-        if stack.kind.group in self._freed:
-            stack.free_prodigy_state()
-        if self._current is not None:
-            stacks.begin_stack(stack)
-        self._stacks.append(stack)
-        self._passes.changed()
-        for place, index in enumerate(stack.indices):
-            self._place[index] = (stack, place)
-            self.state[self._parameters[index]] = stack.state_of(place)
-
-    def _free_frozen(self) -> None:
-        """Once a group's d is frozen, p0 and s go. The device is asked rarely, and only while there is something to
-        free."""
-        steps = self.settings.prodigy_steps
-        if steps == 0 or len(self._freed) == len(self.param_groups):
-            return
-        if self._steps % 16 if steps == "auto" else self._steps < steps:
-            return
-        for group, frozen in enumerate(self._now.frozen.tolist()):
-            due = frozen or (steps != "auto" and self._now.k[group].item() >= steps)
-            if due and group not in self._freed:
-                self._freed.add(group)
-                for stack in self._stacks:
-                    if stack.kind.group == group:
-                        stack.free_prodigy_state()
-                        self._passes.changed()
-                        for place, index in enumerate(stack.indices):
-                            self.state[self._parameters[index]] = stack.state_of(place)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a run needs to continue bit for bit: tensors are views of the state in their own dtypes, not
@@ -418,7 +299,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         Besides torch's "state" and "param_groups" it has "version", "settings", "numbers", "steps", "seed" and "lent".
         While the averaged weights are lent, y is part of it. Under FSDP2 it is this rank's part.
         """
-        return saving.pack(self)
+        return saving.pack(self._kept, self.param_groups)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from a `state_dict()`, bit for bit. If it was taken while x was lent, the model must hold that x.
@@ -427,58 +308,33 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             ValueError: the state is of another version, other groups, other parameters, or settings that change its
             meaning.
         """
-        saving.unpack(self, state_dict)
-
-    def _restore(
-        self, built: list[Stack], *, numbers: Tensor, steps: int, seed: int, lent: dict[int, Tensor] | None
-    ) -> None:
-        """Takes over a state that has been checked."""
-        self.state.clear()
-        self._stacks.clear()
-        self._place, self._freed, self._current = {}, set(), None
+        saving.unpack(self._kept, self.param_groups, state_dict)
+        self._current = None
         self._passes.changed()
-        self._buffer, self._steps, self._seed = numbers, steps, seed
-        self._values = None
-        for stack in built:
-            stack.keys = torch.tensor(self._keys(stack.indices), dtype=torch.int32, device=stack.keys.device)
-            self._add_stack(stack)
-        self._lent = None
-        if lent is not None:
-            self._lent = {index: y.to(self._buffer.device, copy=True) for index, y in lent.items()}
 
     # ------------------------------------------------------------------ lending
 
     @property
     def lent(self) -> bool:
         """Whether the model holds x, the averaged weights."""
-        return self._lent is not None
+        return self._kept.lent is not None
 
     @torch.no_grad()
     def eval(self) -> None:
         """The model holds x from here on; a copy of y is kept for `train()`. Nothing if it does already."""
         if self._current is not None:
             raise RuntimeError("eval() between a fused backward and its step(): call step() first")
-        if self._lent is not None:
-            return
-        self._lent = {}
-        if not self.settings.use_schedulefree:
-            return
-        for index, (stack, place) in self._place.items():
-            y = sharding.local_part(self._parameters[index])
-            self._lent[index] = y.clone()
-            y.copy_(average(y, stack.z[place], self.settings.betas[0]))
+        if not self.lent:
+            self._kept.lend()
 
     @torch.no_grad()
     def train(self) -> None:
         """The model holds y again, with the bits it had. Nothing if it does already."""
-        if self._lent is None:
-            return
-        for index, y in self._lent.items():
-            sharding.local_part(self._parameters[index]).copy_(y)
-        self._lent = None
+        if self.lent:
+            self._kept.take_back()
 
     def _refuse_while_lent(self, what: str) -> None:
-        if self._lent is not None:
+        if self.lent:
             raise RuntimeError(
                 f"{what} while the model holds the averaged weights: leave the `averaged(optimizer)` block, or call "
                 "optimizer.train(), first"
@@ -488,13 +344,13 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def metrics(self) -> list[GroupMetrics]:
         """One entry a group. Waits for the device, once."""
-        return metrics_of(self.param_groups, self._buffer, self.settings)
+        return metrics_of(self.param_groups, self._kept.numbers, self.settings)
 
     # ------------------------------------------------------------------ fused backward
 
     def _hook_parameters(self) -> None:
         me = weakref.ref(self)
-        for index, p in enumerate(self._parameters):
+        for index, p in enumerate(self._kept.parameters):
             if index not in self._hooked and p.requires_grad:
                 self._hooked[index] = p.register_post_accumulate_grad_hook(_hook_for(me, index))  # type: ignore[no-untyped-call]
 

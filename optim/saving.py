@@ -3,66 +3,66 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from optim import sharding, stacks
-from optim.stacks import Kind
-
-if TYPE_CHECKING:
-    from optim.optimizer import ProdigyPlusScheduleFree
+from optim import sharding
+from optim.groups import group_ranges
+from optim.stacks import Kind, Stack
+from optim.state import State
 
 VERSION = 1
 MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_focus", "use_schedulefree", "use_speed")
 """Settings without which a state would mean something else: they must be the same when it is loaded."""
 
 
-def pack(optimizer: "ProdigyPlusScheduleFree") -> dict[str, Any]:
+Groups = list[dict[str, Any]]
+
+
+def pack(kept: State, groups: Groups) -> dict[str, Any]:
     """See `ProdigyPlusScheduleFree.state_dict`."""
     state: dict[int, dict[str, Tensor]] = {}
-    for index, (stack, place) in sorted(optimizer._place.items()):
+    for index, (stack, place) in sorted(kept.place.items()):
         state[index] = stack.state_of(place)
-        if optimizer._lent is not None and index in optimizer._lent:
-            state[index]["y"] = optimizer._lent[index]
-    groups = []
-    for group, (start, stop) in zip(optimizer.param_groups, optimizer._group_ranges(), strict=True):
-        groups.append(
+        if kept.lent is not None and index in kept.lent:
+            state[index]["y"] = kept.lent[index]
+    saved_groups = []
+    for group, (start, stop) in zip(groups, group_ranges(groups), strict=True):
+        saved_groups.append(
             {**{key: value for key, value in group.items() if key != "params"}, "params": list(range(start, stop))}
         )
-    chosen = asdict(optimizer.settings)
+    chosen = asdict(kept.settings)
     settings = {key: list(value) if isinstance(value := chosen[key], tuple) else value for key in MEANING}
     return {
         "state": state,
-        "param_groups": groups,
+        "param_groups": saved_groups,
         "version": VERSION,
         "settings": settings,
-        "numbers": optimizer._buffer.clone(),
-        "steps": optimizer._steps,
-        "seed": optimizer._seed,
-        "lent": optimizer.lent,
+        "numbers": kept.numbers.clone(),
+        "steps": kept.steps,
+        "seed": kept.seed,
+        "lent": kept.lent is not None,
     }
 
 
-def unpack(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) -> None:
+def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
     """See `ProdigyPlusScheduleFree.load_state_dict`."""
-    if problems := _problems(optimizer, saved):
+    if problems := _problems(kept, groups, saved):
         raise ValueError("this state does not belong to this optimizer: " + "; ".join(problems))
-    built = _build_stacks(optimizer, saved["state"])
-    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    built = _build_stacks(kept, saved["state"])
+    for group, old in zip(groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
-    optimizer._restore(
-        built,
-        numbers=saved["numbers"].to(optimizer._buffer, copy=True),
-        steps=saved["steps"],
-        seed=saved["seed"],
-        lent={i: s["y"] for i, s in saved["state"].items() if "y" in s} if saved["lent"] else None,
-    )
+    numbers = saved["numbers"].to(kept.numbers, copy=True)
+    lent = None
+    if saved["lent"]:
+        lent = {index: s["y"].to(numbers.device, copy=True) for index, s in saved["state"].items() if "y" in s}
+    kept.replace(built, numbers=numbers, steps=saved["steps"], seed=saved["seed"], lent=lent)
 
 
-def _problems(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) -> list[str]:
+def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str]:
     """Everything that does not fit, with what was found and what was expected."""
-    mine = pack(optimizer)
+    mine = pack(kept, groups)
     if missing := sorted(set(mine) - set(saved)):
         return [f"it lacks {', '.join(missing)} (is it another optimizer's?)"]
     if saved["version"] != VERSION:
@@ -82,10 +82,10 @@ def _problems(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) ->
     if saved["numbers"].shape != mine["numbers"].shape:
         problems.append(f"numbers of shape {tuple(saved['numbers'].shape)}, expected {tuple(mine['numbers'].shape)}")
     for index, tensors in saved["state"].items():
-        if not 0 <= index < len(optimizer._parameters):
-            problems.append(f"state of a parameter {index}, there are {len(optimizer._parameters)}")
+        if not 0 <= index < len(kept.parameters):
+            problems.append(f"state of a parameter {index}, there are {len(kept.parameters)}")
             continue
-        local = sharding.local_part(optimizer._parameters[index])
+        local = sharding.local_part(kept.parameters[index])
         for name in ("z", "y"):
             if (name == "z" or saved["lent"]) and name in tensors and tensors[name].shape != local.shape:
                 was, now = tuple(tensors[name].shape), tuple(local.shape)
@@ -93,20 +93,15 @@ def _problems(optimizer: "ProdigyPlusScheduleFree", saved: Mapping[str, Any]) ->
     return problems
 
 
-def _build_stacks(
-    optimizer: "ProdigyPlusScheduleFree", state: Mapping[int, Mapping[str, Tensor]]
-) -> list[stacks.Stack]:
+def _build_stacks(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> list[Stack]:
     """Stacks with the saved tensors in them; shapes and dtypes are those a fresh start would give."""
     kinds: dict[tuple[Kind, bool], list[int]] = {}
     for index, tensors in sorted(state.items()):
-        local = sharding.local_part(optimizer._parameters[index])
         estimating = "s" in tensors or "norms" in tensors
-        kind = optimizer._kind(index, local, "p0" not in tensors)
-        kinds.setdefault((kind, estimating), []).append(index)
+        kinds.setdefault((kept.kind(index, starts_at_zero="p0" not in tensors), estimating), []).append(index)
     built = []
     for (kind, estimating), indices in kinds.items():
-        weights = [sharding.local_part(optimizer._parameters[index]) for index in indices]
-        stack = stacks.build_stack(kind, indices, optimizer._keys(indices), weights, optimizer.settings)
+        stack = kept.build(kind, indices)
         if not estimating:
             stack.free_prodigy_state()
         for name, target in stack.tensors().items():

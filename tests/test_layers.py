@@ -20,7 +20,8 @@ LAYERS = {
     "training": 3,
     "cli": 4,
 }
-SOURCES = sorted([*(ROOT / "sdtrain").rglob("*.py"), *(ROOT / "optim").rglob("*.py")])
+OPTIM = sorted((ROOT / "optim").glob("*.py"))
+SOURCES = sorted([*(ROOT / "sdtrain").rglob("*.py"), *OPTIM])
 
 
 def room(module: str) -> str:
@@ -38,7 +39,7 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             assert node.level == 0, f"{path}: imports are written in full"
             yield node.module
-            yield from (f"{node.module}.{name.name}" for name in node.names if node.module == "sdtrain")
+            yield from (f"{node.module}.{name.name}" for name in node.names if node.module in ("sdtrain", "optim"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -53,8 +54,20 @@ def test_imports_go_down_only(path: Path) -> None:
 
 
 def test_optim_imports_torch_and_nothing_of_ours() -> None:
-    for path in (ROOT / "optim").rglob("*.py"):
+    for path in OPTIM:
         assert not [module for module in imports(path) if module.split(".")[0] == "sdtrain"], path
+
+
+def test_no_file_of_optim_imports_itself_by_way_of_others() -> None:
+    """Also not for its types only: a file that needs another's class to describe itself is a part of it."""
+    uses = {path.stem: {m.split(".")[1] for m in imports(path) if m.startswith("optim.")} for path in OPTIM}
+    for start in uses:
+        reached, waiting = set[str](), set(uses[start])
+        while waiting:
+            name = waiting.pop()
+            reached.add(name)
+            waiting |= uses.get(name, set()) - reached
+        assert start not in reached, f"optim/{start}.py imports itself by way of {sorted(reached)}"
 
 
 def test_there_are_no_rooms_without_a_layer() -> None:
