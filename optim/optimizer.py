@@ -301,8 +301,16 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         """
         return saving.pack(self._kept, self.param_groups)
 
+    def whole_state_dict(self, *, keep: bool = True) -> dict[str, Any] | None:
+        """The `state_dict()` of the whole parameters, in copies on the CPU: any number of ranks can load it, also one.
+
+        Under FSDP2 all ranks must call it. keep: whether this rank is to have it; the others only send and get None.
+        """
+        return saving.pack_whole(self._kept, self.param_groups, keep=keep)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict()`, bit for bit. If it was taken while x was lent, the model must hold that x.
+        """Continues from a `state_dict()` or a `whole_state_dict()`, bit for bit. If it was taken while x was lent, the
+        model must hold that x.
 
         Raises:
             ValueError: the state is of another version, other groups, other parameters, or settings that change its

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim import sharding
+from optim import gathering
 from optim.groups import group_ranges
 from optim.stacks import Kind, Stack
 from optim.state import State
@@ -46,17 +46,42 @@ def pack(kept: State, groups: Groups) -> dict[str, Any]:
     }
 
 
+def pack_whole(kept: State, groups: Groups, *, keep: bool) -> dict[str, Any] | None:
+    """See `ProdigyPlusScheduleFree.whole_state_dict`."""
+    mine = pack(kept, groups)
+    whole: dict[int, dict[str, Tensor]] = {}
+    for index, tensors in mine["state"].items():
+        kind = kept.place[index][0].kind
+        for name, part in tensors.items():
+            tensor = gathering.gathered(name, part, kind)
+            if keep:
+                whole.setdefault(index, {})[name] = tensor.cpu()
+    return {**mine, "state": whole} if keep else None
+
+
+def _parts_here(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    """This rank's parts of a state of whole parameters; what is a part already stays as it is."""
+    parts = {}
+    for index, tensors in state.items():
+        parts[index] = dict(tensors)
+        kind = kept.kind(index, starts_at_zero="p0" not in tensors)
+        if "z" in tensors and tensors["z"].shape == kind.whole:
+            parts[index] = {name: gathering.part_here(name, value, kind) for name, value in tensors.items()}
+    return parts
+
+
 def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
     """See `ProdigyPlusScheduleFree.load_state_dict`."""
     if problems := _problems(kept, groups, saved):
         raise ValueError("this state does not belong to this optimizer: " + "; ".join(problems))
-    built = _build_stacks(kept, saved["state"])
+    state = _parts_here(kept, saved["state"])
+    built = _build_stacks(kept, state)
     for group, old in zip(groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
     numbers = saved["numbers"].to(kept.numbers, copy=True)
     lent = None
     if saved["lent"]:
-        lent = {index: s["y"].to(numbers.device, copy=True) for index, s in saved["state"].items() if "y" in s}
+        lent = {index: s["y"].to(numbers.device, copy=True) for index, s in state.items() if "y" in s}
     kept.replace(built, numbers=numbers, steps=saved["steps"], seed=saved["seed"], lent=lent)
 
 
@@ -85,11 +110,13 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
         if not 0 <= index < len(kept.parameters):
             problems.append(f"state of a parameter {index}, there are {len(kept.parameters)}")
             continue
-        local = sharding.local_part(kept.parameters[index])
+        kind = kept.kind(index, starts_at_zero="p0" not in tensors)
         for name in ("z", "y"):
-            if (name == "z" or saved["lent"]) and name in tensors and tensors[name].shape != local.shape:
-                was, now = tuple(tensors[name].shape), tuple(local.shape)
-                problems.append(f"parameter {index} had shape {was}, has {now}")
+            if (name == "z" or saved["lent"]) and name in tensors:
+                shape = tensors[name].shape
+                if shape not in (kind.shape, kind.whole):
+                    part = "" if kind.split is None else f", of which {tuple(kind.shape)} is here"
+                    problems.append(f"parameter {index} had shape {tuple(shape)}, has {tuple(kind.whole)}{part}")
     return problems
 
 

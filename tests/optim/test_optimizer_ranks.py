@@ -15,9 +15,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from optim import ProdigyPlusScheduleFree, averaged
+from optim import ProdigyPlusScheduleFree, averaged, flatten_state, gathering
+from optim.sharding import Split
+from optim.stacks import Kind
 
 STEPS = 20
+STEPS_AFTER = 4
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "ddp": ("ddp", {}),
     "fsdp": ("fsdp", {}),
@@ -60,10 +63,10 @@ def build(net: nn.Module, **settings: Any) -> ProdigyPlusScheduleFree:
     return ProdigyPlusScheduleFree(groups, **{"d0": 1e-3, **settings})
 
 
-def train(net: nn.Module, optimizer: ProdigyPlusScheduleFree) -> None:
+def train(net: nn.Module, optimizer: ProdigyPlusScheduleFree, steps: int = STEPS) -> None:
     """Every rank sees the whole batch: then gradients are those of one rank to the bit, and only the optimizer is
     tested."""
-    for step in range(STEPS):
+    for step in range(steps):
         x, target = batch(step)
         (net(x) - target).square().mean().backward()
         optimizer.step()
@@ -109,7 +112,43 @@ def run_case(rank: int, kind: str, settings: dict[str, Any]) -> dict[str, Any]:
         optimizer.step()
     metrics = [(m.d, m.applied_d, m.k, m.skipped) for m in optimizer.metrics()]
     same = all(torch.equal(whole(p), before) for p, before in zip(net.parameters(), y, strict=True))
-    return {"y": y, "x": x, "metrics": metrics, "exact": exact, "untouched": same}
+    found = {"y": y, "x": x, "metrics": metrics, "exact": exact, "untouched": same}
+    return found if kind == "ddp" else {**found, **run_on(net, optimizer, settings)}
+
+
+def run_on(net: nn.Module, optimizer: ProdigyPlusScheduleFree, settings: dict[str, Any]) -> dict[str, Any]:
+    """The run goes on for a few steps by itself, and from the whole state: are they the same to the bit?"""
+    state = optimizer.whole_state_dict()
+    with averaged(optimizer):
+        lent = optimizer.whole_state_dict()
+    nobody = optimizer.whole_state_dict(keep=False)
+    assert state is not None and lent is not None and nobody is None
+    weights = [p.detach().clone() for p in net.parameters()]
+    optimizer.zero_grad()
+    train(net, optimizer, STEPS_AFTER)
+    ends = [locally(net, optimizer)]
+    for given in (state, lent):
+        with torch.no_grad():
+            for p, w in zip(net.parameters(), weights, strict=True):
+                p.copy_(w)
+        resumed = build(net, **settings)
+        resumed.load_state_dict(given)
+        resumed.train()
+        train(net, resumed, STEPS_AFTER)
+        ends.append(locally(net, resumed))
+    exact = [all(torch.equal(end[name], ends[0][name]) for name in ends[0]) for end in ends[1:]]
+    found = {"state": state, "resumed exactly": exact, "end": [whole(p).clone() for p in net.parameters()]}
+    for tensors in optimizer.state.values():
+        tensors["z"].fill_(-0.0)
+    state = optimizer.whole_state_dict()
+    assert state is not None
+    return found | {"signs": all(bool(tensors["z"].signbit().all()) for tensors in state["state"].values())}
+
+
+def locally(net: nn.Module, optimizer: ProdigyPlusScheduleFree) -> dict[str, Tensor]:
+    """Everything that is on this rank after a run."""
+    tensors, _ = flatten_state(optimizer.state_dict())
+    return tensors | {name: p.to_local().detach().clone() for name, p in net.named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +163,19 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def alone(settings: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[float]]:
-    torch.manual_seed(0)
-    net = Net()
-    optimizer = build(net, **settings)
-    train(net, optimizer)
+    net, optimizer = trained_alone(settings)
     y = [p.detach().clone() for p in net.parameters()]
     with averaged(optimizer):
         x = [p.detach().clone() for p in net.parameters()]
     return y, x, [m.d for m in optimizer.metrics()]
+
+
+def trained_alone(settings: dict[str, Any]) -> tuple[Net, ProdigyPlusScheduleFree]:
+    torch.manual_seed(0)
+    net = Net()
+    optimizer = build(net, **settings)
+    train(net, optimizer)
+    return net, optimizer
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -148,3 +192,62 @@ def test_two_ranks_train_as_one_does_and_agree_on_d_to_the_bit(name: str, two_ra
     if kind == "fsdp":
         assert first["untouched"] and second["untouched"], "a gradient that is not finite on one rank stops all ranks"
         assert [m[3] for m in first["metrics"]] == [1, 1]
+
+
+SHARDED = [name for name, (kind, _) in CASES.items() if kind == "fsdp"]
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_two_ranks_go_on_from_the_whole_state_bit_for_bit(name: str, two_ranks: Path) -> None:
+    for rank in range(2):
+        found = torch.load(two_ranks / f"{name}.{rank}.pt")
+        assert found["resumed exactly"] == [True, True], "at y, and with x lent"
+        assert found["signs"], "the sign of a zero is a bit, too"
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_the_whole_state_of_two_ranks_is_that_of_one_and_one_goes_on_from_it(name: str, two_ranks: Path) -> None:
+    _, settings = CASES[name]
+    saved = torch.load(two_ranks / f"{name}.0.pt")
+    _, optimizer = trained_alone(settings)
+    state = optimizer.state_dict()["state"]
+    assert state.keys() == saved["state"]["state"].keys()
+    for index, tensors in state.items():
+        found = saved["state"]["state"][index]
+        assert tensors.keys() == found.keys()
+        for field, tensor in tensors.items():
+            assert tensor.dtype == found[field].dtype
+            rtol = 2**-7 if tensor.dtype == torch.bfloat16 else 1e-4 if field in ("row", "col", "v", "norms") else 1e-5
+            atol = 2e-6 if field == "z" else 1e-5 * float(tensor.abs().max())
+            torch.testing.assert_close(found[field], tensor, rtol=rtol, atol=atol)
+
+    net = Net()
+    with torch.no_grad():
+        for p, y in zip(net.parameters(), saved["y"], strict=True):
+            p.copy_(y)
+    resumed = build(net, **settings)
+    resumed.load_state_dict(saved["state"])
+    train(net, resumed, STEPS_AFTER)
+    for p, end in zip(net.parameters(), saved["end"], strict=True):
+        torch.testing.assert_close(p.detach(), end, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("shape", [(7, 40), (64, 33), (40, 4, 3, 3), (2, 40, 40), (5,)])
+def test_the_parts_of_any_number_of_ranks_are_the_whole(shape: tuple[int, ...], num_ranks: int) -> None:
+    whole_shape = torch.Size(shape)
+    values = torch.arange(whole_shape.numel()).view(shape)
+    rows = -(-shape[0] // num_ranks)
+    found: dict[str, list[Tensor]] = {"z": [], "s": []}
+    for rank in range(num_ranks):
+        first = min(rows * rank, shape[0])
+        here = values[first : first + rows]
+        offset = first * whole_shape[1:].numel()
+        split = Split(None, first)  # type: ignore[arg-type]
+        kind = Kind(0, here.shape, whole_shape, split, offset, torch.float32, None, starts_at_zero=False)
+        found["z"].append(gathering.part_here("z", values, kind))
+        found["s"].append(gathering.part_here("s", values.view(-1)[::11], kind))
+        assert torch.equal(found["z"][-1], here)
+        assert torch.equal(found["s"][-1], kind.sliced(here.reshape(1, -1))[0])
+    assert torch.equal(torch.cat(found["z"]), values)
+    assert torch.equal(torch.cat(found["s"]), values.view(-1)[::11])
