@@ -8,15 +8,15 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from optim import rounding, saving, sharding, stacks
+from optim import rounding, saving, stacks
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
 from optim.passes import Passes
-from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step, end_step, neutral_table, speed_sums
+from optim.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
-from optim.stacks import Stack
 from optim.state import State
+from optim.sums import sum_up
 
 
 @dataclass(eq=False)
@@ -137,6 +137,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._groups = GroupsOnDevice()
         self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, compile)
         self._hooked: dict[int, Any] = {}
+        self._lists: list[list[Tensor]] = []
         self._current: StepInProgress | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "d0": d0, "d_coef": d_coef})
         self.state = self._kept.views
@@ -165,6 +166,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             raise ValueError("; ".join(problems))
         super().add_param_group(group)
         self._kept.add_group(group["params"], group["d0"])
+        self._lists.append(group["params"])
         device = self._kept.numbers.device
         self._neutral = neutral_table(device)
         self._sums = torch.zeros(
@@ -172,6 +174,20 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         )
         if self.settings.fused_back_pass:
             self._hook_parameters()
+
+    def _follow_groups(self) -> None:
+        """Before the first step a wrapper may put other parameters into the groups, as accelerate does under FSDP2."""
+        if all(group["params"] is known for group, known in zip(self.param_groups, self._lists, strict=True)):
+            return
+        if self._kept.steps:
+            raise RuntimeError("the parameters of a group were replaced after the first step: their state is lost")
+        groups = list(self.param_groups)
+        self.param_groups.clear()
+        self._kept = State(self.settings, self._kept.seed)
+        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, self._passes.compile_step)
+        self._hooked, self._lists, self.state = {}, [], self._kept.views
+        for group in groups:
+            self.add_param_group(group)
 
     @property
     def _now(self) -> Numbers:
@@ -194,7 +210,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         are, and is counted in the metrics; within a fused backward the parameter that has it is left out.
 
         Raises:
-            RuntimeError: the averaged weights are lent.
+            RuntimeError: the averaged weights are lent, or a group's parameters were replaced after the first step.
             ValueError: a gradient is sparse, or of another shape or device than its parameter.
         """
         loss = None
@@ -202,6 +218,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._refuse_while_lent("step()")
+        self._follow_groups()
         present = [index for index, p in enumerate(self._kept.parameters) if p.grad is not None]
         if self.settings.fused_back_pass:
             for index in present:  # parameters without a hook: they needed no gradient when the step began
@@ -258,14 +275,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     def _end(self, current: StepInProgress) -> None:
         """The sums of all parameters become those of the groups, and d moves."""
         used = [stack for stack in self._kept.stacks if not current.done.isdisjoint(stack.indices)]
-        for stack in used:
-            self._sums.index_copy_(0, stack.places, stack.sums)
-        sharding.reduce_sums(self._sums, used)
-        if self.settings.use_speed:
-            self._finish_speed(used, current)
-        else:
-            # as upstream, where |s|_1 of each tensor is a bfloat16
-            self._sums[:, 1].copy_(self._sums[:, 1].to(torch.bfloat16))
+        sum_up(self._sums, used, self._now, self.settings, current.table, current.sound, current.done)
         sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
         which = {self._kept.group_of[index] for index in current.done}
         moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
@@ -274,21 +284,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._current = None
         if self._kept.free_frozen():
             self._passes.changed()
-
-    def _finish_speed(self, used: list[Stack], current: StepInProgress) -> None:
-        """SPEED's sums are ratios of each tensor's own averages."""
-        now = self._now
-        lam_row = Coefficients._fields.index("lam")
-        for stack in used:
-            if stack.norms is None:
-                continue
-            group = stack.kind.group
-            moved = torch.tensor([index in current.done for index in stack.indices], device=stack.places.device)
-            lam = current.table[lam_row, group].to(stack.sums.dtype)
-            learns = moved & current.sound & (lam > 0)
-            num = speed_sums(stack.norms, self._sums[stack.places], now.k[group], lam, learns)
-            entry = torch.stack((num, num.new_ones(len(stack.indices)), torch.zeros_like(num)), dim=1)
-            self._sums.index_copy_(0, stack.places, torch.where(learns[:, None], entry, 0.0))
 
     # ------------------------------------------------------------------ state
 
@@ -316,6 +311,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             ValueError: the state is of another version, other groups, other parameters, or settings that change its
             meaning.
         """
+        self._follow_groups()
         saving.unpack(self._kept, self.param_groups, state_dict)
         self._current = None
         self._passes.changed()

@@ -341,6 +341,41 @@ def test_accelerate_wraps_it() -> None:
     wrapped.load_state_dict(wrapped.state_dict())
 
 
+@pytest.mark.parametrize("settings", [{}, {"fused_back_pass": True}])
+def test_parameters_put_into_the_groups_before_the_first_step_are_those_that_train(settings: dict[str, Any]) -> None:
+    """What accelerate does under FSDP2: an optimizer that went on with the old ones would train nothing, in silence."""
+    results = []
+    for replace in (False, True):
+        params = params_of()
+        optimizer = build([nn.Parameter(p.detach().clone()) for p in params] if replace else params, **settings)
+        optimizer.param_groups[1]["lr"] = 0.5
+        if replace:
+            optimizer.load_state_dict(optimizer.state_dict())
+            for group, mine in zip(optimizer.param_groups, (params[:3], params[3:]), strict=True):
+                group["params"] = mine
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            sum(
+                ((p - torch.randn(p.shape, generator=generator)).square().sum() for p in params), torch.zeros(())
+            ).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append((params, optimizer.metrics()))
+    assert same(results[0][0], results[1][0])
+    assert not same(results[0][0], params_of())
+    assert results[0][1] == results[1][1]
+
+
+def test_parameters_replaced_after_the_first_step_are_refused() -> None:
+    params = params_of()
+    optimizer = build(params)
+    give_gradients(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["params"] = params_of()[:3]
+    with pytest.raises(RuntimeError, match="replaced after the first step"):
+        optimizer.step()
+
+
 def test_a_compiled_model_trains_as_the_same_model_does() -> None:
     results = []
     for backend in (None, "eager"):
