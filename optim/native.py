@@ -134,6 +134,13 @@ def supports_stack(stack: Stack, settings: Settings) -> bool:
     return factored and not (settings.scales_by_rms and stack.kind.split is not None)
 
 
+def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
+    """Those of which the library makes the step; none, with a warning, where it cannot be had."""
+    if not supports(settings) or not available(say=True):
+        return []
+    return [stack for stack in stacks if supports_stack(stack, settings)]
+
+
 class Table:
     """The addresses of parameters of one dtype and their state, a row each."""
 

@@ -1,15 +1,16 @@
 """The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
 
-What the compiled library knows goes to `native.py`, everything else through `stacks.py` piece by piece.
+What a compiled step knows goes to `native.py` (CPU) or `gpu.py` (CUDA), everything else through `stacks.py` piece by
+piece.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from optim import native, sharding, stacks
+from optim import gpu, native, sharding, stacks
 from optim.parameters import FLOATING
 from optim.prodigy import Coefficients
 from optim.second_moment import rms_divisor
@@ -22,6 +23,10 @@ DEVICE_ELEMENTS = 1 << 26
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
 
+COMPILED = {"cpu": native, "cuda": gpu}
+"""By kind of device: who makes the compiled step. Both have `usable` and `Table`."""
+
+Call = native.Call | gpu.Call
 Work = tuple[Stack, slice, list[int]]
 
 
@@ -35,7 +40,7 @@ class Passes:
         self.stacks = all_stacks
         self.settings = settings
         self.compile_step = compile_step
-        self.tables: list[native.Table] | None = None
+        self.tables: list[native.Table | gpu.Table] | None = None
         self.places: dict[int, tuple[Stack, int]] = {}
 
     def changed(self) -> None:
@@ -56,7 +61,7 @@ class Passes:
         if self.tables is None:
             self._prepare()
         grads = {index: self._gradient(index) for index in present}
-        calls, rest = self._measure_native(present, grads)
+        calls, rest = self._measure_compiled(present, grads)
         work = list(self._pieces(rest))
         for stack, piece, indices in work:
             stacks.measure(stack, piece, [grads[index] for index in indices])
@@ -76,24 +81,28 @@ class Passes:
         return sound
 
     def _prepare(self) -> None:
-        """Where each parameter's state is, and the tables of the compiled library where it is used."""
+        """Where each parameter's state is, and the tables of the compiled step where it is used."""
         self.tables = []
         self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
-        if not self._compiles():
-            return
-        for dtype in FLOATING:
-            fit = [s for s in self.stacks if s.kind.dtype == dtype and native.supports_stack(s, self.settings)]
-            for stack in fit:
-                stacks.begin_stack(stack)
-            if fit:
-                self.tables.append(native.Table(fit, self.settings))
+        compiled = COMPILED.get(self.parameters[0].device.type)
+        if compiled is not None and self._compiles():
+            self.use_tables(compiled.usable(self.stacks, self.settings), compiled.Table)
 
     def _compiles(self) -> bool:
-        device = self.parameters[0].device
-        if self.compile_step is False or device.type != "cpu" or not native.supports(self.settings):
-            return False
-        pays = sum(stack.z.numel() for stack in self.stacks) >= WORTH_COMPILING
-        return (self.compile_step is True or pays) and native.available(say=True)
+        if self.compile_step is None:
+            return sum(stack.z.numel() for stack in self.stacks) >= WORTH_COMPILING
+        return self.compile_step
+
+    def use_tables(self, fit: list[Stack], make: Callable[[list[Stack], Settings], native.Table | gpu.Table]) -> None:
+        """Leaves these stacks to a compiled step."""
+        self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
+        self.tables = []
+        for dtype in FLOATING:
+            mine = [stack for stack in fit if stack.kind.dtype == dtype]
+            for stack in mine:
+                stacks.begin_stack(stack)
+            if mine:
+                self.tables.append(make(mine, self.settings))
 
     def _gradient(self, index: int) -> Tensor:
         """The gradient as it is here; what cannot be used is refused."""
@@ -105,9 +114,10 @@ class Passes:
             raise ValueError(f"a gradient is {grad.dtype}: must be torch.float32 or torch.bfloat16")
         return sharding.local_part(grad)
 
-    def _measure_native(self, present: list[int], grads: dict[int, Tensor]) -> tuple[list[native.Call], list[int]]:
-        """The first pass of the compiled library, and the parameters that are left to the plain path."""
-        calls, rest = [], present
+    def _measure_compiled(self, present: list[int], grads: dict[int, Tensor]) -> tuple[list[Call], list[int]]:
+        """The first pass of the compiled step, and the parameters that are left to the plain path."""
+        calls: list[Call] = []
+        rest = present
         for table in self.tables or []:
             mine, params, theirs = [], [], []
             for index in rest:
