@@ -226,8 +226,13 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             current = self._current or self._begin()
         else:
             current = self._begin()
-            self._build_missing(present)
-            self._advance(present, current)
+            try:
+                self._build_missing(present)
+                self._advance(present, current)
+            except ValueError:  # nothing has moved yet: the next step is this one again
+                self._current = None
+                self._kept.steps -= 1
+                raise
         self._end(current)
         return loss
 

@@ -420,6 +420,25 @@ def test_sparse_gradients_are_refused() -> None:
         optimizer.step()
 
 
+def test_a_refused_gradient_leaves_no_trace() -> None:
+    results = []
+    for refused in (False, True):
+        params = params_of(torch.bfloat16)
+        optimizer = build(params)
+        for step in range(3):
+            if refused and step:
+                give_gradients(params, 7)
+                params[0].grad = params[0].grad.to_sparse()  # type: ignore[union-attr]
+                with pytest.raises(ValueError, match="sparse"):
+                    optimizer.step()
+                with averaged(optimizer):
+                    pass
+            give_gradients(params, step)
+            optimizer.step()
+        results.append([p.detach() for p in params] + [t for p in params for t in optimizer.state[p].values()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr = -1.0"),
     ({"lr": float("nan")}, "lr = nan"),
