@@ -4,7 +4,8 @@
     python scripts/bench_optimizer.py --sets lora-all unet --dtypes bf16 --rounds 15
 
 Peers take turns, round after round, so that a busy machine slows all of them alike; medians and the ratio to fused
-AdamW are printed. On CUDA times come from events, and achieved bytes/s are set against a copy measured in the same run.
+AdamW are printed. On CUDA times come from events, kernels are counted by the profiler, and achieved bytes/s are set
+against a copy measured in the same run.
 """
 
 import argparse
@@ -138,6 +139,7 @@ class Candidate:
     times_ms: list[float]
     ops: int = 0
     syncs: int = 0
+    kernels: int = 0  # on CUDA
 
 
 def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, zero_columns: int) -> Candidate:
@@ -160,7 +162,18 @@ def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, ze
         with Counting() as counting:
             optimizer.step()
     candidate.ops, candidate.syncs = counting.ops, counting.syncs
+    if device == "cuda":
+        candidate.kernels = kernels_of_a_step(optimizer)
     return candidate
+
+
+def kernels_of_a_step(optimizer: torch.optim.Optimizer) -> int:
+    """What the device runs in a step, copies included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.step()
+        torch.cuda.synchronize()
+    on_device = torch.autograd.DeviceType.CUDA
+    return sum(event.count for event in profile.key_averages() if event.device_type == on_device)
 
 
 def wait(device: str) -> None:
@@ -226,14 +239,17 @@ def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Na
                 with contextlib.redirect_stdout(io.StringIO()):
                     candidate.times_ms.append(timed_step(candidate, device))
     base = statistics.median(candidates[0].times_ms)
-    print(f"{'':22}{'ms':>9}{'ratio':>8}{'min':>9}{'ops':>8}{'syncs':>7}{'B/param':>9}{'first s':>9}{'GB/s':>8}")
+    columns = {"ms": 9, "ratio": 8, "min": 9, "ops": 8, "syncs": 7, "kernels": 9, "B/param": 9, "first s": 9, "GB/s": 8}
+    print(" " * 22 + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for c in candidates:
         median = statistics.median(c.times_ms)
-        ours = isinstance(c.optimizer, ProdigyPlusScheduleFree)
-        rate = f"{minimal_bytes(c.optimizer, c.params) / median / 1e6:8.1f}" if ours else f"{'':8}"
+        rate = ""
+        if isinstance(c.optimizer, ProdigyPlusScheduleFree):
+            rate = f"{minimal_bytes(c.optimizer, c.params) / median / 1e6:.1f}"
+        kernels = str(c.kernels) if device == "cuda" else ""
         print(
-            f"{c.peer.name:22}{median:9.1f}{median / base:8.2f}{min(c.times_ms):9.1f}{c.ops:8}{c.syncs:7}"
-            f"{state_bytes(c.optimizer) / num:9.2f}{c.first_s:9.2f}{rate}"
+            f"{c.peer.name:22}{median:9.1f}{median / base:8.2f}{min(c.times_ms):9.1f}{c.ops:8}{c.syncs:7}{kernels:>9}"
+            f"{state_bytes(c.optimizer) / num:9.2f}{c.first_s:9.2f}{rate:>8}"
         )
 
 
