@@ -243,7 +243,7 @@ def blend_rows(jobs, lists, first, table, sound, KP: tl.constexpr):
 
 @triton.jit
 def _atan2_update(t, root):
-    """(4/pi) atan2(t, root) for root >= 0; the polynomial of native.cpp, within 2.1e-7 of the true value (of up to
+    """(4/pi) atan2(t, root) for root >= 0; the polynomial of native_tiles.h, within 2.1e-7 of the true value (of up to
     2)."""
     a = tl.abs(t)
     r = tl.div_rn(tl.minimum(a, root), tl.maximum(tl.maximum(a, root), TINY))

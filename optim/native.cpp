@@ -1,17 +1,14 @@
 // The step of `stacks.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `native.py` on first use.
 //
-// Work is cut into blocks of about 32,768 elements that stay in one core's cache, and these into tiles of 512 that stay in its
-// registers' reach: each stage is a plain loop over float arrays, which compilers turn into vector instructions. How a tensor is cut depends on its shape
-// alone and sums are added up block by block, so results depend neither on the number of threads nor on what else is in a call.
+// Work is cut into blocks of about 32,768 elements that stay in one core's cache, and these into tiles of 512, for which
+// `native_tiles.h` has the arithmetic. How a tensor is cut depends on its shape alone and sums are added up block by block,
+// so results depend neither on the number of threads nor on what else is in a call.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
+#include "native_tiles.h"
 
 namespace {
 
 constexpr int SLICE_P = 11;
-constexpr float TINY = 1.1754943508222875e-38f;
 
 // One parameter; the layout is that of `native.py`'s table of int64.
 struct Job {
@@ -42,99 +39,6 @@ struct Coefficients {
 };
 
 struct Unit { int64_t job, block; };
-
-constexpr int64_t TILE = 512;
-
-inline float widen(uint16_t value) {
-    uint32_t bits = uint32_t(value) << 16;
-    float wide;
-    std::memcpy(&wide, &bits, 4);
-    return wide;
-}
-inline uint32_t bits_of(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return bits;
-}
-inline uint16_t nearest(float value) {
-    uint32_t bits = bits_of(value);
-    return uint16_t((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
-inline float load(const float *p, int64_t i) { return p[i]; }
-inline float load(const uint16_t *p, int64_t i) { return widen(p[i]); }
-
-// n elements as floats: where they are, or widened into the buffer.
-inline const float *as_float(const float *p, float *, int64_t) { return p; }
-inline const float *as_float(const uint16_t *__restrict p, float *__restrict buffer, int64_t n) {
-#pragma omp simd
-    for (int32_t j = 0; j < int32_t(n); ++j) buffer[j] = widen(p[j]);
-    return buffer;
-}
-inline float *as_float(float *p, float *, int64_t) { return p; }
-inline float *as_float(uint16_t *p, float *buffer, int64_t n) {
-    as_float(static_cast<const uint16_t *>(p), buffer, n);
-    return buffer;
-}
-
-// Floats back to bfloat16, stochastically or to the nearest; the low half of the random bits is y's, the high half z's.
-inline void put_back(float *, float *, const float *, const float *, int64_t, bool, uint32_t, uint32_t) {}
-inline void put_back(uint16_t *__restrict y, uint16_t *__restrict z, const float *__restrict from_y,
-                     const float *__restrict from_z, int64_t n, bool stochastic, uint32_t key, uint32_t element) {
-    if (!stochastic) {
-#pragma omp simd
-        for (int32_t j = 0; j < int32_t(n); ++j) {
-            y[j] = nearest(from_y[j]);
-            z[j] = nearest(from_z[j]);
-        }
-        return;
-    }
-#pragma omp simd
-    for (int32_t j = 0; j < int32_t(n); ++j) {
-        uint32_t x = (element + uint32_t(j)) * 0x9E3779B9u + key;
-        x ^= x >> 16;
-        x *= 0x7FEB352Du;
-        x ^= x >> 15;
-        x *= 0x846CA68Bu;
-        x ^= x >> 16;
-        y[j] = uint16_t((bits_of(from_y[j]) + (x & 0xFFFFu)) >> 16);
-        z[j] = uint16_t((bits_of(from_z[j]) + (x >> 16)) >> 16);
-    }
-}
-
-// (4/pi) atan2(t, root) for root >= 0; a minimax polynomial of atan on [0, 1], within 2.1e-7 of the true value (of up to 2).
-inline float atan2_update(float t, float root) {
-    float a = std::fabs(t);
-    float low = a < root ? a : root, high = a < root ? root : a;
-    float r = low / (high > TINY ? high : TINY), q = r * r;
-    float p = -0.005162435118108988f;
-    p = p * q + 0.02783678099513054f;
-    p = p * q - 0.07118978351354599f;
-    p = p * q + 0.12276826798915863f;
-    p = p * q - 0.17709016799926758f;
-    p = p * q + 0.2539675533771515f;
-    p = p * q - 0.4243689775466919f;
-    p = p * q + 1.2732386589050293f;
-    p *= r;
-    p = a > root ? 2.0f - p : p;
-    return std::copysign(p, t);
-}
-
-inline float sum_of(const float *__restrict values, int64_t n) {
-    float sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int32_t j = 0; j < int32_t(n); ++j) sum += values[j];
-    return sum;
-}
-
-inline void square(const float *__restrict values, float *__restrict squares, int64_t n) {
-#pragma omp simd
-    for (int32_t j = 0; j < int32_t(n); ++j) squares[j] = values[j] * values[j];
-}
-
-inline void add(const float *__restrict values, float *__restrict sums, int64_t n) {
-#pragma omp simd
-    for (int32_t j = 0; j < int32_t(n); ++j) sums[j] += values[j];
-}
 
 // Sums of g^2 of whole rows that share a tile (rows of at most TILE elements), or of one row in several tiles.
 template <typename T> void measure_block(const Job &job, int64_t block) {
@@ -288,17 +192,6 @@ inline void roots(const Job &job, int64_t i, int64_t n, const float *__restrict 
             }
         }
         done += here;
-    }
-}
-
-// u of n elements, in the place of the roots.
-inline void updates(const float *__restrict g, float *__restrict u, int64_t n, float d, float d_eps, bool atan) {
-    if (atan) {
-#pragma omp simd
-        for (int32_t j = 0; j < int32_t(n); ++j) u[j] = atan2_update(g[j] * d, u[j]);
-    } else {
-#pragma omp simd
-        for (int32_t j = 0; j < int32_t(n); ++j) u[j] = g[j] * d / (u[j] + d_eps);
     }
 }
 

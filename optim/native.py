@@ -24,6 +24,7 @@ from optim.settings import Settings
 from optim.stacks import Stack
 
 SOURCE = Path(__file__).with_name("native.cpp")
+TILES = Path(__file__).with_name("native_tiles.h")
 WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-O3", "-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
@@ -84,7 +85,7 @@ def library() -> ctypes.CDLL:
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler (g++, clang++, or $CXX) was found")
-    identity = "\n".join((SOURCE.read_text(), *FLAGS, _run((compiler, "--version")), _machine()))
+    identity = "\n".join((SOURCE.read_text(), TILES.read_text(), *FLAGS, _run((compiler, "--version")), _machine()))
     path = _cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if not path.exists():
         # built under another name and moved: another process never sees half of it
