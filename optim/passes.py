@@ -15,10 +15,11 @@ from optim.parameters import FLOATING
 from optim.prodigy import Coefficients
 from optim.second_moment import rms_divisor
 from optim.settings import Settings
-from optim.stacks import Stack
+from optim.stacks import Scratch, Stack, Step
 
-CACHED_ELEMENTS = 1 << 17
-"""Elements of a piece on the CPU: a handful of float32 tensors of this size fit the cache of two cores."""
+CACHED_ELEMENTS = 1 << 19
+"""Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
+an operation has enough to do for two threads to be worth waking."""
 DEVICE_ELEMENTS = 1 << 26
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
@@ -63,8 +64,9 @@ class Passes:
         grads = {index: self._gradient(index) for index in present}
         calls, rest = self._measure_compiled(present, grads)
         work = list(self._pieces(rest))
+        scratch = Scratch(table.device)
         for stack, piece, indices in work:
-            stacks.measure(stack, piece, [grads[index] for index in indices])
+            stacks.measure(stack, piece, [grads[index] for index in indices], scratch)
         active = self._active(present)
         sharding.reduce_measures(active)
         sound = self._all_finite(present, active)
@@ -73,11 +75,14 @@ class Passes:
             call.advance(table, sound, step_key)
         if not work:
             return sound
+        by_group = [Coefficients.of(table, group) for group in range(table.shape[1])]
+        now = Step(self.settings, by_group, _decays(table), sound, step_key, scratch)
         if sound.device.type != "cpu":
-            self._advance_plain(work, grads, table, sound, step_key)
+            self._advance_plain(work, grads, now)
         elif ctypes.c_bool.from_address(sound.data_ptr()).value:
             # the memory of the host can be read without asking a device; it saves a pass that puts zeros for gradients
-            self._advance_plain(work, grads, table, None, step_key)
+            now.sound = None
+            self._advance_plain(work, grads, now)
         return sound
 
     def _prepare(self) -> None:
@@ -168,29 +173,21 @@ class Passes:
                     if index in chosen:
                         yield stack, slice(place, place + 1), [index]
 
-    def _advance_plain(
-        self, work: list[Work], grads: dict[int, Tensor], table: Tensor, sound: Tensor | None, step_key: int
-    ) -> None:
-        by_group = [Coefficients.of(table, group) for group in range(table.shape[1])]
+    def _advance_plain(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> None:
         whole: dict[int, list[Work]] = {}
         for stack, piece, indices in work:
             whole.setdefault(id(stack), []).append((stack, piece, indices))
         for pieces in whole.values():
             stack = pieces[0][0]
-            c = by_group[stack.kind.group]
             complete = sum(len(indices) for _, _, indices in pieces) == len(stack.indices)
             for piece in [slice(0, len(stack.indices))] if complete else [piece for _, piece, _ in pieces]:
-                stacks.blend_factors(stack, piece, c, sound, self.settings)
-        divisors = self._divisors(work, grads, by_group, sound)
+                stacks.blend_factors(stack, piece, now)
+        divisors = self._divisors(work, grads, now)
         for (stack, piece, indices), divisor in zip(work, divisors, strict=True):
-            c = by_group[stack.kind.group]
             params = [sharding.local_part(self.parameters[index]) for index in indices]
-            mine = [grads[index] for index in indices]
-            stacks.update(stack, piece, params, mine, c, sound, self.settings, step_key, divisor)
+            stacks.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
 
-    def _divisors(
-        self, work: list[Work], grads: dict[int, Tensor], by_group: list[Coefficients], sound: Tensor | None
-    ) -> list[Tensor | None]:
+    def _divisors(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> list[Tensor | None]:
         """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
         result: list[Tensor | None] = [None] * len(work)
         if not self.settings.scales_by_rms:
@@ -199,12 +196,19 @@ class Passes:
         for place, (stack, piece, indices) in enumerate(work):
             if not isinstance(stack.kind.split, sharding.Split):
                 continue
-            c = by_group[stack.kind.group]
             mine = [grads[index] for index in indices]
             places.append(place)
-            sums.append(stacks.sum_of_squared_update(stack, piece, mine, c, sound, self.settings))
+            sums.append(stacks.sum_of_squared_update(stack, piece, mine, now))
             ranks.append(stack.kind.split.ranks)
         sharding.reduce_together(sums, ranks)
         for place, total in zip(places, sums, strict=True):
             result[place] = rms_divisor(total, work[place][0].kind.whole.numel())
         return result
+
+
+def _decays(table: Tensor) -> list[bool]:
+    """Whether each group's weight decay may be other than 0. table: [coefficients, groups]. A device is not asked."""
+    if table.device.type != "cpu":
+        return [True] * table.shape[1]
+    rows = Coefficients(*table.tolist())
+    return [decay != 0 or apart != 0 for decay, apart in zip(rows.decay, rows.decay_apart, strict=True)]

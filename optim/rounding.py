@@ -41,25 +41,32 @@ def signed(value: int) -> int:
     return value - (1 << 32) if value >= 1 << 31 else value
 
 
-def random_bits(keys: Tensor, num: int, offset: int) -> Tensor:
-    """32 random bits for each element: `lowbias32(key + GOLDEN * element number)`.
+def random_bits(keys: Tensor, offset: int, bits: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Twice 16 random bits for each element, those for y and those for z: the low and the high half of
+    `lowbias32(key + GOLDEN * element number)`.
 
-    keys: int32 [N], one a tensor. num: elements of each tensor here. offset: number of the first of them in the whole
-        tensor
-    (not 0 in a shard). Returns int32 [N, num]: the low 16 bits are for y, the high 16 for z.
+    keys: int32 [N], one a tensor. offset: number of the first element here in the whole tensor (not 0 in a shard).
+    bits, spare: int32 [N, elements of each tensor here], overwritten and returned, with values below 2**16.
     """
-    element = torch.arange(num, dtype=torch.int32, device=keys.device)
-    x = element.mul_(signed(GOLDEN)) + (keys + signed(GOLDEN * offset & 0xFFFFFFFF))[:, None]
-    x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF)).mul_(signed(MULTIPLIERS[0]))
-    x.bitwise_xor_((x >> 15).bitwise_and_(0x1FFFF)).mul_(signed(MULTIPLIERS[1]))
-    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+    element = torch.arange(bits.shape[1], dtype=torch.int32, device=keys.device).mul_(signed(GOLDEN))
+    torch.add(element, (keys + signed(GOLDEN * offset & 0xFFFFFFFF))[:, None], out=bits)
+    for shift, multiplier in zip((16, 15), MULTIPLIERS, strict=True):
+        bits.bitwise_xor_(_shifted(bits, shift, spare)).mul_(signed(multiplier))
+    high = _shifted(bits, 16, spare)
+    return bits.bitwise_xor_(high).bitwise_and_(0xFFFF), high
 
 
-def round_stochastic(values: Tensor, bits: Tensor) -> Tensor:
-    """float32 `values` rounded to a neighbouring bfloat16, up with the probability of the distance from the lower one.
+def _shifted(x: Tensor, shift: int, out: Tensor) -> Tensor:
+    """x >> shift as of unsigned numbers: torch's own shift of int32 fills up with the sign."""
+    return torch.bitwise_right_shift(x, shift, out=out).bitwise_and_((1 << (32 - shift)) - 1)
 
-    bits: int32, 16 random bits in the low half. Returns float32 whose lower 16 bits are zero: a cast to bfloat16 is
-        exact.
+
+def round_stochastic_(values: Tensor, bits: Tensor) -> Tensor:
+    """float32 `values` rounded in place to a neighbouring bfloat16, up with the probability of the distance from the
+    lower one.
+
+    bits: int32, random, below 2**16. Afterwards the lower 16 bits of the values are zero: a cast to bfloat16 is exact.
     A value that bfloat16 can hold stays as it is.
     """
-    return (values.view(torch.int32) + bits.bitwise_and(0xFFFF)).bitwise_and_(-65536).view(torch.float32)
+    values.view(torch.int32).add_(bits).bitwise_and_(-65536)
+    return values

@@ -46,15 +46,15 @@ def average(y: Tensor, z: Tensor, beta1: float) -> Tensor:
     return y.float().lerp(z.float(), 1 - 1 / beta1)
 
 
-def advance(y: Tensor, z: Tensor, u: Tensor, dlr: Tensor, weight: Tensor, y_share: Tensor) -> None:
+def advance(y: Tensor, z: Tensor, u: Tensor, step: Tensor, weight: Tensor, y_share: Tensor) -> None:
     """One step, in place: y moves towards z by the weight c, then both move against the update u, y by its share.
 
-    y, z, u: float32, one shape; u is used up. dlr, weight, y_share: 0-dim, of the group.
+    y, z, u: float32, one shape. step: what u is multiplied by, 0-dim or one a tensor. weight, y_share: 0-dim, of the
+    group.
     """
     y.lerp_(z, weight)
-    u.mul_(dlr)
-    z.sub_(u)
-    y.addcmul_(u, y_share, value=-1)
+    z.addcmul_(u, step, value=-1)
+    y.addcmul_(u, step * y_share, value=-1)
 
 
 def advance_by_signs(

@@ -13,6 +13,9 @@ MIN_DIM_TO_FACTOR = 32
 FOUR_OVER_PI = 4 / math.pi
 TINY = 1.1754943508222875e-38
 """The smallest normal float32: keeps 0 / 0 from being anything but 0, and moves no other value."""
+SMALLEST_ROOT = 2e-19
+"""Of a factor of the second moment: the product of two of them is just a normal float32, so 0 / 0 gives 0. Smaller
+roots come from nothing but squares that underflowed."""
 
 
 def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
@@ -28,27 +31,34 @@ def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
     return first, second
 
 
-def factor_roots(row: Tensor, col: Tensor, col_axis: int) -> tuple[Tensor, Tensor]:
-    """sqrt v = a b with a = sqrt(R / mean(R)) and b = sqrt(C) (Adafactor, eq. 4).
+def factor_roots(row: Tensor, col: Tensor, col_axis: int, d: Tensor) -> tuple[Tensor, Tensor]:
+    """sqrt(v) / d = a b with a = sqrt(R / mean(R)) and b = sqrt(C) / d (Adafactor, eq. 4).
 
     row: the mean over `col_axis` (size 1 there); col: the mean over the other factored axis. mean(R) equals the mean of
         C over
     `col_axis`, for both are the mean of all squares; C's is taken because under sharding every rank holds all of C.
     The roots are taken of the factors and not of their product: fewer roots, and the product of small factors cannot
-    underflow.
+    underflow. d, 0-dim, is divided by here, where there is little to divide, and not in every element of the gradient.
     """
-    return (row / col.mean(dim=col_axis, keepdim=True).clamp_min(TINY)).sqrt(), col.sqrt()
+    a = (row / col.mean(dim=col_axis, keepdim=True).clamp_min(TINY)).sqrt_()
+    return a.clamp_min_(SMALLEST_ROOT), col.sqrt().div_(d).clamp_min_(SMALLEST_ROOT)
 
 
-def atan2_update(numerator: Tensor, root: Tensor) -> Tensor:
-    """u = (4/pi) atan2(d g, sqrt v): bounded by 2, 1 where |d g| = sqrt v, and free of any epsilon. Where both are 0,
-    0."""
-    return torch.atan2(numerator, root).mul_(FOUR_OVER_PI)
+def atan2_update(direction: Tensor, root: Tensor) -> Tensor:
+    """u pi/4 = atan2(d g, sqrt v) = atan(g / (sqrt(v) / d)), in the place of the root: bounded by pi/2, and free of any
+    epsilon. Where both are 0, 0.
+
+    direction: g. root: sqrt(v) / d, > 0. torch's atan2 takes three times as long as its atan.
+    """
+    return torch.div(direction, root, out=root).atan_()
 
 
-def epsilon_update(numerator: Tensor, root: Tensor, d_eps: Tensor) -> Tensor:
-    """u = d g / (sqrt v + d eps), Adam's update in Prodigy's scaling."""
-    return numerator / (root + d_eps)
+def epsilon_update(direction: Tensor, root: Tensor, eps: float) -> Tensor:
+    """u = d g / (sqrt v + d eps), Adam's update in Prodigy's scaling, in the place of the root.
+
+    direction: g. root: sqrt(v) / d.
+    """
+    return torch.div(direction, root.add_(eps), out=root)
 
 
 def rms_divisor(sum_of_squares: Tensor, count: int) -> Tensor:

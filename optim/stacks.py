@@ -5,6 +5,7 @@ not cost, small enough that a piece stays in the cache from its first operation 
 path, in torch operations alone; `native.py` has its fast twin on the CPU.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,9 +13,9 @@ import torch
 from torch import Tensor
 
 from optim.prodigy import SLICE_P, Coefficients, exact_dtype
-from optim.rounding import random_bits, round_stochastic
+from optim.rounding import random_bits, round_stochastic_
 from optim.schedule_free import advance, advance_by_signs
-from optim.second_moment import atan2_update, epsilon_update, factor_roots, rms_divisor
+from optim.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor
 from optim.settings import Settings
 from optim.transforms import cautious, focus, grams, orthogonal
 
@@ -132,11 +133,50 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
     return stack
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    """float32 [n, *shape], always a copy."""
-    if len(tensors) == 1:
-        return tensors[0].detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format).unsqueeze(0)
-    return torch.stack(tensors).float() if tensors[0].dtype != torch.float32 else torch.stack(tensors)
+class Scratch:
+    """Buffers that the pieces of a step take turns with, by name: memory is asked for once, and stays in the cache."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flat: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """float32 of this shape, contiguous; holds whatever was left there."""
+        view = self.views.get((name, shape))
+        if view is None:
+            num = math.prod(shape)
+            if name not in self.flat or self.flat[name].numel() < num:
+                self.views = {key: kept for key, kept in self.views.items() if key[0] != name}
+                self.flat[name] = torch.empty(num, device=self.device)
+            view = self.views[name, shape] = self.flat[name][:num].view(shape)
+        return view
+
+
+def stacked(tensors: list[Tensor], scratch: Scratch, name: str) -> Tensor:
+    """float32 [n, *shape], contiguous: in the scratch buffer of that name, or the memory of a single tensor that is so
+    already."""
+    first = tensors[0]
+    if len(tensors) == 1 and first.dtype == torch.float32 and first.is_contiguous():
+        return first.detach().unsqueeze(0)
+    buffer = scratch.take(name, len(tensors), *first.shape)
+    if all(tensor.dtype == torch.float32 for tensor in tensors):
+        return torch.stack(tensors, out=buffer)
+    torch._foreach_copy_(buffer.unbind(0), tensors)
+    return buffer
+
+
+def sums_of_squares(values: Tensor, scratch: Scratch, name: str) -> Tensor:
+    """[n] from [n, ...]; the buffer of that name is used up.
+
+    Two sums a tensor where that can be: torch gives a sum that stands alone to several threads, and the result would
+    depend on how many tensors are in a piece.
+    """
+    num, numel = len(values), values[0].numel()
+    parts = 2 if numel % 2 == 0 else 1
+    shape = (num, parts, numel // parts)
+    square = torch.square(values.view(shape), out=scratch.take(name, *shape))
+    return square.sum(2).sum(1)
 
 
 def masked(values: Tensor, sound: Tensor | None) -> Tensor:
@@ -144,12 +184,13 @@ def masked(values: Tensor, sound: Tensor | None) -> Tensor:
     return values if sound is None else torch.where(sound, values, 0.0)
 
 
-def measure(stack: Stack, piece: slice, grads: list[Tensor]) -> None:
+def measure(stack: Stack, piece: slice, grads: list[Tensor], scratch: Scratch) -> None:
     """Sums of g^2 over a piece of the stack: what the factors and the check for finite gradients need."""
-    square = stacked(grads).square_()
+    g = stacked(grads, scratch, "g")
     if stack.kind.axes is None or stack.row_now is None or stack.col_now is None:
-        stack.totals[piece] = square.flatten(1).sum(1)
+        stack.totals[piece] = sums_of_squares(g, scratch, "u")
         return
+    square = torch.square(g, out=scratch.take("u", *g.shape))
     first, second = (axis + 1 for axis in stack.kind.axes)
     torch.sum(square, dim=first, keepdim=True, out=stack.col_now[piece])
     torch.sum(square, dim=second, keepdim=True, out=stack.row_now[piece])
@@ -165,7 +206,19 @@ def begin_stack(stack: Stack) -> None:
     stack.sums.zero_()
 
 
-def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor | None, settings: Settings) -> None:
+@dataclass
+class Step:
+    """What all pieces of a step share."""
+
+    settings: Settings
+    by_group: list[Coefficients]
+    decays: list[bool]  # of each group; False: the host knows that its weight decay is 0
+    sound: Tensor | None  # as `masked` has it; where False, the coefficients must be neutral
+    key: int  # for the rounding
+    scratch: Scratch
+
+
+def blend_factors(stack: Stack, piece: slice, step: Step) -> None:
     """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums.
 
     With ADOPT the roots are those from before.
@@ -173,77 +226,89 @@ def blend_factors(stack: Stack, piece: slice, c: Coefficients, sound: Tensor | N
     if stack.row is None or stack.col is None or stack.kind.axes is None:
         return
     assert stack.row_now is not None and stack.col_now is not None
+    settings, c = step.settings, step.by_group[stack.kind.group]
     first, second = stack.kind.axes
     row, col = stack.row[piece], stack.col[piece]
-    before = factor_roots(row.float(), col.float(), second + 1) if settings.use_adopt else None
+    before = factor_roots(row.float(), col.float(), second + 1, c.d) if settings.use_adopt else None
     for factor, total, axis in ((row, stack.row_now[piece], second), (col, stack.col_now[piece], first)):
-        gain = masked(total, sound) * (c.square / stack.kind.whole[axis])
+        gain = masked(total, step.sound) * (c.square / stack.kind.whole[axis])
         factor.copy_(torch.addcmul(gain, factor, c.beta2))
-    roots = before or factor_roots(row.float(), col.float(), second + 1)
+    roots = before or factor_roots(row.float(), col.float(), second + 1, c.d)
     stack.row_now[piece], stack.col_now[piece] = roots
 
 
 @dataclass
 class Piece:
     """A part of a stack in the middle of its step: float32 copies of what the step reads and changes, each [n,
-    *shape]."""
+    *shape]; or, where one is float32 and in one part of memory already, itself."""
 
     stack: Stack
     piece: slice
     y: Tensor
     z: Tensor  # or the first moment
-    g: Tensor
+    g: Tensor  # only read: it may be the gradient itself
     c: Coefficients
+    step: Step
+
+    def scratch(self, name: str) -> Tensor:
+        """The step's buffer of that name, float32 [n, *shape]."""
+        return self.step.scratch.take(name, *self.g.shape)
 
 
-def update(stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], c: Coefficients,
-    sound: Tensor | None,
-           settings: Settings, step_key: int, divisor: Tensor | None = None) -> None:  # fmt: skip
+def update(
+    stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], step: Step, divisor: Tensor | None
+) -> None:
     """The step of a piece: u, Prodigy's sums, y and z, and everything written back.
 
-    sound: as `masked` has it; where False, `c` must be neutral. divisor: [n], StableAdamW's, where it cannot be had
-        from this shard.
+    divisor: [n], StableAdamW's, where it cannot be had from this shard.
     """
-    y, z, g = stacked(params), stack.z[piece], masked(stacked(grads), sound)
-    work = Piece(stack, piece, y, z.float(), g, c)
-    if settings.use_schedulefree:
-        _update_schedule_free(work, settings, divisor)
+    scratch = step.scratch
+    y, z, g = stacked(params, scratch, "y"), stack.z[piece], masked(stacked(grads, scratch, "g"), step.sound)
+    wide_z = z if z.dtype == torch.float32 else scratch.take("z", *z.shape).copy_(z)
+    work = Piece(stack, piece, y, wide_z, g, step.by_group[stack.kind.group], step)
+    if step.settings.use_schedulefree:
+        _update_schedule_free(work, step.settings, divisor)
     else:
-        _update_with_moment(work, settings, divisor)
-    _write_back(work, params, settings, step_key)
+        _update_with_moment(work, step.settings, divisor)
+    _write_back(work, params, step.settings, step.key)
 
 
-def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], c: Coefficients,
-    sound: Tensor | None,
-                          settings: Settings) -> Tensor:  # fmt: skip
+def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], step: Step) -> Tensor:
     """[n]: this shard's part of |u|^2, before anything is changed; for StableAdamW on sharded tensors."""
-    g, z = masked(stacked(grads), sound), stack.z[piece].float()
-    numerator = g * c.d if settings.use_schedulefree else _moment(Piece(stack, piece, g, z.clone(), g, c), settings)
-    root, _ = _root(Piece(stack, piece, g, z, g, c), settings)
-    return epsilon_update(numerator, root, c.d_eps).flatten(1).square().sum(1)
+    settings, c = step.settings, step.by_group[stack.kind.group]
+    g, z = masked(stacked(grads, step.scratch, "g"), step.sound), stack.z[piece].to(torch.float32, copy=True)
+    work = Piece(stack, piece, g, z, g, c, step)
+    direction = g if settings.use_schedulefree else _moment(work, settings) / c.d
+    root, _ = _root(work, settings)
+    return sums_of_squares(epsilon_update(direction, root, settings.eps or 0.0), step.scratch, "g")
 
 
 def _root(work: Piece, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """sqrt v as the update divides by it, and the new full second moment where there is one."""
+    """sqrt(v) / d as the update divides by it, in a scratch buffer, and the new full second moment where there is
+    one."""
     stack, c = work.stack, work.c
+    buffer = work.scratch("u")
     if stack.row_now is not None and stack.col_now is not None:
-        return stack.row_now[work.piece] * stack.col_now[work.piece], None
+        return torch.mul(stack.row_now[work.piece], stack.col_now[work.piece], out=buffer), None
     assert stack.v is not None
     v = stack.v[work.piece]
     new = (v * c.beta2).addcmul_(work.g * c.square, work.g)
-    return (v if settings.use_adopt else new).sqrt(), new
+    return torch.sqrt(v if settings.use_adopt else new, out=buffer).div_(c.d).clamp_min_(TINY), new
 
 
-def _raw_update(numerator: Tensor, work: Piece, settings: Settings) -> Tensor:
-    """u before it is scaled, decayed or projected; the full second moment, where there is one, is brought up to
-    date."""
-    stack, c = work.stack, work.c
+def _raw_update(direction: Tensor, work: Piece, settings: Settings) -> tuple[Tensor, float]:
+    """u before it is scaled, decayed or projected, in a scratch buffer, and the factor that it is still to be
+    multiplied by; the full second moment, where there is one, is brought up to date.
+
+    direction: what u is made of, over d.
+    """
+    stack = work.stack
     root, new = _root(work, settings)
     if new is not None and stack.v is not None:
         stack.v[work.piece].copy_(new)
     if settings.eps is None:
-        return atan2_update(numerator, root)
-    return epsilon_update(numerator, root, c.d_eps)
+        return atan2_update(direction, root), FOUR_OVER_PI
+    return epsilon_update(direction, root, settings.eps), 1.0
 
 
 def _focus_update(direction: Tensor, weights: Tensor, work: Piece) -> Tensor:
@@ -254,16 +319,19 @@ def _focus_update(direction: Tensor, weights: Tensor, work: Piece) -> Tensor:
     return focus(direction, weights, mean)
 
 
-def _finish_update(u: Tensor, at: Tensor, work: Piece, settings: Settings, divisor: Tensor | None) -> Tensor:
-    """OrthoGrad and StableAdamW's scaling."""
+def _finish_update(
+    u: Tensor, gain: float, at: Tensor, work: Piece, settings: Settings, divisor: Tensor | None
+) -> tuple[Tensor, float | Tensor]:
+    """OrthoGrad and StableAdamW's scaling: the update, and the factor that it is still to be multiplied by, `gain`
+    included."""
     kind = work.stack.kind
     if settings.use_orthograd:
         u = orthogonal(u.flatten(1), at.flatten(1)).view_as(u)
     if settings.scales_by_rms:
         if divisor is None:
-            divisor = rms_divisor(u.flatten(1).square().sum(1), kind.whole.numel())
-        u = u.div_(divisor.view(-1, *(1 for _ in kind.shape)))
-    return u
+            divisor = rms_divisor(sums_of_squares(u, work.step.scratch, "g"), kind.whole.numel())
+        return u, gain / divisor.view(-1, *(1 for _ in kind.shape))
+    return u, gain
 
 
 def _prodigy_sums(work: Piece, at: Tensor) -> None:
@@ -271,35 +339,43 @@ def _prodigy_sums(work: Piece, at: Tensor) -> None:
     stack, kind, c = work.stack, work.stack.kind, work.c
     if stack.s is None and stack.norms is None:
         return
-    g = kind.sliced(work.g.flatten(1))
-    here = kind.sliced(at.flatten(1))
-    away = -here if stack.p0 is None else stack.p0[work.piece].float() - here
+    g, here = kind.sliced(work.g.flatten(1)), kind.sliced(at.flatten(1))
+    moved = here if stack.p0 is None else here - stack.p0[work.piece]
     sums = stack.sums[work.piece]
-    sums[:, 0] = (g * away).sum(1)
+    dot = (g * moved).sum(1)
     if stack.s is not None:
         s = stack.s[work.piece]
+        wide = s.float()
         # as upstream: each of the two operations rounds to bfloat16
-        s.copy_(s.float() * c.beta3).copy_(torch.addcmul(s.float(), g, c.lam))
-        sums[:, 0] *= c.lam
-        sums[:, 1] = s.float().abs().sum(1)
+        wide.copy_(s.copy_(wide.mul_(c.beta3)))
+        wide.copy_(s.copy_(wide.addcmul_(g, c.lam)))
+        sums[:, 0] = dot.mul_(-c.lam)
+        sums[:, 1] = wide.abs_().sum(1)
     else:
-        sums[:, 1] = away.abs().sum(1)
-        sums[:, 2] = away.square().sum(1)
+        sums[:, 0] = dot.neg_()
+        sums[:, 1] = moved.abs().sum(1)
+        sums[:, 2] = moved.square().sum(1)
 
 
 def _update_schedule_free(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
     y, z, c = work.y, work.z, work.c
-    u = _focus_update(work.g, z, work) if settings.use_focus else _raw_update(work.g * c.d, work, settings)
-    u = _finish_update(u, z, work, settings, divisor)
+    if settings.use_focus:
+        u, gain = _focus_update(work.g, z, work), 1.0
+    else:
+        u, gain = _raw_update(work.g, work, settings)
     _prodigy_sums(work, z)
-    start = None if settings.weight_decay_by_lr else y.clone()
-    if settings.weight_decay_by_lr:
+    u, factor = _finish_update(u, gain, z, work, settings, divisor)
+    signs, decays = settings.use_cautious or settings.use_grams, work.step.decays[work.stack.kind.group]
+    if signs or decays:
+        u, factor = u.mul_(factor), 1.0
+    start = y.clone() if decays and not settings.weight_decay_by_lr else None
+    if decays and settings.weight_decay_by_lr:
         u.addcmul_(y, c.decay)
-    if settings.use_cautious or settings.use_grams:
+    if signs:
         flat = (y.flatten(1), z.flatten(1), u.flatten(1))
         advance_by_signs(*flat, c.dlr, c.weight, c.y_share, use_cautious=settings.use_cautious)
     else:
-        advance(y, z, u, c.dlr, c.weight, c.y_share)
+        advance(y, z, u, c.dlr * factor, c.weight, c.y_share)
     if start is not None:
         z.addcmul_(start, c.decay_apart, value=-1)
         y.addcmul_(start, c.decay_apart * c.y_share, value=-1)
@@ -312,9 +388,11 @@ def _moment(work: Piece, settings: Settings) -> Tensor:
     With ADOPT what is averaged is the update itself, clamped to k^(1/4) (arXiv 2411.02853, algorithm 2).
     """
     m, c = work.z, work.c
-    taken = work.g * c.d
     if settings.use_adopt:
-        taken = torch.clamp(_raw_update(taken, work, settings), -c.clamp, c.clamp)
+        u, gain = _raw_update(work.g, work, settings)
+        taken = torch.clamp(u.mul_(gain), -c.clamp, c.clamp)
+    else:
+        taken = work.g * c.d
     m.mul_(c.beta1).addcmul_(taken, c.gain)
     if settings.use_cautious:
         return cautious(m.flatten(1), work.g.flatten(1)).view_as(m)
@@ -327,24 +405,28 @@ def _update_with_moment(work: Piece, settings: Settings, divisor: Tensor | None)
     """Plain Prodigy: no average, the weights take the whole step; for an outside schedule."""
     y, c = work.y, work.c
     direction = _moment(work, settings)
-    if settings.use_focus:
-        u = _focus_update(direction, y, work)
-    else:
-        u = direction.clone() if settings.use_adopt else _raw_update(direction, work, settings)
-    u = _finish_update(u, y, work, settings, divisor)
     _prodigy_sums(work, y)
+    if settings.use_focus:
+        u, gain = _focus_update(direction, y, work), 1.0
+    elif settings.use_adopt:
+        u, gain = direction.clone(), 1.0
+    else:
+        u, gain = _raw_update(direction / c.d, work, settings)
+    u, factor = _finish_update(u, gain, y, work, settings, divisor)
     y.mul_(1 - c.dlr * c.decay - c.decay_apart)
-    y.addcmul_(u, c.dlr, value=-1)
+    y.addcmul_(u, c.dlr * factor, value=-1)
 
 
 def _write_back(work: Piece, params: list[Tensor], settings: Settings, step_key: int) -> None:
-    """y to the parameters, z to the state, rounded to their dtype."""
-    stack, y, z = work.stack, work.y, work.z
-    target = stack.z[work.piece]
-    if stack.kind.dtype == torch.bfloat16 and settings.stochastic_rounding:
-        bits = random_bits(stack.keys[work.piece] ^ step_key, stack.kind.numel, stack.kind.offset)
-        y = round_stochastic(y.flatten(1), bits).view_as(y)
-        z = round_stochastic(z.flatten(1), bits >> 16).view_as(z)
-    if z.data_ptr() != target.data_ptr():
-        target.copy_(z)
-    torch._foreach_copy_(params, list(y.unbind(0)))
+    """y to the parameters, z to the state, rounded to their dtype, where they are not there already."""
+    stack, y, z, scratch = work.stack, work.y, work.z, work.step.scratch
+    if stack.kind.dtype == torch.bfloat16:
+        if settings.stochastic_rounding:
+            shape = (len(params), stack.kind.numel)
+            x, spare = (scratch.take(name, *shape).view(torch.int32) for name in ("g", "u"))
+            for_y, for_z = random_bits(stack.keys[work.piece] ^ step_key, stack.kind.offset, x, spare)
+            round_stochastic_(y.view(shape), for_y)
+            round_stochastic_(z.view(shape), for_z)
+        stack.z[work.piece].copy_(z)
+    if y.data_ptr() != params[0].data_ptr():
+        torch._foreach_copy_(params, y.unbind(0))
