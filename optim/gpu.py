@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from optim import native
+from optim.gpu_check import difference
 from optim.settings import Settings
 from optim.stacks import Kind, Stack
 
@@ -116,10 +117,8 @@ def _reason_against(kinds: tuple[Kind, ...], settings: Settings, device: torch.d
     """Why the kernels cannot be used here; empty if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    from optim.gpu_check import difference
-
     try:
-        found = difference(kinds, settings, device)
+        found = difference(kinds, settings, device, Table)
     except FAILURES as error:
         said = str(error).strip().splitlines() or ["no message"]
         return f"triton failed with {type(error).__name__}: {said[-1]}"

@@ -5,7 +5,8 @@ piece.
 """
 
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from optim.stacks import Scratch, Stack, Step
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
 an operation has enough to do for two threads to be worth waking."""
-DEVICE_ELEMENTS = 1 << 26
+DEVICE_ELEMENTS = 1 << 24
+"""And elsewhere: 64 MiB a buffer."""
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
 
@@ -61,7 +63,7 @@ class Passes:
         """
         if self.tables is None:
             self._prepare()
-        grads = {index: self._gradient(index) for index in present}
+        grads = self._gradients(present)
         calls, rest = self._measure_compiled(present, grads)
         work = list(self._pieces(rest))
         scratch = Scratch(table.device)
@@ -91,54 +93,43 @@ class Passes:
         self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
         compiled = COMPILED.get(self.parameters[0].device.type)
         if compiled is not None and self._compiles():
-            self.use_tables(compiled.usable(self.stacks, self.settings), compiled.Table)
+            fit = compiled.usable(self.stacks, self.settings)
+            for dtype in FLOATING:
+                mine = [stack for stack in fit if stack.kind.dtype == dtype]
+                for stack in mine:
+                    stacks.begin_stack(stack)
+                if mine:
+                    self.tables.append(compiled.Table(mine, self.settings))
 
     def _compiles(self) -> bool:
         if self.compile_step is None:
             return sum(stack.z.numel() for stack in self.stacks) >= WORTH_COMPILING
         return self.compile_step
 
-    def use_tables(self, fit: list[Stack], make: Callable[[list[Stack], Settings], native.Table | gpu.Table]) -> None:
-        """Leaves these stacks to a compiled step."""
-        self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
-        self.tables = []
-        for dtype in FLOATING:
-            mine = [stack for stack in fit if stack.kind.dtype == dtype]
-            for stack in mine:
-                stacks.begin_stack(stack)
-            if mine:
-                self.tables.append(make(mine, self.settings))
-
-    def _gradient(self, index: int) -> Tensor:
-        """The gradient as it is here; what cannot be used is refused."""
-        grad = self.parameters[index].grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise ValueError(f"a gradient is {grad.layout}: only dense gradients can be used (Embedding(sparse=False))")
-        if grad.dtype not in FLOATING:
-            raise ValueError(f"a gradient is {grad.dtype}: must be torch.float32 or torch.bfloat16")
-        return _local(grad)
+    def _gradients(self, present: list[int]) -> dict[int, Tensor]:
+        """The gradients as they are here; what cannot be used is refused."""
+        found = [grad for index in present if (grad := self.parameters[index].grad) is not None]
+        for layout, dtype in {(grad.layout, grad.dtype) for grad in found}:
+            if layout != torch.strided:
+                raise ValueError(f"a gradient is {layout}: only dense gradients can be used (Embedding(sparse=False))")
+            if dtype not in FLOATING:
+                raise ValueError(f"a gradient is {dtype}: must be torch.float32 or torch.bfloat16")
+        return dict(zip(present, map(_local, found), strict=True))
 
     def _measure_compiled(self, present: list[int], grads: dict[int, Tensor]) -> tuple[list[Call], list[int]]:
         """The first pass of the compiled step, and the parameters that are left to the plain path."""
         calls: list[Call] = []
-        rest = present
+        taken: set[int] = set()
         for table in self.tables or []:
-            mine, params, theirs = [], [], []
-            for index in rest:
-                if index in table.row_of:
-                    p = sharding.local_part(self.parameters[index])
-                    if p.is_contiguous() and grads[index].dtype == p.dtype:
-                        mine.append(index)
-                        params.append(p)
-                        continue
-                theirs.append(index)
-            rest = theirs
+            mine = [index for index in table.indices if index in grads]
+            params = [_local(self.parameters[index]) for index in mine]
+            fit = [p.is_contiguous() and grads[i].dtype == p.dtype for i, p in zip(mine, params, strict=True)]
+            if not all(fit):
+                mine, params = list(compress(mine, fit)), list(compress(params, fit))
             if mine:
-                order = sorted(range(len(mine)), key=lambda i: table.row_of[mine[i]])
-                chosen = [grads[mine[i]].contiguous() for i in order]
-                calls.append(table.measure([mine[i] for i in order], [params[i] for i in order], chosen))
-        return calls, rest
+                calls.append(table.measure(mine, params, [grads[index].contiguous() for index in mine]))
+                taken.update(mine)
+        return calls, [index for index in present if index not in taken]
 
     def _active(self, present: list[int]) -> list[Stack]:
         if len(present) == 1:

@@ -21,10 +21,10 @@ roots come from nothing but squares that underflowed."""
 def factored_axes(shape: torch.Size) -> tuple[int, int] | None:
     """The two largest axes, in the order they stand in, over which the second moment of this shape is factored.
 
-    None if the tensor has fewer than two axes or all of them are shorter than 32: there factors would save next to
-    nothing.
+    None if the tensor has fewer than two axes or all of them are shorter than 32, where factors would save next to
+    nothing, or if it is empty.
     """
-    if len(shape) < 2 or max(shape) < MIN_DIM_TO_FACTOR:
+    if len(shape) < 2 or max(shape) < MIN_DIM_TO_FACTOR or shape.numel() == 0:
         return None
     by_size = sorted(range(len(shape)), key=lambda axis: (shape[axis], axis))
     first, second = sorted(by_size[-2:])
