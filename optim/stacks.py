@@ -169,14 +169,16 @@ def stacked(tensors: list[Tensor], scratch: Scratch, name: str) -> Tensor:
 def sums_of_squares(values: Tensor, scratch: Scratch, name: str) -> Tensor:
     """[n] from [n, ...]; the buffer of that name is used up.
 
-    Two sums a tensor where that can be: torch gives a sum that stands alone to several threads, and the result would
-    depend on how many tensors are in a piece.
+    Two sums a tensor: torch gives a sum that stands alone to several threads, and the result would depend on how many
+    tensors are in a piece.
     """
     num, numel = len(values), values[0].numel()
-    parts = 2 if numel % 2 == 0 else 1
-    shape = (num, parts, numel // parts)
-    square = torch.square(values.view(shape), out=scratch.take(name, *shape))
-    return square.sum(2).sum(1)
+    half = (numel + 1) // 2
+    square = scratch.take(name, num, 2 * half)
+    if numel % 2:
+        square[:, -1] = 0
+    torch.square(values.view(num, numel), out=square[:, :numel])
+    return square.view(num, 2, half).sum(2).sum(1)
 
 
 def masked(values: Tensor, sound: Tensor | None) -> Tensor:
