@@ -25,8 +25,6 @@ from optim.stacks import Kind, Stack
 TILE_ELEMENTS = 2048
 MOST_ROWS = 8
 """Of a tile, unless its rows are short."""
-MOST_K = 64
-"""Elements along the axes that are not factored: above that, the plain path is used."""
 MOST_PLANS = 64
 """Selections of parameters whose lists of units are kept, besides those of a single parameter."""
 ALIGNMENT = 16
@@ -88,7 +86,7 @@ def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
     must not cost anybody their work. What is tried is what these stacks are stepped with, so that nothing is compiled
     twice.
     """
-    fit = [stack for stack in stacks if supports_stack(stack, settings)] if native.supports(settings) else []
+    fit = [stack for stack in stacks if native.supports_stack(stack, settings)] if native.supports(settings) else []
     smallest: dict[Tile, Kind] = {}
     for stack in fit:
         tile, kind = tile_of(stack), stack.kind
@@ -103,13 +101,6 @@ def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
 @functools.cache
 def _warn(reason: str) -> None:
     warnings.warn(f"the optimizer's compiled step is not used, plain torch is: {reason}", stacklevel=3)
-
-
-def supports_stack(stack: Stack, settings: Settings) -> bool:
-    """As the library of the CPU; and the axes that are not factored must be short: each of their elements takes a pass
-    over a tile."""
-    short = stack.row is None or stack.kind.shape[2:].numel() <= MOST_K
-    return short and native.supports_stack(stack, settings)
 
 
 @functools.cache

@@ -43,7 +43,7 @@ struct Unit { int64_t job, block; };
 // Sums of g^2 of whole rows that share a tile (rows of at most TILE elements), or of one row in several tiles.
 template <typename T> void measure_block(const Job &job, int64_t block) {
     const T *g = static_cast<const T *>(job.g);
-    float buffer[TILE], squares[TILE], wide[TILE] = {0};
+    float buffer[TILE], squares[TILE], by_place[TILE], wide[TILE] = {0};
     int64_t width = job.B * job.K, first = block * job.rows, last = first + job.rows < job.A ? first + job.rows : job.A;
     if (!job.col) {
         double total = 0;
@@ -59,26 +59,26 @@ template <typename T> void measure_block(const Job &job, int64_t block) {
     std::memset(col, 0, sizeof(float) * width);
     std::memset(job.row_root + first * job.K, 0, sizeof(float) * (last - first) * job.K);
     int64_t together = width <= TILE ? TILE / width : 1;
+    // a row of several tiles is cut where K begins anew, so that elements of one k always share a place in a tile
+    int64_t tile = width <= TILE ? TILE : TILE - TILE % job.K;
     for (int64_t a = first; a < last; a += together) {
         int64_t rows = last - a < together ? last - a : together;
-        for (int64_t at = 0; at < rows * width; at += TILE) {
-            int64_t n = rows * width - at < TILE ? rows * width - at : TILE;
+        if (width > TILE && job.K > 1) std::memset(by_place, 0, sizeof(by_place));
+        for (int64_t at = 0; at < rows * width; at += tile) {
+            int64_t n = rows * width - at < tile ? rows * width - at : tile;
             square(as_float(g + a * width + at, buffer, n), squares, n);
-            if (width <= TILE)
-                add(squares, wide, n);
-            else
+            if (width > TILE) {
                 add(squares, col + at, n);
-            if (job.K == 1) {
-                int64_t step = width <= TILE ? width : n;
-                for (int64_t r = 0; r * step < n; ++r) job.row_root[a + r] += sum_of(squares + r * step, step);
+                if (job.K == 1)
+                    job.row_root[a] += sum_of(squares, n);
+                else
+                    add(squares, by_place, n);
                 continue;
             }
-            for (int64_t j = 0, k = at % job.K, row = a; j < n; ++j) {
-                job.row_root[row * job.K + k] += squares[j];
-                if (++k == job.K) k = 0;
-                if (width <= TILE && (j + 1) % width == 0) ++row;
-            }
+            add(squares, wide, n);
+            for (int64_t r = 0; r < rows; ++r) sum_by_k(squares + r * width, width, job.K, job.row_root + (a + r) * job.K);
         }
+        if (width > TILE && job.K > 1) sum_by_k(by_place, tile, job.K, job.row_root + a * job.K);
     }
     if (width <= TILE)
         for (int64_t r = 0; r < together; ++r) add(wide + r * width, col, width);
@@ -185,11 +185,10 @@ inline void roots(const Job &job, int64_t i, int64_t n, const float *__restrict 
 #pragma omp simd
             for (int32_t j = 0; j < int32_t(here); ++j) root[done + j] = scale * col[j];
         } else {
-            const float *row = job.row_root + a * job.K;
-            for (int64_t j = 0, k = at % job.K; j < here; ++j) {
-                root[done + j] = row[k] * col[j];
-                if (++k == job.K) k = 0;
-            }
+            float scales[2 * TILE];
+            repeat(job.row_root + a * job.K, job.K, at % job.K, here, scales);
+#pragma omp simd
+            for (int32_t j = 0; j < int32_t(here); ++j) root[done + j] = scales[j] * col[j];
         }
         done += here;
     }

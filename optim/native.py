@@ -29,6 +29,10 @@ WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD
 ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-O3", "-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
 BLOCK_ELEMENTS = 1 << 15
+FEWEST_ROWS = 16
+"""Of a block, however wide: each block leaves a row of column sums to be added up."""
+MOST_K = 64
+"""Elements along the axes that are not factored: above that, the plain path is used."""
 STATE = ("y", "g", "z", "row", "col", "v", "s", "p0")
 WITHIN_THE_STEP = ("row_root", "col_root", "total", "sums", "partial", "col_partial")
 SIZES = ("A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")
@@ -130,8 +134,10 @@ def supports(settings: Settings) -> bool:
 
 
 def supports_stack(stack: Stack, settings: Settings) -> bool:
-    """Factored axes must lead, factors must be float32, and StableAdamW's RMS must be had from what is here."""
-    factored = stack.row is None or (stack.kind.axes == (0, 1) and stack.row.dtype == torch.float32)
+    """Factored axes must lead, the others be short, factors be float32, and StableAdamW's RMS be had from what is
+    here."""
+    leading = stack.kind.axes == (0, 1) and stack.kind.shape[2:].numel() <= MOST_K
+    factored = stack.row is None or (leading and stack.row.dtype == torch.float32)
     return factored and not (settings.scales_by_rms and stack.kind.split is not None)
 
 
@@ -172,7 +178,11 @@ class Table:
             # without factors there are no rows: any cut will do
             A, B, K = kind.numel, 1, 1
         sizes = {"A": A, "B": B, "K": K, "whole_a": kind.whole[0] if kind.axes is not None else A}
-        sizes |= {"rows": max(1, BLOCK_ELEMENTS // max(1, B * K)), "offset": kind.offset, "whole": kind.whole.numel()}
+        sizes |= {
+            "rows": max(FEWEST_ROWS, BLOCK_ELEMENTS // max(1, B * K)),
+            "offset": kind.offset,
+            "whole": kind.whole.numel(),
+        }
         for name, value in (sizes | {"group": kind.group}).items():
             rows[:, AT[name]] = value
         rows[:, AT["key"]] = stack.keys.to(torch.int64) & 0xFFFFFFFF

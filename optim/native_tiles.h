@@ -103,6 +103,24 @@ inline void add(const float *__restrict values, float *__restrict sums, int64_t 
     for (int32_t j = 0; j < int32_t(n); ++j) sums[j] += values[j];
 }
 
+// Adds each element to the sum of its k; they come in runs of K.
+inline void sum_by_k(const float *__restrict values, int64_t n, int64_t K, float *__restrict sums) {
+    if (K == 1) {
+        sums[0] += sum_of(values, n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += K)
+        for (int64_t k = 0; k < K; ++k) sums[k] += values[i + k];
+}
+
+// n values that repeat K of them, from number `from` on; K <= TILE. Copies twice as long each are fewer than n / K.
+inline void repeat(const float *values, int64_t K, int64_t from, int64_t n, float *out) {
+    std::memcpy(out, values + from, sizeof(float) * (K - from));
+    std::memcpy(out + K - from, values, sizeof(float) * from);
+    for (int64_t filled = K; filled < n; filled *= 2)
+        std::memcpy(out + filled, out, sizeof(float) * (filled < n - filled ? filled : n - filled));
+}
+
 // u of n elements, in the place of the roots.
 inline void updates(const float *__restrict g, float *__restrict u, int64_t n, float d, float d_eps, bool atan) {
     if (atan) {

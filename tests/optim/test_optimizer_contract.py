@@ -167,6 +167,24 @@ def test_fused_is_not_fused_to_the_bit(dtype: torch.dtype, compile_step: bool) -
     assert same(plain, fused)
 
 
+@pytest.mark.parametrize("eps", [None, 1e-8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_is_not_fused_on_several_threads_either(dtype: torch.dtype, eps: float | None) -> None:
+    """torch deals a large sum out to threads, in as many parts as there are."""
+    torch.set_num_threads(2)  # the fixture of this folder sets it back
+    shapes = [(40_001,), (40_001,), (40_001,), (150, 301), (150, 301), (33, 1001)]
+    results = []
+    for fused in (False, True):
+        params = [nn.Parameter(torch.linspace(-1, 1, torch.Size(s).numel()).view(s).to(dtype)) for s in shapes]
+        optimizer = ProdigyPlusScheduleFree(params, d0=1e-3, eps=eps, fused_back_pass=fused, compile=False)
+        for step in range(3):
+            sum((p.float() - 0.1 * step).square().sum() for p in params).backward()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        results.append([*params, *(optimizer.state[p]["z"] for p in params)])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 def test_a_second_gradient_before_step_is_refused_when_fused() -> None:
     params = params_of()
     optimizer = build(params, fused_back_pass=True)

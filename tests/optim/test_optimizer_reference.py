@@ -141,7 +141,9 @@ def test_the_compiled_path_follows_the_plain_one(name: str, dtype: torch.dtype) 
 
 
 @needs_compiler
-@pytest.mark.parametrize("shape", [(300, 1300), (1300, 30), (90, 40, 3, 3), (5, 8000), (70_000,)])
+@pytest.mark.parametrize(
+    "shape", [(300, 1300), (1300, 30), (90, 40, 3, 3), (40, 90, 3, 3), (33, 64, 5, 5), (5, 8000), (70_000,)]
+)
 @pytest.mark.parametrize("eps", [None, 1e-8])
 def test_tensors_of_several_blocks_follow_the_plain_path(shape: tuple[int, ...], eps: float | None) -> None:
     results = []
