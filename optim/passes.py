@@ -79,11 +79,9 @@ class Passes:
             return sound
         by_group = [Coefficients.of(table, group) for group in range(table.shape[1])]
         now = Step(self.settings, by_group, _decays(table), sound, step_key, scratch)
-        if sound.device.type != "cpu":
-            self._advance_plain(work, grads, now)
-        elif ctypes.c_bool.from_address(sound.data_ptr()).value:
-            # the memory of the host can be read without asking a device; it saves a pass that puts zeros for gradients
-            now.sound = None
+        known = _known_by_host(sound)
+        if known is not False:
+            now.sound = sound if known is None else None
             self._advance_plain(work, grads, now)
         return sound
 
@@ -195,6 +193,12 @@ class Passes:
         for place, total in zip(places, sums, strict=True):
             result[place] = rms_divisor(total, work[place][0].kind.whole.numel())
         return result
+
+
+def _known_by_host(sound: Tensor) -> bool | None:
+    """The value of a bool where it lies in the memory of the host, which saves a pass that puts zeros for gradients;
+    None where a device would have to be asked."""
+    return bool(ctypes.c_bool.from_address(sound.data_ptr()).value) if sound.device.type == "cpu" else None
 
 
 def _decays(table: Tensor) -> list[bool]:

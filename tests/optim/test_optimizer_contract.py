@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import ProdigyPlusScheduleFree, averaged, native
+from optim import ProdigyPlusScheduleFree, averaged, native, passes
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
 PATHS = [False] + ([True] if native.available(say=False) else [])
@@ -83,6 +83,37 @@ def test_that_holds_for_other_settings_too(settings: dict[str, Any]) -> None:
     optimizer.step()
     assert same(params, weights)
     assert all(torch.equal(value, state[key]) for key, value in snapshot(optimizer).items())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eps": 1e-8}, {"factored": False}, {"use_schedulefree": False}, {"use_cautious": True}, {"use_speed": True},
+     {"use_adopt": True}, {"weight_decay": 0.1, "weight_decay_by_lr": False}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_host_that_must_not_ask_makes_the_same_steps(
+    dtype: torch.dtype, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device, where nobody on the host may look whether the gradients are finite."""
+    results = []
+    for asks in (True, False):
+        params = params_of(dtype)
+        optimizer = build(params, compile=False, **settings)
+        if not asks:
+            monkeypatch.setattr(passes, "_known_by_host", lambda sound: None)
+        for step in range(5):
+            give_gradients(params, step)
+            if step == 3:
+                params[1].grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
+                before = [t.clone() for p in params for t in (p.detach(), *optimizer.state[p].values())]
+            optimizer.step()
+            if step == 3:
+                after = [t for p in params for t in (p.detach(), *optimizer.state[p].values())]
+                assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+        assert [m.skipped for m in optimizer.metrics()] == [1, 1]
+        results.append([t for p in params for t in (p.detach(), *optimizer.state[p].values())])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("compile_step", PATHS)
