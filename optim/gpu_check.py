@@ -8,8 +8,9 @@ from torch import Tensor
 
 from optim import stacks
 from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step
+from optim.scratch import Scratch
 from optim.settings import Settings
-from optim.stacks import Kind, Scratch, Stack, Step
+from optim.stacks import Kind, Stack, Step
 
 NUM_STEPS = 3
 

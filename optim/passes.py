@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from optim import gpu, native, sharding, stacks
 from optim.parameters import FLOATING
 from optim.prodigy import Coefficients
+from optim.scratch import Scratch
 from optim.second_moment import rms_divisor
 from optim.settings import Settings
-from optim.stacks import Scratch, Stack, Step
+from optim.stacks import Stack, Step
 
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and

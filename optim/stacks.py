@@ -2,10 +2,9 @@
 
 A model has thousands of tensors but few shapes, so the work is done on pieces of a stack: large enough that calls do
 not cost, small enough that a piece stays in the cache from its first operation to its last. This file is the plain
-path, in torch operations alone; `native.py` has its fast twin on the CPU.
+path, in torch operations alone; `native.py` and `gpu.py` have its fast twins.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from optim.prodigy import SLICE_P, Coefficients, exact_dtype
 from optim.rounding import random_bits, round_stochastic_
 from optim.schedule_free import advance, advance_by_signs
+from optim.scratch import Scratch, masked, stacked, sums_of_squares
 from optim.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor
 from optim.settings import Settings
 from optim.transforms import cautious, focus, grams, orthogonal
@@ -131,59 +131,6 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
     else:
         stack.s = torch.zeros(num, kind.num_slices, dtype=torch.bfloat16, device=device)
     return stack
-
-
-class Scratch:
-    """Buffers that the pieces of a step take turns with, by name: memory is asked for once, and stays in the cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.flat: dict[str, Tensor] = {}
-        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """float32 of this shape, contiguous; holds whatever was left there."""
-        view = self.views.get((name, shape))
-        if view is None:
-            num = math.prod(shape)
-            if name not in self.flat or self.flat[name].numel() < num:
-                self.views = {key: kept for key, kept in self.views.items() if key[0] != name}
-                self.flat[name] = torch.empty(num, device=self.device)
-            view = self.views[name, shape] = self.flat[name][:num].view(shape)
-        return view
-
-
-def stacked(tensors: list[Tensor], scratch: Scratch, name: str) -> Tensor:
-    """float32 [n, *shape], contiguous: in the scratch buffer of that name, or the memory of a single tensor that is so
-    already."""
-    first = tensors[0]
-    if len(tensors) == 1 and first.dtype == torch.float32 and first.is_contiguous():
-        return first.detach().unsqueeze(0)
-    buffer = scratch.take(name, len(tensors), *first.shape)
-    if all(tensor.dtype == torch.float32 for tensor in tensors):
-        return torch.stack(tensors, out=buffer)
-    torch._foreach_copy_(buffer.unbind(0), tensors)
-    return buffer
-
-
-def sums_of_squares(values: Tensor, scratch: Scratch, name: str) -> Tensor:
-    """[n] from [n, ...]; the buffer of that name is used up.
-
-    Two sums a tensor: torch gives a sum that stands alone to several threads, and the result would depend on how many
-    tensors are in a piece.
-    """
-    num, numel = len(values), values[0].numel()
-    half = (numel + 1) // 2
-    square = scratch.take(name, num, 2 * half)
-    if numel % 2:
-        square[:, -1] = 0
-    torch.square(values.view(num, numel), out=square[:, :numel])
-    return square.view(num, 2, half).sum(2).sum(1)
-
-
-def masked(values: Tensor, sound: Tensor | None) -> Tensor:
-    """Zeros in place of values that may not be finite. sound: bool, 0-dim; None: the host knows that they are."""
-    return values if sound is None else torch.where(sound, values, 0.0)
 
 
 def measure(stack: Stack, piece: slice, grads: list[Tensor], scratch: Scratch) -> None:
