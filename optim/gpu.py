@@ -134,17 +134,15 @@ class Table:
 
     def __init__(self, stacks: list[Stack], settings: Settings) -> None:
         self.settings = settings
-        self.stacks = stacks
         self.device = stacks[0].z.device
         self.indices = [index for stack in stacks for index in stack.indices]
         self.row_of = {index: row for row, index in enumerate(self.indices)}
         self.scratch_size = self.exact_size = 0
         self.tiles: list[Tile] = []
-        rows = torch.cat([self._rows_of(stack) for stack in stacks])
-        self.host = rows
-        self.jobs = rows.to(self.device)
-        self.mirror = torch.zeros(len(rows), 2, dtype=torch.int64)
-        self.addresses = torch.zeros(len(rows), 2, dtype=torch.int64, device=self.device)
+        self.host = torch.cat([self._rows_of(stack) for stack in stacks])
+        self.jobs = self.host.to(self.device)
+        self.mirror = torch.zeros(len(self.host), 2, dtype=torch.int64)
+        self.addresses = self.mirror.to(self.device, copy=True)
         self.plans: dict[tuple[int, ...], Plan] = {}
 
     # ------------------------------------------------------------------ the table
@@ -153,13 +151,8 @@ class Table:
         """Everything of a stack's rows that does not change from step to step."""
         columns: Sequence[str] = kernels().COLUMNS
         kind, num = stack.kind, len(stack.indices)
-        values: dict[str, Tensor | int] = {}
-        named = {"z": stack.z, "row": stack.row, "col": stack.col, "v": stack.v, "s": stack.s, "p0": stack.p0}
-        named |= {"row_now": stack.row_now, "col_now": stack.col_now, "total": stack.totals, "sums": stack.sums}
+        values: dict[str, Tensor | int] = {**stack.addresses()}
         places = torch.arange(num)
-        for name, tensor in named.items():
-            if tensor is not None:
-                values[name] = tensor.data_ptr() + places * (tensor.stride(0) * tensor.element_size())
         A, B, K = axes_of(kind)
         tile = tile_of(stack)
         chunks, strips = -(-A // (tile.T_A * kernels().CHUNK.value)), -(-B * K // tile.T_W)
@@ -211,15 +204,15 @@ class Table:
         for tile, members in by_tile.items():
             rows = torch.tensor(members)
             strips = self._column(rows, "strips")
-            job, number = _numbered(rows, self._column(rows, "chunks") * strips)
+            job, number = native.numbered(rows, self._column(rows, "chunks") * strips)
             here = self._column(job, "strips").clamp_min(1)
             units[tile] = add(job, number // here, number % here)
         factored = torch.tensor([row for row in chosen if self.tiles[row].factored], dtype=torch.int64)
         vector = kernels().VECTOR.value
         row_numel = self._column(factored, "A") * self._column(factored, "K")
         col_numel = self._column(factored, "B") * self._column(factored, "K")
-        row_job, row_tile = _numbered(factored, -(-row_numel // vector))
-        col_job, col_tile = _numbered(factored, -(-col_numel // vector))
+        row_job, row_tile = native.numbered(factored, -(-row_numel // vector))
+        col_job, col_tile = native.numbered(factored, -(-col_numel // vector))
         kind = torch.cat((torch.zeros_like(row_job), torch.ones_like(col_job)))
         gathers = add(torch.cat((row_job, col_job)), kind, torch.cat((row_tile, col_tile)))
         columns = add(col_job, col_tile)
@@ -227,9 +220,9 @@ class Table:
         by_kp = {row: power_of_2(int(k)) for row, k in zip(factored.tolist(), self._column(factored, "K"), strict=True)}
         for KP in sorted(set(by_kp.values())):
             rows = torch.tensor([row for row, its in by_kp.items() if its == KP])
-            factor_rows[KP] = add(*_numbered(rows, -(-self._column(rows, "A") // (vector // KP))))
+            factor_rows[KP] = add(*native.numbered(rows, -(-self._column(rows, "A") // (vector // KP))))
         jobs = add(torch.tensor(chosen))
-        lists = _to_device(torch.cat(parts).to(torch.int32), self.device)
+        lists = _pinned(torch.cat(parts).to(torch.int32), self.device).to(self.device, non_blocking=True)
         return Plan(lists, torch.tensor(chosen), units, gathers, columns, factor_rows, jobs)
 
     # ------------------------------------------------------------------ a step
@@ -296,20 +289,9 @@ class Call:
             self._launch(run.reduce_units, plan.jobs, found, sound, WHAT=run.PRODIGY_SUMS.value)
 
 
-def _numbered(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as many times as it counts, and beside it 0, 1, 2, ..."""
-    job = torch.repeat_interleave(rows, counts)
-    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-    return job, torch.arange(len(job)) - first
-
-
 def _pinned(values: Tensor, device: torch.device) -> Tensor:
     """A copy from which a device can read on its own, while the host goes on."""
     return values.clone() if device.type == "cpu" else torch.empty_like(values, pin_memory=True).copy_(values)
-
-
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    return _pinned(values, device).to(device, non_blocking=True)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[None]:

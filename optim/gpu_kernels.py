@@ -15,7 +15,7 @@ from optim.second_moment import TINY as SMALLEST
 
 COLUMNS = (
     *("z", "row", "col", "v", "s", "p0"),  # addresses of the state; 0: there is none
-    *("row_now", "col_now", "total", "sums"),  # and of what a step finds
+    *("row_now", "col_now", "totals", "sums"),  # and of what a step finds
     *("partial", "row_partial", "col_partial"),  # places in the scratch of a step
     *("A", "B", "K", "whole_a", "chunks", "strips", "offset", "whole", "group", "key"),
 )

@@ -34,7 +34,7 @@ FEWEST_ROWS = 16
 MOST_K = 64
 """Elements along the axes that are not factored: above that, the plain path is used."""
 STATE = ("y", "g", "z", "row", "col", "v", "s", "p0")
-WITHIN_THE_STEP = ("row_root", "col_root", "total", "sums", "partial", "col_partial")
+WITHIN_THE_STEP = ("row_now", "col_now", "totals", "sums", "partial", "col_partial")
 SIZES = ("A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")
 COLUMNS = (*STATE, *WITHIN_THE_STEP, *SIZES)
 """The fields of `Job` in native.cpp, each an int64."""
@@ -141,6 +141,13 @@ def supports_stack(stack: Stack, settings: Settings) -> bool:
     return factored and not (settings.scales_by_rms and stack.kind.split is not None)
 
 
+def numbered(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as many times as it counts, and beside it 0, 1, 2, ..."""
+    job = torch.repeat_interleave(rows, counts)
+    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
+    return job, torch.arange(len(job)) - first
+
+
 def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
     """Those of which the library makes the step; none, with a warning, where it cannot be had."""
     if not supports(settings) or not available(say=True):
@@ -154,7 +161,6 @@ class Table:
     def __init__(self, stacks: list[Stack], settings: Settings) -> None:
         self.settings = settings
         self.bf16 = stacks[0].kind.dtype == torch.bfloat16
-        self.stacks = stacks
         self.indices = [index for stack in stacks for index in stack.indices]
         self.row_of = {index: row for row, index in enumerate(self.indices)}
         self.jobs = torch.cat([self._rows_of(stack) for stack in stacks])
@@ -166,12 +172,8 @@ class Table:
         """Everything of a stack's rows that does not change from step to step."""
         kind, num = stack.kind, len(stack.indices)
         rows = torch.zeros(num, len(COLUMNS), dtype=torch.int64)
-        named = {"z": stack.z, "row": stack.row, "col": stack.col, "v": stack.v, "s": stack.s, "p0": stack.p0}
-        named |= {"row_root": stack.row_now, "col_root": stack.col_now, "total": stack.totals, "sums": stack.sums}
-        places = torch.arange(num)
-        for name, tensor in named.items():
-            if tensor is not None:
-                rows[:, AT[name]] = tensor.data_ptr() + places * (tensor.stride(0) * tensor.element_size())
+        for name, address in stack.addresses().items():
+            rows[:, AT[name]] = address
         if kind.axes is not None:
             (A, B), K = kind.shape[:2], kind.shape[2:].numel()
         else:
@@ -191,9 +193,7 @@ class Table:
     @staticmethod
     def _units(jobs: Tensor, blocks: Tensor) -> Tensor:
         """int64 [units, 2]: (row, block), the largest pieces of work first come first."""
-        rows = torch.repeat_interleave(torch.arange(len(jobs)), blocks)
-        first = torch.cumsum(blocks, 0) - blocks
-        return torch.stack((rows, torch.arange(len(rows)) - first[rows]), dim=1).contiguous()
+        return torch.stack(numbered(torch.arange(len(jobs)), blocks), dim=1).contiguous()
 
     def _make_room(self) -> None:
         """Scratch for what blocks find before it is added up."""

@@ -96,6 +96,15 @@ class Stack:
         """The state of the parameter at `place` in this stack, as views."""
         return {name: value[place] for name, value in self.tensors().items()}
 
+    def addresses(self) -> dict[str, Tensor]:
+        """Where each parameter's state, and what a step finds, begins in memory: int64 [N], by the names of the
+        fields."""
+        named = {**self.tensors(), "totals": self.totals, "sums": self.sums}
+        if self.row_now is not None and self.col_now is not None:
+            named |= {"row_now": self.row_now, "col_now": self.col_now}
+        places = torch.arange(len(self.indices))
+        return {name: t.data_ptr() + places * (t.stride(0) * t.element_size()) for name, t in named.items()}
+
     def free_prodigy_state(self) -> None:
         """p0 and s are not needed once d is frozen."""
         self.p0 = self.s = self.norms = None
