@@ -26,14 +26,14 @@ import typer
 from torch import Tensor
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.families.modelspec import Description, spec_metadata
+from sdtrain.families.original_names import COMPONENTS, Component
+from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
+from sdtrain.files.header import read_header
+from sdtrain.files.writer import Planned, check_space, write_safetensors
 from sdtrain.models.checkpoint import builtin_folder
 from sdtrain.models.export import Weight, original_tensors, write_single_file
-from sdtrain.models.header import read_header
-from sdtrain.models.keys import COMPONENTS, Component
-from sdtrain.models.modelspec import Description, spec_metadata
 from sdtrain.models.networks import empty_network
-from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
-from sdtrain.models.writer import Planned, check_space, write_safetensors
 
 CONFIGS = {
     "unet": SDXL_UNET,

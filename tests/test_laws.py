@@ -105,7 +105,7 @@ def test_an_exported_lora_holds_the_averaged_weights(train: Train) -> None:
 
 
 def test_an_exported_checkpoint_holds_the_averaged_weights(train: Train) -> None:
-    from sdtrain.models.keys import places_of
+    from sdtrain.families.original_names import places_of
 
     run, _ = train({"method": {"kind": "full"}, "export.dtype": "float32"})
     saved = load_file(run / "weights" / "small.safetensors")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdtrain.errors import user_error
-from sdtrain.models.header import Header, read_header
+from sdtrain.families.original_names import COMPONENTS, VAE, Component, Family
+from sdtrain.files.header import Header, read_header
 from sdtrain.models.hub import cached_file, cached_model, is_hub_id, is_offline, not_cached
-from sdtrain.models.keys import COMPONENTS, VAE, Component, Family
 from sdtrain.models.shapes import detect_family
 
 BUILTIN = "builtin:"

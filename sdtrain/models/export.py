@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.errors import user_error
+from sdtrain.families.modelspec import Description, spec_metadata
+from sdtrain.families.original_names import COMPONENTS, Component, Family, Place, constants_of, places_of
+from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
+from sdtrain.files.header import Entry, Header
+from sdtrain.files.writer import NAMES, Planned, check_space, write_safetensors
 from sdtrain.models.files import Components, SDComponents
-from sdtrain.models.header import Entry, Header
-from sdtrain.models.keys import COMPONENTS, Component, Family, Place, constants_of, places_of
 from sdtrain.models.markers import CONFIGS_KEY, V_PREDICTION_KEY, ZERO_TERMINAL_KEY, file_markers, single_file_scheduler
-from sdtrain.models.modelspec import Description, spec_metadata
-from sdtrain.models.published import CLIP_L_TEXT, SCHEDULER
 from sdtrain.models.shapes import config_of
-from sdtrain.models.writer import NAMES, Planned, check_space, write_safetensors
 
 Change = Callable[[Component, str, Tensor], Tensor]
 """(component, parameter name, its value) -> the value to write, e.g. with an adapter merged in; same shape."""

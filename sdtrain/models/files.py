@@ -10,6 +10,7 @@ from torch import nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.original_names import Component, Family
 from sdtrain.models.checkpoint import (
     Checkpoint,
     DiffusersFolder,
@@ -20,7 +21,6 @@ from sdtrain.models.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from sdtrain.models.keys import Component, Family
 from sdtrain.models.markers import scheduler_of
 from sdtrain.models.networks import Loaded, load_network, load_vae
 from sdtrain.models.prompts import Tokenizer

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.original_names import COMPONENTS, Component, Family
+from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoint import (
     BUILTIN,
     Checkpoint,
@@ -24,8 +26,6 @@ from sdtrain.models.checkpoint import (
     read_json,
     weight_files,
 )
-from sdtrain.models.header import explain, read_header
-from sdtrain.models.keys import COMPONENTS, Component, Family
 from sdtrain.models.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
 from sdtrain.models.shapes import config_of, trusted_config_of
 from sdtrain.models.vae_source import vae_source

@@ -12,8 +12,8 @@ from torch import Generator, Tensor, nn
 
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule
+from sdtrain.families.modelspec import Description
 from sdtrain.models.export import Change
-from sdtrain.models.modelspec import Description
 
 Layout = Literal["single-file", "folder"]
 

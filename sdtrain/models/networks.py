@@ -12,16 +12,7 @@ import torch
 from torch import nn
 
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.models.checkpoint import (
-    Checkpoint,
-    DiffusersFolder,
-    SingleFile,
-    lent_config,
-    read_json,
-    weight_files,
-)
-from sdtrain.models.header import Header, read_header
-from sdtrain.models.keys import (
+from sdtrain.families.original_names import (
     Component,
     Family,
     Place,
@@ -29,6 +20,15 @@ from sdtrain.models.keys import (
     places_of,
     prefix_of,
     with_text_prefix,
+)
+from sdtrain.files.header import Header, read_header
+from sdtrain.models.checkpoint import (
+    Checkpoint,
+    DiffusersFolder,
+    SingleFile,
+    lent_config,
+    read_json,
+    weight_files,
 )
 from sdtrain.models.markers import stored_configs
 from sdtrain.models.shapes import trusted_config_of

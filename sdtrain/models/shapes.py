@@ -10,9 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtrain.errors import UserError, user_error
-from sdtrain.models.header import Header
-from sdtrain.models.keys import REFINER_OPEN_CLIP, UNET, Component, Family, is_open_clip, prefix_of
-from sdtrain.models.published import (
+from sdtrain.families.original_names import REFINER_OPEN_CLIP, UNET, Component, Family, is_open_clip, prefix_of
+from sdtrain.families.published_configs import (
     CLIP_L_TEXT,
     HEAD_WIDTH,
     OPEN_CLIP_G_TEXT,
@@ -21,6 +20,7 @@ from sdtrain.models.published import (
     SDXL_UNET,
     SDXL_VAE,
 )
+from sdtrain.files.header import Header
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.errors import user_error
+from sdtrain.families.original_names import VAE, Family, Place, new_vae_name, places_of
+from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoint import locate, read_json, weight_files
-from sdtrain.models.header import Header, read_header
-from sdtrain.models.keys import VAE, Family, Place, new_vae_name, places_of
 from sdtrain.models.shapes import config_of, vae_config
 
 

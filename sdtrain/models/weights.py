@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.models.header import Entry, Header
-from sdtrain.models.keys import Place
+from sdtrain.families.original_names import Place
+from sdtrain.files.header import Entry, Header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_NAMED = 5

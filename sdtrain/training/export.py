@@ -22,10 +22,10 @@ from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
+from sdtrain.families.modelspec import Description
+from sdtrain.families.original_names import Component
 from sdtrain.models.export import Change
-from sdtrain.models.keys import Component
 from sdtrain.models.model import Model
-from sdtrain.models.modelspec import Description
 
 Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
 STEP_KEY = "sdtrain.step"

@@ -20,10 +20,10 @@ from sdtrain.adapters.weights import Adapters
 from sdtrain.config.schema import Config, ModelConfig
 from sdtrain.data.examples import scan_folders
 from sdtrain.errors import UserError, user_error
+from sdtrain.families.modelspec import Description
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Layout, Model
-from sdtrain.models.modelspec import Description
 from sdtrain.training.checkpoint import SavedState, load_state, saved_states
 from sdtrain.training.export import Format, export_weights
 from sdtrain.training.optimizers import build_optimizer

@@ -13,6 +13,7 @@ import torch
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
+from sdtrain.families.modelspec import Description
 from sdtrain.models import checkpoint as checkpoint_module
 from sdtrain.models.checkpoint import TokenizerSource, builtin_folder, find_tokenizers, open_checkpoint
 from sdtrain.models.export import write_single_file
@@ -20,7 +21,6 @@ from sdtrain.models.export_folder import write_folder
 from sdtrain.models.files import Components, load_components
 from sdtrain.models.hub import fetch_if_missing, files_to_fetch, is_hub_id
 from sdtrain.models.inspect import inspect_model
-from sdtrain.models.modelspec import Description
 
 BUILTIN = "builtin:tiny-sdxl"
 TINY = builtin_folder() / "tiny-sdxl"

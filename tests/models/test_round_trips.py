@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
+from sdtrain.families.modelspec import Description
+from sdtrain.families.original_names import COMPONENTS
 from sdtrain.models.checkpoint import TokenizerSource
 from sdtrain.models.export import write_single_file
 from sdtrain.models.export_folder import copy_tokenizer, write_folder
 from sdtrain.models.files import Components, load_components, load_tokenizer
-from sdtrain.models.keys import COMPONENTS
-from sdtrain.models.modelspec import Description
 
 BUILTIN = "builtin:tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
@@ -168,7 +168,7 @@ def test_a_full_disk_is_found_before_anything_is_written(
     from collections import namedtuple
 
     usage = namedtuple("usage", "total used free")(10**9, 10**9, 2**26 + 1000)
-    monkeypatch.setattr("sdtrain.models.writer.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setattr("sdtrain.files.writer.shutil.disk_usage", lambda folder: usage)
     for write, name in ((write_single_file, "new.safetensors"), (write_folder, "folder")):
         with pytest.raises(UserError, match=r"disk space.*GiB are needed"):
             write(tiny, tmp_path / "deep" / name, DESCRIPTION)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
+from sdtrain.families.modelspec import Description
+from sdtrain.families.published_configs import SCHEDULER
 from sdtrain.models.checkpoint import TokenizerSource, builtin_folder
 from sdtrain.models.export import write_single_file
 from sdtrain.models.export_folder import write_folder
@@ -20,8 +22,6 @@ from sdtrain.models.files import SDComponents, load_components, load_sd_componen
 from sdtrain.models.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model, SamplingSettings
-from sdtrain.models.modelspec import Description
-from sdtrain.models.published import SCHEDULER
 from sdtrain.models.sd import SD
 from sdtrain.models.sdxl import SDXL
 
@@ -152,8 +152,8 @@ def test_sd2_of_another_tool_loses_only_the_layer_nobody_reads(tmp_path: Path) -
     """OpenCLIP's layout with one layer more than is read, fused projections and a pooled projection."""
     from safetensors.torch import save_file
 
+    from sdtrain.families.original_names import COMPONENTS
     from sdtrain.models.export import changed_weights, original_tensors
-    from sdtrain.models.keys import COMPONENTS
 
     parts = small_sd("sd2")
     tensors: dict[str, torch.Tensor] = {}

@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdtrain.families.original_names import COMPONENTS, Family, places_of
+from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
+from sdtrain.files.header import Entry, Header
+from sdtrain.files.writer import Planned
 from sdtrain.models.export import changed_weights, configs_metadata, original_tensors
 from sdtrain.models.files import Components
-from sdtrain.models.header import Entry, Header
-from sdtrain.models.keys import COMPONENTS, Family, places_of
 from sdtrain.models.networks import empty_network
-from sdtrain.models.published import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.models.shapes import config_of, detect_family, unet_config
-from sdtrain.models.writer import Planned
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": SDXL_UNET,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.errors import user_error
-from sdtrain.models.header import BITS
+from sdtrain.files.header import BITS
 
 NAMES = {
     torch.float64: "F64",
