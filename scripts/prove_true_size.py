@@ -31,9 +31,9 @@ from sdtrain.families.original_names import COMPONENTS, Component
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.files.header import read_header
 from sdtrain.files.writer import Planned, check_space, write_safetensors
-from sdtrain.models.checkpoint import builtin_folder
-from sdtrain.models.export import Weight, original_tensors, write_single_file
-from sdtrain.models.networks import empty_network
+from sdtrain.models.checkpoints.locate import builtin_folder
+from sdtrain.models.checkpoints.networks import empty_network
+from sdtrain.models.checkpoints.single_file import Weight, original_tensors, write_single_file
 
 CONFIGS = {
     "unet": SDXL_UNET,
@@ -149,8 +149,8 @@ def write_tokenizers(folder: Path) -> None:
 
 def load(folder: Path) -> None:
     """Check and load the model in bfloat16; prints times and the memory this process took at most."""
-    from sdtrain.models.files import load_components
-    from sdtrain.models.inspect import inspect_model
+    from sdtrain.models.checkpoints.components import load_components
+    from sdtrain.models.checkpoints.inspect import inspect_model
 
     config = ModelConfig(path=str(folder / "model.safetensors"), components=str(folder / "components"))
     began = time.monotonic()

@@ -14,9 +14,9 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
 from sdtrain.families.modelspec import Description
-from sdtrain.models.export import Change, write_single_file
-from sdtrain.models.export_folder import write_folder
-from sdtrain.models.files import Components, SDComponents
+from sdtrain.models.checkpoints.components import Components, SDComponents
+from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.single_file import Change, write_single_file
 from sdtrain.models.model import Layout, SamplingSettings
 from sdtrain.models.prompts import Tokenizer
 from sdtrain.models.sampling import guided, initial_noise, sample_euler

@@ -7,7 +7,7 @@ from typing import assert_never
 import torch
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.models.checkpoint import locate, open_checkpoint
+from sdtrain.models.checkpoints.locate import locate, open_checkpoint
 from sdtrain.models.model import Model
 from sdtrain.models.sd import load_sd
 from sdtrain.models.sdxl import load_sdxl

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule
 from sdtrain.families.modelspec import Description
-from sdtrain.models.export import Change
+from sdtrain.models.checkpoints.single_file import Change
 
 Layout = Literal["single-file", "folder"]
 

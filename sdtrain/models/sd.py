@@ -13,8 +13,8 @@ from torch import Generator, Tensor, nn
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.models import latent_diffusion
-from sdtrain.models.export import Change
-from sdtrain.models.files import SDComponents, load_sd_components
+from sdtrain.models.checkpoints.components import SDComponents, load_sd_components
+from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Layout, SamplingSettings
 from sdtrain.models.prompts import token_chunks
 

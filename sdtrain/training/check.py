@@ -12,8 +12,8 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.errors import Problem, UserError
-from sdtrain.models.hub import fetch_if_missing
-from sdtrain.models.inspect import ModelFacts, inspect_model
+from sdtrain.models.checkpoints.hub import fetch_if_missing
+from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:

@@ -24,7 +24,7 @@ from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import Component
-from sdtrain.models.export import Change
+from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Model
 
 Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]

@@ -12,8 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
 from sdtrain.errors import UserError
-from sdtrain.models.hub import fetch_if_missing
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints.hub import fetch_if_missing
+from sdtrain.models.checkpoints.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.preview import Prompts, prepare_prompts

@@ -21,7 +21,7 @@ from sdtrain.config.schema import Config, ModelConfig
 from sdtrain.data.examples import scan_folders
 from sdtrain.errors import UserError, user_error
 from sdtrain.families.modelspec import Description
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Layout, Model
 from sdtrain.training.checkpoint import SavedState, load_state, saved_states

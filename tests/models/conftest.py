@@ -10,8 +10,8 @@ import torch
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
-from sdtrain.models.export import write_single_file
-from sdtrain.models.files import Components, load_components
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.single_file import write_single_file
 
 BUILTIN = "builtin:tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")

@@ -11,9 +11,9 @@ import torch
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
-from sdtrain.models.checkpoint import builtin_folder
-from sdtrain.models.files import load_components
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints.components import load_components
+from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.locate import builtin_folder
 
 BUILTIN = "builtin:tiny-sdxl"
 IN = "model.diffusion_model.input_blocks.0.0.weight"

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.models.checkpoint import builtin_folder
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.locate import builtin_folder
 
 BUILTIN = "builtin:tiny-sdxl"
 EPSILON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
@@ -106,8 +106,8 @@ def test_a_folders_scheduler_counts(tmp_path: Path) -> None:
 
 
 def test_the_schedule_of_a_file_is_sampled_from_pure_noise(rewrite, components: Path) -> None:
-    from sdtrain.models.checkpoint import open_checkpoint
-    from sdtrain.models.markers import scheduler_of
+    from sdtrain.models.checkpoints.locate import open_checkpoint
+    from sdtrain.models.checkpoints.markers import scheduler_of
 
     scheduler = scheduler_of(open_checkpoint(rewrite(lambda tensors: None, metadata={}), ""), "")
     assert scheduler["prediction_type"] == "v_prediction"

@@ -14,13 +14,13 @@ import torch
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
-from sdtrain.models import checkpoint as checkpoint_module
-from sdtrain.models.checkpoint import TokenizerSource, builtin_folder, find_tokenizers, open_checkpoint
-from sdtrain.models.export import write_single_file
-from sdtrain.models.export_folder import write_folder
-from sdtrain.models.files import Components, load_components
-from sdtrain.models.hub import fetch_if_missing, files_to_fetch, is_hub_id
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints import locate as checkpoint_module
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.hub import fetch_if_missing, files_to_fetch, is_hub_id
+from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.locate import TokenizerSource, builtin_folder, find_tokenizers, open_checkpoint
+from sdtrain.models.checkpoints.single_file import write_single_file
 
 BUILTIN = "builtin:tiny-sdxl"
 TINY = builtin_folder() / "tiny-sdxl"
@@ -70,7 +70,7 @@ def test_local_models_are_checked_loaded_and_written_without_network(single_file
 
 def test_a_check_imports_neither_torch_nor_diffusers() -> None:
     code = (
-        "import sys; from sdtrain.models.inspect import inspect_model; from sdtrain.config.schema import ModelConfig;"
+        "import sys; from sdtrain.models.checkpoints.inspect import inspect_model; from sdtrain.config.schema import ModelConfig;"
         "assert not inspect_model(ModelConfig(path='builtin:tiny-sdxl'))[1];"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )

@@ -10,9 +10,9 @@ import torch
 
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import COMPONENTS, places_of
-from sdtrain.models.checkpoint import builtin_folder
-from sdtrain.models.export_folder import write_folder
-from sdtrain.models.files import Components
+from sdtrain.models.checkpoints.components import Components
+from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.locate import builtin_folder
 
 TINY = builtin_folder() / "tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")

@@ -17,10 +17,10 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import COMPONENTS
-from sdtrain.models.checkpoint import TokenizerSource
-from sdtrain.models.export import write_single_file
-from sdtrain.models.export_folder import copy_tokenizer, write_folder
-from sdtrain.models.files import Components, load_components, load_tokenizer
+from sdtrain.models.checkpoints.components import Components, load_components, load_tokenizer
+from sdtrain.models.checkpoints.folder import copy_tokenizer, write_folder
+from sdtrain.models.checkpoints.locate import TokenizerSource
+from sdtrain.models.checkpoints.single_file import write_single_file
 
 BUILTIN = "builtin:tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
@@ -227,7 +227,7 @@ def test_a_folder_replaces_an_older_model_but_nothing_else(tiny: Components, tmp
 
 
 def test_a_tokenizer_with_other_padding_is_written_with_it(tmp_path: Path) -> None:
-    from sdtrain.models.checkpoint import builtin_folder
+    from sdtrain.models.checkpoints.locate import builtin_folder
 
     source = TokenizerSource(builtin_folder() / "tiny-sdxl" / "tokenizer", "!")
     copy_tokenizer(source, tmp_path / "tokenizer_2")

@@ -15,11 +15,11 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.families.published_configs import SCHEDULER
-from sdtrain.models.checkpoint import TokenizerSource, builtin_folder
-from sdtrain.models.export import write_single_file
-from sdtrain.models.export_folder import write_folder
-from sdtrain.models.files import SDComponents, load_components, load_sd_components, load_tokenizer
-from sdtrain.models.inspect import inspect_model
+from sdtrain.models.checkpoints.components import SDComponents, load_components, load_sd_components, load_tokenizer
+from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.locate import TokenizerSource, builtin_folder
+from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sd import SD
@@ -153,7 +153,7 @@ def test_sd2_of_another_tool_loses_only_the_layer_nobody_reads(tmp_path: Path) -
     from safetensors.torch import save_file
 
     from sdtrain.families.original_names import COMPONENTS
-    from sdtrain.models.export import changed_weights, original_tensors
+    from sdtrain.models.checkpoints.single_file import changed_weights, original_tensors
 
     parts = small_sd("sd2")
     tensors: dict[str, torch.Tensor] = {}

@@ -15,10 +15,10 @@ from sdtrain.families.original_names import COMPONENTS, Family, places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.files.header import Entry, Header
 from sdtrain.files.writer import Planned
-from sdtrain.models.export import changed_weights, configs_metadata, original_tensors
-from sdtrain.models.files import Components
-from sdtrain.models.networks import empty_network
-from sdtrain.models.shapes import config_of, detect_family, unet_config
+from sdtrain.models.checkpoints.components import Components
+from sdtrain.models.checkpoints.configs_from_shapes import config_of, detect_family, unet_config
+from sdtrain.models.checkpoints.networks import empty_network
+from sdtrain.models.checkpoints.single_file import changed_weights, configs_metadata, original_tensors
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": SDXL_UNET,
@@ -155,7 +155,7 @@ def test_pruned_relatives_are_recognised(unet: dict[str, Any]) -> None:
 
 
 def test_the_tiny_models_shape_is_recognised() -> None:
-    from sdtrain.models.checkpoint import builtin_folder, read_json
+    from sdtrain.models.checkpoints.locate import builtin_folder, read_json
 
     folder = builtin_folder() / "tiny-sdxl"
     configs = {part: read_json(folder / part / "config.json") for part in COMPONENTS["sdxl"]}

@@ -11,7 +11,8 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.original_names import COMPONENTS, Component, Family
 from sdtrain.files.header import explain, read_header
-from sdtrain.models.checkpoint import (
+from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
+from sdtrain.models.checkpoints.locate import (
     BUILTIN,
     Checkpoint,
     DiffusersFolder,
@@ -26,9 +27,8 @@ from sdtrain.models.checkpoint import (
     read_json,
     weight_files,
 )
-from sdtrain.models.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
-from sdtrain.models.shapes import config_of, trusted_config_of
-from sdtrain.models.vae_source import vae_source
+from sdtrain.models.checkpoints.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
+from sdtrain.models.checkpoints.vae import vae_source
 
 __all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 from sdtrain.errors import user_error
 from sdtrain.families.original_names import COMPONENTS, VAE, Component, Family
 from sdtrain.files.header import Header, read_header
-from sdtrain.models.hub import cached_file, cached_model, is_hub_id, is_offline, not_cached
-from sdtrain.models.shapes import detect_family
+from sdtrain.models.checkpoints.configs_from_shapes import detect_family
+from sdtrain.models.checkpoints.hub import cached_file, cached_model, is_hub_id, is_offline, not_cached
 
 BUILTIN = "builtin:"
 STEMS: dict[Component, str] = {

@@ -21,9 +21,15 @@ from sdtrain.families.original_names import COMPONENTS, Component, Family, Place
 from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
 from sdtrain.files.header import Entry, Header
 from sdtrain.files.writer import NAMES, Planned, check_space, write_safetensors
-from sdtrain.models.files import Components, SDComponents
-from sdtrain.models.markers import CONFIGS_KEY, V_PREDICTION_KEY, ZERO_TERMINAL_KEY, file_markers, single_file_scheduler
-from sdtrain.models.shapes import config_of
+from sdtrain.models.checkpoints.components import Components, SDComponents
+from sdtrain.models.checkpoints.configs_from_shapes import config_of
+from sdtrain.models.checkpoints.markers import (
+    CONFIGS_KEY,
+    V_PREDICTION_KEY,
+    ZERO_TERMINAL_KEY,
+    file_markers,
+    single_file_scheduler,
+)
 
 Change = Callable[[Component, str, Tensor], Tensor]
 """(component, parameter name, its value) -> the value to write, e.g. with an adapter merged in; same shape."""

@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 from sdtrain.errors import user_error
 from sdtrain.families.published_configs import SCHEDULER
 from sdtrain.files.header import Header
-from sdtrain.models.checkpoint import Checkpoint, DiffusersFolder, SingleFile, locate, read_json
+from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate, read_json
 
 Prediction = Literal["epsilon", "v_prediction"]
 

@@ -16,9 +16,9 @@ from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.original_names import COMPONENTS, Component, Family, with_text_prefix
 from sdtrain.files.writer import Planned, atomic_folder, check_space, write_safetensors
-from sdtrain.models.checkpoint import STEMS, TOKENIZER_FILES, TokenizerSource
-from sdtrain.models.export import Change, changed_weights, network_config
-from sdtrain.models.files import Components, SDComponents, load_tokenizer
+from sdtrain.models.checkpoints.components import Components, SDComponents, load_tokenizer
+from sdtrain.models.checkpoints.locate import STEMS, TOKENIZER_FILES, TokenizerSource
+from sdtrain.models.checkpoints.single_file import Change, changed_weights, network_config
 
 COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 INDEX = "model_index.json"

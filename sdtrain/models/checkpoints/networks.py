@@ -22,7 +22,9 @@ from sdtrain.families.original_names import (
     with_text_prefix,
 )
 from sdtrain.files.header import Header, read_header
-from sdtrain.models.checkpoint import (
+from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
+from sdtrain.models.checkpoints.fill import Stored, check_fit, fill, raise_first, stored_dtype
+from sdtrain.models.checkpoints.locate import (
     Checkpoint,
     DiffusersFolder,
     SingleFile,
@@ -30,10 +32,8 @@ from sdtrain.models.checkpoint import (
     read_json,
     weight_files,
 )
-from sdtrain.models.markers import stored_configs
-from sdtrain.models.shapes import trusted_config_of
-from sdtrain.models.vae_source import VaeSource
-from sdtrain.models.weights import Stored, check_fit, fill, raise_first, stored_dtype
+from sdtrain.models.checkpoints.markers import stored_configs
+from sdtrain.models.checkpoints.vae import VaeSource
 
 NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?|loss\..*|model_ema\..*")
 """Keys beside the parameters that some writers leave in: constants, and projections that nothing reads."""

@@ -11,7 +11,7 @@ from torch import nn
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.original_names import Component, Family
-from sdtrain.models.checkpoint import (
+from sdtrain.models.checkpoints.locate import (
     Checkpoint,
     DiffusersFolder,
     TokenizerSource,
@@ -21,10 +21,10 @@ from sdtrain.models.checkpoint import (
     open_checkpoint,
     read_json,
 )
-from sdtrain.models.markers import scheduler_of
-from sdtrain.models.networks import Loaded, load_network, load_vae
+from sdtrain.models.checkpoints.markers import scheduler_of
+from sdtrain.models.checkpoints.networks import Loaded, load_network, load_vae
+from sdtrain.models.checkpoints.vae import vae_source
 from sdtrain.models.prompts import Tokenizer
-from sdtrain.models.vae_source import vae_source
 
 
 @dataclass

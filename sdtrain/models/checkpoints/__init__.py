@@ -1,0 +1,1 @@
+"""From files to networks and back: found, opened, looked into, filled, written."""
