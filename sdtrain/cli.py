@@ -128,7 +128,7 @@ def extract(
 ) -> None:
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
-    from sdtrain.adapters.extract import RankRule
+    from sdtrain.adapters.low_rank import RankRule
     from sdtrain.training.tools import extract_lora
 
     layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
@@ -146,7 +146,7 @@ def resize(
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
-    from sdtrain.adapters.extract import RankRule
+    from sdtrain.adapters.low_rank import RankRule
     from sdtrain.training.tools import resize_lora
 
     resize_lora(file, base, RankRule(rank, energy), out, components)

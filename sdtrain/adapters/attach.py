@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, assert_never
 import torch
 from torch import Generator, Tensor, nn
 
-from sdtrain.adapters.tensors import encode
-from sdtrain.adapters.weights import (
+from sdtrain.adapters.formats.tensor_names import encode
+from sdtrain.adapters.kinds import (
     AdapterKind,
     AdapterWeights,
     DoraWeights,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sdtrain.adapters.extract import RankRule
-from sdtrain.adapters.weights import Adapters, AdapterWeights, LoraWeights, kind_of
+from sdtrain.adapters.kinds import Adapters, AdapterWeights, LoraWeights, kind_of
+from sdtrain.adapters.low_rank import RankRule
 from sdtrain.errors import Problem, UserError
 
 

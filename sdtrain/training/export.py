@@ -15,9 +15,9 @@ from torch import Tensor
 
 from optim import GroupMetrics
 from sdtrain.adapters.attach import adapter_weights
-from sdtrain.adapters.formats import write_lora
-from sdtrain.adapters.metadata import FileFacts
-from sdtrain.adapters.weights import Adapters, delta, idle_networks
+from sdtrain.adapters.formats.lora_file import write_lora
+from sdtrain.adapters.formats.metadata import FileFacts
+from sdtrain.adapters.kinds import Adapters, delta, idle_networks
 from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example

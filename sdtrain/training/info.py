@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from sdtrain.adapters.describe import FileDescription, describe_file
+from sdtrain.adapters.formats.describe import FileDescription, describe_file
 from sdtrain.training.facts import facts_table
 
 

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sdtrain.adapters.attach import AdapterSettings, attach_adapters
-from sdtrain.adapters.start import start_from
 from sdtrain.adapters.targets import select_targets
+from sdtrain.adapters.warm_start import start_from
 from sdtrain.config.schema import FullConfig, LoraConfig
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run

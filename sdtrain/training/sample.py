@@ -11,7 +11,7 @@ from typing import assert_never
 from rich.console import Console
 
 from sdtrain.adapters.files import read_header
-from sdtrain.adapters.formats import read_lora
+from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.config.read import override_table, resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig

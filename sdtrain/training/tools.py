@@ -10,13 +10,13 @@ from typing import cast, get_args
 import torch
 
 from optim import averaged
-from sdtrain.adapters.extract import RankRule, extract
-from sdtrain.adapters.formats import LoraFile, read_lora, write_lora
+from sdtrain.adapters.formats.lora_file import LoraFile, read_lora, write_lora
+from sdtrain.adapters.formats.metadata import CONFIG_KEY, FileFacts
+from sdtrain.adapters.kinds import Adapters
+from sdtrain.adapters.low_rank import RankRule, extract
 from sdtrain.adapters.merge import merge_into
-from sdtrain.adapters.metadata import CONFIG_KEY, FileFacts
 from sdtrain.adapters.resize import resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
-from sdtrain.adapters.weights import Adapters
 from sdtrain.config.schema import Config, ModelConfig
 from sdtrain.data.examples import scan_folders
 from sdtrain.errors import UserError, user_error

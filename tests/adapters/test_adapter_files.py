@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from sdtrain.adapters import files
-from sdtrain.adapters.describe import describe_file
 from sdtrain.adapters.files import read_header, write_tensors
-from sdtrain.adapters.formats import read_lora, write_lora
-from sdtrain.adapters.metadata import FileFacts
+from sdtrain.adapters.formats.describe import describe_file
+from sdtrain.adapters.formats.lora_file import read_lora, write_lora
+from sdtrain.adapters.formats.metadata import FileFacts
+from sdtrain.adapters.kinds import Adapters, LoraWeights
 from sdtrain.adapters.targets import select_modules
-from sdtrain.adapters.weights import Adapters, LoraWeights
 from sdtrain.errors import UserError
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
@@ -155,7 +155,7 @@ def test_describe_reads_it_without_torch(file: Path) -> None:
     assert (found.steps, found.base_model, found.d) == (1200, "sdxl.safetensors", dict(FACTS.d))
     assert found.top_tags[0] == ("cat", 21)
     assert found.config_toml == FACTS.config_toml
-    code = "import sys, sdtrain.adapters.describe; assert 'torch' not in sys.modules"
+    code = "import sys, sdtrain.adapters.formats.describe; assert 'torch' not in sys.modules"
     assert os.spawnlp(os.P_WAIT, os.sys.executable, os.sys.executable, "-c", code) == 0
 
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from sdtrain.adapters.formats import adapter_tensors
-from sdtrain.adapters.names import sd_scripts_names
+from sdtrain.adapters.formats.layer_names import sd_scripts_names
+from sdtrain.adapters.formats.lora_file import adapter_tensors
+from sdtrain.adapters.kinds import LoraWeights
 from sdtrain.adapters.targets import select_modules
-from sdtrain.adapters.weights import LoraWeights
 
 # The original SDXL U-Net: which of its numbered blocks hold a transformer, and of how many layers.
 TRANSFORMERS = {

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
-from sdtrain.adapters.formats import read_lora, write_lora
-from sdtrain.adapters.metadata import FileFacts
-from sdtrain.adapters.names import sd_scripts_names
-from sdtrain.adapters.tensors import Names
-from sdtrain.adapters.weights import AdapterKind, AdapterWeights, delta
+from sdtrain.adapters.formats.layer_names import sd_scripts_names
+from sdtrain.adapters.formats.lora_file import read_lora, write_lora
+from sdtrain.adapters.formats.metadata import FileFacts
+from sdtrain.adapters.formats.tensor_names import Names
+from sdtrain.adapters.kinds import AdapterKind, AdapterWeights, delta
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
 FACTS = FileFacts(title="test", date="2026-11-22T15:00:00+00:00")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.adapters.files import Header, read_header, read_scalars
-from sdtrain.adapters.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY, json_table
 
 NETWORKS = {
     "lora_unet_": "unet",

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.adapters.files import Header, hash_tensors, read_header, read_tensors, write_tensors
-from sdtrain.adapters.metadata import (
+from sdtrain.adapters.formats.layer_names import COMPONENTS, diffusers_names, family_of, plain_modules, sd_scripts_names
+from sdtrain.adapters.formats.metadata import (
     ALPHA_KEY,
     DIFFUSERS_KEY,
     FileFacts,
@@ -39,10 +40,9 @@ from sdtrain.adapters.metadata import (
     pack_alphas,
     unpack_alpha,
 )
-from sdtrain.adapters.names import COMPONENTS, diffusers_names, family_of, plain_modules, sd_scripts_names
-from sdtrain.adapters.peft_metadata import alpha_in_metadata, peft_metadata
-from sdtrain.adapters.tensors import Names, decode, encode, expressible, shape_problem
-from sdtrain.adapters.weights import (
+from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata
+from sdtrain.adapters.formats.tensor_names import Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
     DoraWeights,

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from sdtrain.adapters.metadata import DIFFUSERS_KEY, json_table, most_frequent
-from sdtrain.adapters.tensors import factor_shape
-from sdtrain.adapters.weights import Adapters, AdapterWeights, LokrWeights, kind_of
+from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table, most_frequent
+from sdtrain.adapters.formats.tensor_names import factor_shape
+from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
 
 

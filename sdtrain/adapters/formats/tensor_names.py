@@ -13,7 +13,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from sdtrain.adapters.weights import (
+from sdtrain.adapters.kinds import (
     AdapterWeights,
     DoraWeights,
     LohaWeights,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor, nn
 
-from sdtrain.adapters.names import plain_modules
-from sdtrain.adapters.weights import LoraWeights
+from sdtrain.adapters.formats.layer_names import plain_modules
+from sdtrain.adapters.kinds import LoraWeights
 from sdtrain.errors import user_error
 
 OVERSAMPLING = 16

@@ -12,7 +12,7 @@ from itertools import count, takewhile
 
 from torch import nn
 
-from sdtrain.adapters.metadata import Family
+from sdtrain.adapters.formats.metadata import Family
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 

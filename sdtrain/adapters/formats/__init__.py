@@ -1,0 +1,1 @@
+"""The names and numbers other tools know adapters by."""
