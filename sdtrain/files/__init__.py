@@ -1,1 +1,1 @@
-"""Files in and out: safetensors and text, read by one reader and written whole or not at all; no torch but for tensors."""
+"""Files in and out: safetensors and text, with one reader, one writer and one contract for both."""

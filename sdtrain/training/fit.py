@@ -15,18 +15,18 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.models.model import Model
-from sdtrain.training.checkpoint import load_state, save_state, saved_states
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.prepare import Prepared, encode_everything, load
-from sdtrain.training.preview import labelled_grid, render, sampling_settings, save_picture
-from sdtrain.training.report import Report
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
-from sdtrain.training.summary import banner, farewell, summary
+from sdtrain.training.states import load_state, save_state, saved_states
+from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
+from sdtrain.training.watching.report import Report
+from sdtrain.training.watching.summary import banner, farewell, summary
 
 
 @dataclass

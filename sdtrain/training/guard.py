@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
-from sdtrain.training.report import Report
+from sdtrain.training.watching.report import Report
 
 LIMIT = 5
 """So many steps in a row without a finite loss end the run."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.table import Table
 
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
-from sdtrain.training.facts import facts_table
+from sdtrain.training.watching.text import facts_table
 
 
 def file_info(path: Path) -> Table:

@@ -16,8 +16,8 @@ from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
-from sdtrain.training.preview import Prompts, prepare_prompts
 from sdtrain.training.run import Run
+from sdtrain.training.watching.preview import Prompts, prepare_prompts
 
 
 def load(run: Run) -> Model:

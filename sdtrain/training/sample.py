@@ -19,9 +19,9 @@ from sdtrain.errors import user_error
 from sdtrain.models.model import Model
 from sdtrain.training.export import CONFIG_KEY, STEP_KEY
 from sdtrain.training.prepare import load
-from sdtrain.training.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
+from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
 
 
 def sample(

@@ -24,13 +24,13 @@ from sdtrain.families.modelspec import Description
 from sdtrain.models.checkpoints.inspect import inspect_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Layout, Model
-from sdtrain.training.checkpoint import SavedState, load_state, saved_states
 from sdtrain.training.export import Format, export_weights
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
+from sdtrain.training.states import SavedState, load_state, saved_states
 
 CPU = torch.device("cpu")
 

@@ -70,7 +70,8 @@ def test_local_models_are_checked_loaded_and_written_without_network(single_file
 
 def test_a_check_imports_neither_torch_nor_diffusers() -> None:
     code = (
-        "import sys; from sdtrain.models.checkpoints.inspect import inspect_model; from sdtrain.config.schema import ModelConfig;"
+        "import sys; from sdtrain.models.checkpoints.inspect import inspect_model;"
+        "from sdtrain.config.schema import ModelConfig;"
         "assert not inspect_model(ModelConfig(path='builtin:tiny-sdxl'))[1];"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'huggingface_hub') if name in sys.modules])"
     )

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from optim import GroupMetrics
-from sdtrain.training.facts import duration
+from sdtrain.training.watching.text import duration
 
 SMOOTHING = 0.98
 """Memory of the smoothed loss: about the last 50 steps."""

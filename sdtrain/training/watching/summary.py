@@ -9,9 +9,9 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
-from sdtrain.training.facts import duration, facts_table
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
+from sdtrain.training.watching.text import duration, facts_table
 
 
 def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
