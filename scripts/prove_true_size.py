@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description, spec_metadata
-from sdtrain.families.original_names import COMPONENTS, Component
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
+from sdtrain.families.words import COMPONENTS, Component
 from sdtrain.files.header import read_header
 from sdtrain.files.writer import Planned, check_space, write_safetensors
 from sdtrain.models.checkpoints.locate import builtin_folder

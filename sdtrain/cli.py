@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from sdtrain import __version__
+from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.errors import UserError, user_error
 
 app = typer.Typer(
@@ -46,23 +47,16 @@ def fit(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training state of this run.")] = False,
 ) -> None:
     """Train what CONFIG says."""
-    from sdtrain.training.check import inspect_run
-    from sdtrain.training.start import read_run_config, require_own_folder
+    from sdtrain.commands.fit import fit_config
 
-    settings = read_run_config(config, set_ or [], resume=resume)
-    require_own_folder(settings, resume=resume)
-    _, examples = inspect_run(settings, str(config), decode=False, fetch=True)
-    quiet_libraries()  # what can be told without torch has been told
-    from sdtrain.training.fit import fit as run_fit
-
-    if not run_fit(settings, examples, Console(), resume=resume):
+    if not fit_config(config, set_ or [], Console(), resume=resume):
         raise typer.Exit(130)
 
 
 @app.command()
 def check(config: ConfigPath, set_: Overrides = None) -> None:
     """Find every mistake in CONFIG, its model and its pictures, without training."""
-    from sdtrain.training.check import check_config
+    from sdtrain.commands.check import check_config
 
     check_config(config, set_ or [], Console())
 
@@ -77,7 +71,7 @@ def sample(
 ) -> None:
     """Make pictures with the averaged weights of a run."""
     quiet_libraries()
-    from sdtrain.training.sample import sample as run_sample
+    from sdtrain.commands.sample import sample as run_sample
 
     run_sample(source, prompt, seed or [0, 1, 2, 3], out, set_ or [], Console())
 
@@ -91,7 +85,7 @@ def export(
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.training.tools import export_run
+    from sdtrain.commands.export import export_run
 
     typer.echo(f"wrote {export_run(run, format_, step, out)}")
 
@@ -110,7 +104,7 @@ def merge(
     if len(weights) != len(files):
         raise user_error("merge", "--weight", f"given {len(weights)} times for {len(files)} files; give one for each")
     quiet_libraries()
-    from sdtrain.training.tools import merge as run_merge
+    from sdtrain.commands.merge import merge as run_merge
 
     changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
     typer.echo(f"wrote {out}: {changed} layers of {base} changed")
@@ -129,7 +123,7 @@ def extract(
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
-    from sdtrain.training.tools import extract_lora
+    from sdtrain.commands.extract import extract_lora
 
     layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
     typer.echo(f"wrote {out}: {layers} layers")
@@ -147,7 +141,7 @@ def resize(
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
-    from sdtrain.training.tools import resize_lora
+    from sdtrain.commands.extract import resize_lora
 
     resize_lora(file, base, RankRule(rank, energy), out, components)
     typer.echo(f"wrote {out}")
@@ -156,18 +150,9 @@ def resize(
 @app.command()
 def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
     """What is in a file: kind, ranks, base, steps, d per network, tags."""
-    from sdtrain.training.info import file_info
+    from sdtrain.commands.info import file_info
 
     Console().print(file_info(file))
-
-
-def quiet_libraries() -> None:
-    """Keep advice meant for programmers out of the user's terminal; errors still come through."""
-    import os
-
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
 
 def show_version(wanted: bool) -> None:

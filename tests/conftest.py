@@ -72,16 +72,12 @@ def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
     def run(changes: dict[str, Any] | None = None, *, resume: bool = False) -> tuple[Path, str]:
         from rich.console import Console
 
+        from sdtrain.commands.fit import fit_settings
         from sdtrain.config.read import resolve
-        from sdtrain.training.check import inspect_run
-        from sdtrain.training.fit import fit
-        from sdtrain.training.start import require_own_folder
 
         config = resolve(merged(table, changes or {}), "test config")
-        require_own_folder(config, resume=resume)
-        _, examples = inspect_run(config, "test config", decode=False)
         text = io.StringIO()
-        fit(config, examples, Console(file=text, width=200), resume=resume)
+        fit_settings(config, "test config", Console(file=text, width=200), resume=resume, fetch=False)
         return Path(config.output) / config.name, text.getvalue()
 
     return run

@@ -24,6 +24,6 @@ def test_the_quickstart_passes_its_own_check() -> None:
 
     from rich.console import Console
 
-    from sdtrain.training.check import check_config
+    from sdtrain.commands.check import check_config
 
     check_config(Path(__file__).parent.parent / "configs" / "quickstart.toml", (), Console(file=io.StringIO()))

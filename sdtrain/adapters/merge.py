@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdtrain.adapters.formats.layer_names import plain_modules
 from sdtrain.adapters.kinds import Adapters, delta
+from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import user_error
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sdtrain.adapters.attach import adapter_weights, copy_into
-from sdtrain.adapters.formats.lora_file import read_lora, rescaled, shortened
+from sdtrain.adapters.formats.alphas import rescaled
+from sdtrain.adapters.formats.lora_file import read_lora, shortened
 from sdtrain.adapters.formats.metadata import D_KEY, json_table
 from sdtrain.errors import Problem, UserError, user_error
 

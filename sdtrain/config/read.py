@@ -12,8 +12,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from sdtrain.config.foreign_settings import REFUSED
 from sdtrain.config.presets import preset_values
-from sdtrain.config.refused import REFUSED
 from sdtrain.config.rules import impossible_pairs
 from sdtrain.config.schema import Config, FullConfig, LoraConfig, OptimizerConfig
 from sdtrain.errors import Problem, UserError, user_error

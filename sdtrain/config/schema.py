@@ -6,7 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Component = Literal["unet", "text_encoder", "text_encoder_2"]
+from sdtrain.diffusion.words import Density, LossKind, Prediction, Weighting
+from sdtrain.families.words import TrainableNetwork
+
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Whole = Annotated[int, Field(ge=0)]
@@ -29,7 +31,7 @@ class ModelConfig(Settings):
         description="Folder with configs and tokenizers, which a single file lacks: a diffusers folder, say.",
     )
     variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
-    prediction: Literal["auto", "epsilon", "v_prediction"] = Field(
+    prediction: Literal["auto"] | Prediction = Field(
         default="auto", description="What the U-Net predicts; `auto` reads it from the model."
     )
     zero_terminal_snr: Literal["auto", "on", "off"] = Field(
@@ -46,7 +48,7 @@ class LoraConfig(Settings):
     """Small matrices beside frozen weights."""
 
     kind: Literal["lora"]
-    train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that get adapters.")
+    train: list[TrainableNetwork] = Field(default=["unet"], min_length=1, description="Networks that get adapters.")
     adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
         default="lora", description="Kind of adapter; `lora` loads everywhere."
     )
@@ -62,10 +64,10 @@ class LoraConfig(Settings):
         default="attention+ff",
         description="Layers that get adapters: a preset, or patterns of module names such as `*attn2.to_k`.",
     )
-    lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
+    lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
     )
-    stop: dict[Component, Count] = Field(
+    stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
     init_from: str = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
@@ -75,11 +77,11 @@ class FullConfig(Settings):
     """All weights of the chosen networks."""
 
     kind: Literal["full"]
-    train: list[Component] = Field(default=["unet"], min_length=1, description="Networks that are trained.")
-    lr: dict[Component, Annotated[float, Field(gt=0)]] = Field(
+    train: list[TrainableNetwork] = Field(default=["unet"], min_length=1, description="Networks that are trained.")
+    lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
     )
-    stop: dict[Component, Count] = Field(
+    stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
 
@@ -152,7 +154,7 @@ class OptimizerConfig(Settings):
 class TimestepConfig(Settings):
     """Which noise levels are trained."""
 
-    density: Literal["uniform", "logit_normal"] = Field(default="uniform", description="How timesteps are drawn.")
+    density: Density = Field(default="uniform", description="How timesteps are drawn.")
     logit_mean: float = Field(default=0.0, description="Mean of logit(t), for `logit_normal`.")
     logit_std: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Deviation of logit(t).")
     first: Whole = Field(default=0, description="Lowest timestep that is trained.")
@@ -174,11 +176,9 @@ class NoiseConfig(Settings):
 class LossConfig(Settings):
     """How wrong a prediction is."""
 
-    kind: Literal["l2", "huber"] = Field(default="l2", description="Squared error, or Huber's.")
+    kind: LossKind = Field(default="l2", description="Squared error, or Huber's.")
     huber_delta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Where Huber's error turns linear.")
-    weighting: Literal["none", "min_snr", "debiased"] = Field(
-        default="none", description="Weight of each timestep: none, min-SNR, or 1/sqrt(SNR)."
-    )
+    weighting: Weighting = Field(default="none", description="Weight of each timestep: none, min-SNR, or 1/sqrt(SNR).")
     min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
-from sdtrain.diffusion.prediction import Prediction
-
-LossKind = Literal["l2", "huber"]
-Weighting = Literal["none", "min_snr", "debiased"]
+from sdtrain.diffusion.words import LossKind, Prediction, Weighting
 
 
 def error_per_image(prediction: Tensor, target: Tensor, *, kind: LossKind, huber_delta: float = 0.1) -> Tensor:

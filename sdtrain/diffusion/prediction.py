@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 from torch import Tensor
 
 from sdtrain.diffusion.schedule import NoiseSchedule
-
-Prediction = Literal["epsilon", "v_prediction"]
+from sdtrain.diffusion.words import Prediction
 
 
 def training_target(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Generator, Tensor
 
-Density = Literal["uniform", "logit_normal"]
+from sdtrain.diffusion.words import Density
 
 
 def draw_timesteps(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, assert_never
 
-from sdtrain.families.original_names import Family
+from sdtrain.families.words import Family
 
 
 @dataclass(frozen=True)

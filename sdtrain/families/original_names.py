@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
-Family = Literal["sdxl", "sd1", "sd2"]
-Component = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
+from sdtrain.families.words import Component, Family
+
 Form = Literal["same", "transposed", "convolution"]
 
 
@@ -36,12 +36,6 @@ OPEN_CLIP_G = "conditioner.embedders.1.model."
 SD1_CLIP = "cond_stage_model.transformer."
 SD2_OPEN_CLIP = "cond_stage_model.model."
 REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
-
-COMPONENTS: dict[Family, tuple[Component, ...]] = {
-    "sdxl": ("unet", "text_encoder", "text_encoder_2", "vae"),
-    "sd1": ("unet", "text_encoder", "vae"),
-    "sd2": ("unet", "text_encoder", "vae"),
-}
 
 
 def prefix_of(family: Family, component: Component) -> str:

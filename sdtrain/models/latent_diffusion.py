@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
+from sdtrain.diffusion.words import Prediction
 from sdtrain.families.modelspec import Description
 from sdtrain.models.checkpoints.components import Components, SDComponents
 from sdtrain.models.checkpoints.folder import write_folder

@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from sdtrain.diffusion.prediction import Prediction
 from sdtrain.diffusion.schedule import NoiseSchedule
+from sdtrain.diffusion.words import Prediction
 from sdtrain.families.modelspec import Description
 from sdtrain.models.checkpoints.single_file import Change
 

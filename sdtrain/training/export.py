@@ -23,7 +23,7 @@ from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description
-from sdtrain.families.original_names import Component
+from sdtrain.families.words import Component
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Model
 

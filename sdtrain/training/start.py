@@ -9,7 +9,10 @@ from typing import Any
 
 from sdtrain.config.read import differences, read_table, resolve
 from sdtrain.config.schema import Config
+from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.models.checkpoints.hub import fetch_if_missing
+from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
 
 CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
 """Settings a resumed run may change: none of them changes what a step computes."""
@@ -77,3 +80,41 @@ def _require_same(config: Config, folder: Path) -> None:
     ]
     if problems:
         raise UserError(f"--resume {folder}", problems)
+
+
+def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
+    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong.
+
+    decode: read every pixel of every picture. fetch: get a model named by a hub id that is not in the local cache.
+    """
+    if fetch:
+        fetch_if_missing(config.model)
+    facts, problems = inspect_model(config.model)
+    if facts is not None:
+        problems = [*problems, *size_problems(config, facts), *_network_problems(config, facts)]
+    examples, data_problems = scan_folders(config.data, decode=decode)
+    problems = [*problems, *data_problems]
+    if problems or facts is None:
+        raise UserError(source, problems)
+    return facts, examples
+
+
+def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+    if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
+        return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
+    return []
+
+
+def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+    """Picture sizes that the model's halvings do not fit."""
+    step = facts.latent_step_px
+    sizes = {
+        "data.bucket_step_px": config.data.bucket_step_px,
+        "preview.width_px": config.preview.width_px or config.data.resolution_px,
+        "preview.height_px": config.preview.height_px or config.data.resolution_px,
+    }
+    return [
+        Problem(where, f"{size} is not a multiple of {step}, which this model needs")
+        for where, size in sizes.items()
+        if size % step
+    ]

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdtrain.config.foreign_settings import REFUSED
 from sdtrain.config.presets import preset_values
 from sdtrain.config.read import all_settings, differences, override_table, read_config, resolve
-from sdtrain.config.refused import REFUSED
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import UserError

@@ -82,9 +82,8 @@ def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
 
     from rich.console import Console
 
+    from sdtrain.commands.fit import fit_settings
     from sdtrain.config.read import resolve
-    from sdtrain.training.check import inspect_run
-    from sdtrain.training.fit import fit
 
     table: dict[str, Any] = {
         "name": "golden",
@@ -110,8 +109,7 @@ def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
             inner = inner[folder]
         inner[last] = value
     config = resolve(table, "golden config")
-    _, examples = inspect_run(config, "golden config", decode=False)
-    fit(config, examples, Console(file=io.StringIO()))
+    fit_settings(config, "golden config", Console(file=io.StringIO()), resume=False, fetch=False)
     return output / config.name
 
 

@@ -19,8 +19,9 @@ from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.hub import fetch_if_missing, files_to_fetch, is_hub_id
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import TokenizerSource, builtin_folder, find_tokenizers, open_checkpoint
+from sdtrain.models.checkpoints.locate import builtin_folder, open_checkpoint
 from sdtrain.models.checkpoints.single_file import write_single_file
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, find_tokenizers
 
 BUILTIN = "builtin:tiny-sdxl"
 TINY = builtin_folder() / "tiny-sdxl"

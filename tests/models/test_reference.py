@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from sdtrain.families.modelspec import Description
-from sdtrain.families.original_names import COMPONENTS, places_of
+from sdtrain.families.original_names import places_of
+from sdtrain.families.words import COMPONENTS
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.locate import builtin_folder

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
-from sdtrain.families.original_names import COMPONENTS
-from sdtrain.models.checkpoints.components import Components, load_components, load_tokenizer
-from sdtrain.models.checkpoints.folder import copy_tokenizer, write_folder
-from sdtrain.models.checkpoints.locate import TokenizerSource
+from sdtrain.families.words import COMPONENTS
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.single_file import write_single_file
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, copy_tokenizer, load_tokenizer
 
 BUILTIN = "builtin:tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")

@@ -15,11 +15,12 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.families.published_configs import SCHEDULER
-from sdtrain.models.checkpoints.components import SDComponents, load_components, load_sd_components, load_tokenizer
+from sdtrain.models.checkpoints.components import SDComponents, load_components, load_sd_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import TokenizerSource, builtin_folder
+from sdtrain.models.checkpoints.locate import builtin_folder
 from sdtrain.models.checkpoints.single_file import write_single_file
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sd import SD
@@ -152,7 +153,7 @@ def test_sd2_of_another_tool_loses_only_the_layer_nobody_reads(tmp_path: Path) -
     """OpenCLIP's layout with one layer more than is read, fused projections and a pooled projection."""
     from safetensors.torch import save_file
 
-    from sdtrain.families.original_names import COMPONENTS
+    from sdtrain.families.words import COMPONENTS
     from sdtrain.models.checkpoints.single_file import changed_weights, original_tensors
 
     parts = small_sd("sd2")

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdtrain.families.original_names import COMPONENTS, Family, places_of
+from sdtrain.families.original_names import places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
+from sdtrain.families.words import COMPONENTS, Family
 from sdtrain.files.header import Entry, Header
 from sdtrain.files.writer import Planned
 from sdtrain.models.checkpoints.components import Components

@@ -25,7 +25,7 @@ def sdtrain(*arguments: object) -> str:
 
 
 def unet_weights(path: object, components: str = "") -> dict[str, torch.Tensor]:
-    from sdtrain.training.tools import open_model
+    from sdtrain.commands.merge import open_model
 
     return {
         name: tensor.float() for name, tensor in open_model(str(path), components).networks["unet"].state_dict().items()

@@ -12,9 +12,8 @@ from itertools import count, takewhile
 
 from torch import nn
 
-from sdtrain.adapters.formats.metadata import Family
-
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+from sdtrain.adapters.layers import layer_names, plain_modules
+from sdtrain.families.words import Family
 
 _TOP = {
     "conv_in": "input_blocks.0.0",
@@ -155,24 +154,3 @@ def diffusers_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, st
 def _text_name(module: str) -> str:
     """With the `text_model.` that files carry and that transformers 5 dropped from one of the two classes."""
     return module if module.startswith(("text_model.", "text_projection")) else f"text_model.{module}"
-
-
-def layer_names(network: nn.Module) -> list[str]:
-    """The linear and convolution layers of a network, with or without adapters on them, in its order."""
-    return [name for name, module in plain_modules(network) if isinstance(module, nn.Linear | nn.Conv2d)]
-
-
-def plain_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Modules by the names they had before adapters were attached; the layers below an adapter are left out."""
-    from sdtrain.adapters.wrapped import base_layer
-
-    found: list[tuple[str, nn.Module]] = []
-    wrapped: list[str] = []
-    for name, module in network.named_modules():
-        if any(name.startswith(prefix) for prefix in wrapped):
-            continue
-        base = base_layer(module)
-        if base is not None:
-            wrapped = [name + "."]  # named_modules goes depth first: only the last wrapper can hold what follows
-        found.append((name, module if base is None else base))
-    return found

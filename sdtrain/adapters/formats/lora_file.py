@@ -21,39 +21,33 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 
 from sdtrain.adapters.files import Header, hash_tensors, read_header, read_tensors, write_tensors
-from sdtrain.adapters.formats.layer_names import COMPONENTS, diffusers_names, family_of, plain_modules, sd_scripts_names
-from sdtrain.adapters.formats.metadata import (
-    ALPHA_KEY,
-    DIFFUSERS_KEY,
-    FileFacts,
-    Shape,
-    header_metadata,
-    most_frequent,
+from sdtrain.adapters.formats.alphas import (
+    Scaled,
+    one_alpha_each,
     pack_alphas,
+    rescaled,
+    scale_of_one,
     unpack_alpha,
 )
+from sdtrain.adapters.formats.layer_names import diffusers_names, family_of, sd_scripts_names
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, FileFacts, Shape, header_metadata
 from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata
 from sdtrain.adapters.formats.tensor_names import Names, decode, encode, expressible, shape_problem
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
-    DoraWeights,
-    LohaWeights,
-    LokrWeights,
-    LoraWeights,
-    OftWeights,
     kind_of,
-    mapped,
 )
+from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.words import TRAINABLE_NETWORKS
 
 
 @dataclass(frozen=True)
@@ -64,14 +58,6 @@ class LoraFile:
     """component -> module -> weights, tensors as stored, on the CPU."""
     metadata: dict[str, str]
     names: Names
-
-
-@dataclass(frozen=True)
-class Scaled:
-    """Adapters whose alphas a format can hold, and the alphas they had before where that can be undone exactly."""
-
-    adapters: dict[str, dict[str, AdapterWeights]]
-    alphas: dict[str, dict[str, float]]
 
 
 def write_lora(
@@ -163,88 +149,6 @@ def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
     )
 
 
-def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
-    """The same dW with one alpha in each network, the most frequent one; kinds other than LoRA and DoRA keep theirs."""
-    found: dict[str, dict[str, AdapterWeights]] = {}
-    alphas: dict[str, dict[str, float]] = {}
-    for component, modules in adapters.items():
-        common = most_frequent(weights.alpha for weights in modules.values())
-        found[component] = {}
-        for module, weights in modules.items():
-            stored = cast(weights, dtype)
-            differs = weights.alpha != common and isinstance(weights, LoraWeights | DoraWeights)
-            if differs and undoable(stored, common):
-                alphas.setdefault(component, {})[module] = weights.alpha
-                stored = rescaled(stored, common)
-            elif differs:
-                stored = cast(rescaled(weights, common), dtype)  # rounded once, after the multiplication
-            found[component][module] = stored
-    return Scaled(found, alphas)
-
-
-def scale_of_one(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
-    """The same dW with alpha = rank, or everything as it was where that would lose a bit anywhere."""
-    stored = {
-        component: {module: cast(weights, dtype) for module, weights in modules.items()}
-        for component, modules in adapters.items()
-    }
-    every = [weights for modules in stored.values() for weights in modules.values()]
-    if not all(undoable(weights, _unscaled_alpha(weights)) for weights in every):
-        return Scaled(stored, {})
-    unscaled = {
-        component: {module: rescaled(weights, _unscaled_alpha(weights)) for module, weights in modules.items()}
-        for component, modules in stored.items()
-    }
-    if all(weights.alpha == _unscaled_alpha(weights) for weights in every):
-        return Scaled(unscaled, {})
-    alphas = {
-        component: {name: weights.alpha for name, weights in modules.items()} for component, modules in stored.items()
-    }
-    return Scaled(unscaled, alphas)
-
-
-def _unscaled_alpha(weights: AdapterWeights) -> float:
-    return float(weights.rank or 1)  # a LoKr of whole factors has no rank, and no use for its alpha
-
-
-def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    """The same dW with this alpha: one factor makes up for it."""
-
-    def scaled(factor: Tensor) -> Tensor:
-        return factor if weights.alpha == alpha else (factor.float() * (weights.alpha / alpha)).to(factor.dtype)
-
-    match weights:
-        case LoraWeights():
-            return replace(weights, up=scaled(weights.up), alpha=alpha)
-        case DoraWeights():
-            direction = rescaled(weights.direction, alpha)
-            assert isinstance(direction, LoraWeights)
-            return replace(weights, direction=direction)
-        case LohaWeights():
-            return replace(weights, w1_a=scaled(weights.w1_a), alpha=alpha)
-        case LokrWeights():
-            if not weights.rank:
-                return replace(weights, alpha=alpha)
-            w1 = weights.w1
-            return replace(weights, w1=(scaled(w1[0]), w1[1]) if isinstance(w1, tuple) else scaled(w1), alpha=alpha)
-        case OftWeights():
-            return weights
-        case _:
-            assert_never(weights)
-
-
-def undoable(weights: AdapterWeights, alpha: float) -> bool:
-    """Whether rescaling to this alpha and back gives the same bits."""
-    before = encode(weights, "diffusers")
-    after = encode(rescaled(rescaled(weights, alpha), weights.alpha), "diffusers")
-    return all(torch.equal(after[part], tensor) for part, tensor in before.items())
-
-
-def cast(weights: AdapterWeights, dtype: torch.dtype | None) -> AdapterWeights:
-    """The adapter with its tensors in another type; None keeps theirs."""
-    return weights if dtype is None else mapped(weights, lambda tensor: tensor.to(dtype))
-
-
 def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
     """The adapters in a file, in either naming, for the layers of these networks (on any device, meta too).
 
@@ -283,7 +187,7 @@ def names_of(path: Path, header: Header) -> Names:
     first = next(iter(header.tensors), "")
     if any(key.startswith(("lora_unet_", "lora_te")) for key in header.tensors):
         return "sd-scripts"
-    if any(key.startswith(tuple(f"{component}." for component in COMPONENTS)) for key in header.tensors):
+    if any(key.startswith(tuple(f"{component}." for component in TRAINABLE_NETWORKS)) for key in header.tensors):
         return "diffusers"
     if first.startswith(("model.diffusion_model.", "conditioner.", "first_stage_model.", "cond_stage_model.")):
         raise user_error(str(path), first, "is of a whole checkpoint; `sdtrain extract` makes a LoRA of two of them")

@@ -7,19 +7,17 @@ interfaces show; `sshs_*` are the hashes they identify a file by; `sdtrain.*` ar
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, assert_never
+from typing import Any, assert_never
+
+from sdtrain.diffusion.words import Prediction
+from sdtrain.families.words import Family
 
 CONFIG_KEY = "sdtrain.config"
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
-
-
-Family = Literal["sdxl", "sd1", "sd2"]
-"""Model families that adapters are written for."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class FileFacts:
     title: str
     date: str
     """ISO 8601 with seconds, UTC: `2026-11-22T15:00:00+00:00`."""
-    prediction: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction: Prediction = "epsilon"
     resolution_px: tuple[int, int] = (1024, 1024)
     """Width and height."""
     steps: int = 0
@@ -139,30 +137,3 @@ def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"cannot be read: `{key}` in the header is no JSON table, fetch the file again")
     return found
-
-
-def most_frequent(values: Iterable[float]) -> float:
-    """The value that occurs most often, the largest of several: an answer that no order changes."""
-    counts = Counter(values)
-    return max(counts, key=lambda value: (counts[value], value))
-
-
-def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str, Collection[str]]) -> str:
-    """component -> module -> alpha as JSON; where all modules of a network are listed, the commonest alpha is `*`."""
-    packed = {}
-    for component, modules in alphas.items():
-        rest = dict(modules)
-        if set(rest) == set(adapters[component]):
-            common = most_frequent(rest.values())
-            rest = {"*": common} | {name: alpha for name, alpha in rest.items() if alpha != common}
-        packed[component] = rest
-    return _json(packed)
-
-
-def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> float | None:
-    """The alpha that `pack_alphas` kept for a module, None where there is none."""
-    modules = json_table(metadata, ALPHA_KEY).get(component, {})
-    if not isinstance(modules, dict):
-        raise ValueError(f"cannot be read: `{ALPHA_KEY}` in the header has no table for {component}")
-    value = modules.get(module, modules.get("*"))
-    return None if value is None else float(value)

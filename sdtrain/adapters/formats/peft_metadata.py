@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
-from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table, most_frequent
+from sdtrain.adapters.formats.alphas import most_frequent
+from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table
 from sdtrain.adapters.formats.tensor_names import factor_shape
 from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error

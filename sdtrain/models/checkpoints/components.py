@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, assert_never, cast
+from typing import Any, assert_never
 
 import torch
 from torch import nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.original_names import Component, Family
+from sdtrain.families.words import Component, Family
 from sdtrain.models.checkpoints.locate import (
     Checkpoint,
     DiffusersFolder,
-    TokenizerSource,
-    find_tokenizers,
     locate,
     missing_parts,
     open_checkpoint,
@@ -23,6 +21,7 @@ from sdtrain.models.checkpoints.locate import (
 )
 from sdtrain.models.checkpoints.markers import scheduler_of
 from sdtrain.models.checkpoints.networks import Loaded, load_network, load_vae
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, find_tokenizers, load_tokenizer
 from sdtrain.models.checkpoints.vae import vae_source
 from sdtrain.models.prompts import Tokenizer
 
@@ -158,15 +157,6 @@ def load_networks(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtyp
     else:
         networks["vae"] = load_network(checkpoint, "vae", torch.float32, config.components)
     return networks
-
-
-def load_tokenizer(source: TokenizerSource) -> Tokenizer:
-    """A CLIP tokenizer from a folder."""
-    from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-    if source.pad_token:
-        return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
-    return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder))
 
 
 def _zeros_for_empty_prompt(checkpoint: Checkpoint) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtrain.errors import UserError, user_error
-from sdtrain.families.original_names import REFINER_OPEN_CLIP, UNET, Component, Family, is_open_clip, prefix_of
+from sdtrain.families.original_names import REFINER_OPEN_CLIP, UNET, is_open_clip, prefix_of
 from sdtrain.families.published_configs import (
     CLIP_L_TEXT,
     HEAD_WIDTH,
@@ -20,6 +20,7 @@ from sdtrain.families.published_configs import (
     SDXL_UNET,
     SDXL_VAE,
 )
+from sdtrain.families.words import Component, Family
 from sdtrain.files.header import Header
 
 Shapes = Mapping[str, tuple[int, ...]]

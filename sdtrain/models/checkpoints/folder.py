@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
@@ -14,13 +13,14 @@ from torch import nn
 
 from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description, spec_metadata
-from sdtrain.families.original_names import COMPONENTS, Component, Family, with_text_prefix
+from sdtrain.families.original_names import with_text_prefix
+from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.writer import Planned, atomic_folder, check_space, write_safetensors
-from sdtrain.models.checkpoints.components import Components, SDComponents, load_tokenizer
-from sdtrain.models.checkpoints.locate import STEMS, TOKENIZER_FILES, TokenizerSource
+from sdtrain.models.checkpoints.components import Components, SDComponents
+from sdtrain.models.checkpoints.locate import STEMS
 from sdtrain.models.checkpoints.single_file import Change, changed_weights, network_config
+from sdtrain.models.checkpoints.tokenizers import copy_tokenizer
 
-COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 INDEX = "model_index.json"
 
 
@@ -114,18 +114,6 @@ def pipeline_name(family: Family) -> str:
             return "StableDiffusionPipeline"
         case _:
             assert_never(family)
-
-
-def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
-    """The tokenizer's files as they are; where its padding was changed, with a config that says so."""
-    folder.mkdir()
-    changed = bool(source.pad_token)
-    if changed:
-        tokenizer: Any = load_tokenizer(source)
-        tokenizer.save_pretrained(folder)
-    for name in TOKENIZER_FILES if changed else COPIED:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

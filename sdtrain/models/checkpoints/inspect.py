@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.original_names import COMPONENTS, Component, Family
+from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
 from sdtrain.models.checkpoints.locate import (
@@ -18,7 +19,6 @@ from sdtrain.models.checkpoints.locate import (
     DiffusersFolder,
     SingleFile,
     builtin_folder,
-    find_tokenizers,
     lent_config,
     locate,
     missing_parts,
@@ -27,7 +27,8 @@ from sdtrain.models.checkpoints.locate import (
     read_json,
     weight_files,
 )
-from sdtrain.models.checkpoints.markers import Markers, Prediction, markers_of, scheduler_of, stored_configs
+from sdtrain.models.checkpoints.markers import Markers, markers_of, scheduler_of, stored_configs
+from sdtrain.models.checkpoints.tokenizers import find_tokenizers
 from sdtrain.models.checkpoints.vae import vae_source
 
 __all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]

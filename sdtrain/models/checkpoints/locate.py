@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdtrain.errors import user_error
-from sdtrain.families.original_names import COMPONENTS, VAE, Component, Family
+from sdtrain.families.original_names import VAE
+from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import detect_family
-from sdtrain.models.checkpoints.hub import cached_file, cached_model, is_hub_id, is_offline, not_cached
+from sdtrain.models.checkpoints.hub import cached_model, is_hub_id, is_offline, not_cached
 
 BUILTIN = "builtin:"
 STEMS: dict[Component, str] = {
@@ -21,9 +22,6 @@ STEMS: dict[Component, str] = {
     "text_encoder": "model",
     "text_encoder_2": "model",
 }
-TOKENIZER_FILES = ("vocab.json", "merges.txt")
-SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
-CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,6 @@ class DiffusersFolder:
 
 
 Checkpoint = SingleFile | DiffusersFolder
-
-
-@dataclass(frozen=True)
-class TokenizerSource:
-    """A folder with a CLIP tokenizer. pad_token: what to use instead of its own padding; empty: its own."""
-
-    folder: Path
-    pad_token: str = ""
 
 
 def builtin_folder() -> Path:
@@ -197,62 +187,3 @@ def lent_config(components: str, component: Component) -> dict[str, Any] | None:
     """The configuration that the folder named in model.components has for a network; None when it has none."""
     path = locate(components, "", weights=False) / component / "config.json" if components else None
     return read_json(path) if path and path.is_file() else None
-
-
-# ---- tokenizers ----
-
-
-def find_tokenizers(checkpoint: Checkpoint, components: str) -> tuple[TokenizerSource, ...]:
-    """The tokenizers of a checkpoint, one for each text encoder. Raises UserError with what to fetch.
-
-    A single file has none: they come from the folder the user names, or from the hub cache. All published models of
-    these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
-    """
-    names = [part.replace("text_encoder", "tokenizer") for part in COMPONENTS[checkpoint.family] if "text" in part]
-    if components:
-        return _named_tokenizers(locate(components, "", weights=False), names, "model.components")
-    match checkpoint:
-        case DiffusersFolder(path):
-            return _named_tokenizers(path, names, "model.path")
-        case SingleFile():
-            return _cached_tokenizers(names)
-
-
-def _named_tokenizers(folder: Path, names: list[str], setting: str) -> tuple[TokenizerSource, ...]:
-    """Below the folder as in a diffusers folder, or in the folder itself."""
-    if has_tokenizer(folder):
-        return _shared_tokenizer(folder, names)
-    for name in names:
-        if not has_tokenizer(folder / name):
-            raise user_error(str(folder / name), setting, f"has no tokenizer ({' and '.join(TOKENIZER_FILES)})")
-    return tuple(TokenizerSource(folder / name) for name in names)
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a CLIP tokenizer lies in a folder."""
-    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
-def _shared_tokenizer(folder: Path, names: list[str]) -> tuple[TokenizerSource, ...]:
-    return tuple(TokenizerSource(folder, "!" if name == "tokenizer_2" else "") for name in names)
-
-
-def _cached_tokenizers(names: list[str]) -> tuple[TokenizerSource, ...]:
-    found = [_cached_tokenizer(SDXL_REPOSITORY, name + "/") for name in names]
-    if all(found):
-        return tuple(TokenizerSource(folder) for folder in found if folder)
-    clip = _cached_tokenizer(CLIP_REPOSITORY, "")
-    if clip:
-        return _shared_tokenizer(clip, names)
-    raise user_error(
-        "tokenizers",
-        "model.components",
-        "a single file holds none: name a folder here with vocab.json and merges.txt of "
-        f"{CLIP_REPOSITORY}, or fetch them once with `hf download {CLIP_REPOSITORY} vocab.json merges.txt "
-        "tokenizer_config.json special_tokens_map.json`",
-    )
-
-
-def _cached_tokenizer(repository: str, below: str) -> Path | None:
-    files = [cached_file(repository, below + name) for name in TOKENIZER_FILES]
-    return files[0].parent if all(files) and files[0] else None

@@ -6,14 +6,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
+from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import user_error
 from sdtrain.families.published_configs import SCHEDULER
 from sdtrain.files.header import Header
 from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate, read_json
-
-Prediction = Literal["epsilon", "v_prediction"]
 
 V_PREDICTION_KEY = "v_pred"
 ZERO_TERMINAL_KEY = "ztsnr"

@@ -12,15 +12,8 @@ import torch
 from torch import nn
 
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.original_names import (
-    Component,
-    Family,
-    Place,
-    old_vae_name,
-    places_of,
-    prefix_of,
-    with_text_prefix,
-)
+from sdtrain.families.original_names import Place, old_vae_name, places_of, prefix_of, with_text_prefix
+from sdtrain.families.words import Component, Family
 from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
 from sdtrain.models.checkpoints.fill import Stored, check_fit, fill, raise_first, stored_dtype

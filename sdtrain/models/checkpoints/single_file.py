@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description, spec_metadata
-from sdtrain.families.original_names import COMPONENTS, Component, Family, Place, constants_of, places_of
+from sdtrain.families.original_names import Place, constants_of, places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
+from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.header import Entry, Header
 from sdtrain.files.writer import NAMES, Planned, check_space, write_safetensors
 from sdtrain.models.checkpoints.components import Components, SDComponents

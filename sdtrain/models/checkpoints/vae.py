@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.errors import user_error
-from sdtrain.families.original_names import VAE, Family, Place, new_vae_name, places_of
+from sdtrain.families.original_names import VAE, Place, new_vae_name, places_of
+from sdtrain.families.words import Family
 from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, vae_config
 from sdtrain.models.checkpoints.locate import locate, read_json, weight_files

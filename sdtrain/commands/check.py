@@ -9,11 +9,9 @@ from rich.console import Console
 
 from sdtrain.config.read import read_config
 from sdtrain.config.schema import Config
-from sdtrain.data.examples import Example, scan_folders
 from sdtrain.data.report import DataReport, summarise
-from sdtrain.errors import Problem, UserError
-from sdtrain.models.checkpoints.hub import fetch_if_missing
-from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
+from sdtrain.models.checkpoints.inspect import ModelFacts
+from sdtrain.training.start import inspect_run
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
@@ -24,44 +22,6 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
     for line in (*_model_lines(config, facts), *report_lines(report)):
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
-
-
-def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
-    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong.
-
-    decode: read every pixel of every picture. fetch: get a model named by a hub id that is not in the local cache.
-    """
-    if fetch:
-        fetch_if_missing(config.model)
-    facts, problems = inspect_model(config.model)
-    if facts is not None:
-        problems = [*problems, *size_problems(config, facts), *_network_problems(config, facts)]
-    examples, data_problems = scan_folders(config.data, decode=decode)
-    problems = [*problems, *data_problems]
-    if problems or facts is None:
-        raise UserError(source, problems)
-    return facts, examples
-
-
-def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
-    if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
-        return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
-    return []
-
-
-def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
-    """Picture sizes that the model's halvings do not fit."""
-    step = facts.latent_step_px
-    sizes = {
-        "data.bucket_step_px": config.data.bucket_step_px,
-        "preview.width_px": config.preview.width_px or config.data.resolution_px,
-        "preview.height_px": config.preview.height_px or config.data.resolution_px,
-    }
-    return [
-        Problem(where, f"{size} is not a multiple of {step}, which this model needs")
-        for where, size in sizes.items()
-        if size % step
-    ]
 
 
 def _model_lines(config: Config, facts: ModelFacts) -> list[str]:

@@ -1,0 +1,1 @@
+"""What each command of sdtrain does, a file a command."""

@@ -1,0 +1,50 @@
+"""`sdtrain export`: the averaged weights of a run in another format, or of an earlier step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from optim import averaged
+from sdtrain.config.schema import Config
+from sdtrain.data.examples import scan_folders
+from sdtrain.errors import user_error
+from sdtrain.training.export import Format, export_weights
+from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.parameters import train_parameters
+from sdtrain.training.prepare import load
+from sdtrain.training.run import Run, pick_device, pick_dtype
+from sdtrain.training.start import stored_config
+from sdtrain.training.states import SavedState, load_state, saved_states
+
+
+def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -> Path:
+    """Write the averaged weights of a run's training state in a format; returns where. Raises UserError."""
+    config = stored_config(folder)
+    state = _state(folder, step)
+    device = pick_device(config)
+    run = Run(folder, config, device, pick_dtype(config, device))
+    model = load(run)
+    trainable = train_parameters(model, run)
+    optimizer = build_optimizer(trainable, config)
+    load_state(state, trainable, optimizer)
+    examples, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
+    target = out or folder / "weights" / _file_name(config, state.step, kind)
+    with averaged(optimizer):
+        export_weights(model, config, target, kind=kind, step=state.step, examples=examples, groups=optimizer.metrics())
+    return target
+
+
+def _state(folder: Path, step: int | None) -> SavedState:
+    states = saved_states(folder / "checkpoints")
+    if not states:
+        raise user_error(str(folder), "checkpoints", "holds no training state to export from")
+    for state in states:
+        if state.step == step or (step is None and state is states[-1]):
+            return state
+    there = ", ".join(str(state.step) for state in states)
+    raise user_error(str(folder), "--step", f"no training state of step {step}; there are {there}")
+
+
+def _file_name(config: Config, step: int, kind: Format) -> str:
+    name = f"{config.name}-{kind}-step-{step:06d}"
+    return name if kind == "folder" else f"{name}.safetensors"

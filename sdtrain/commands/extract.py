@@ -1,0 +1,48 @@
+"""`sdtrain extract` and `sdtrain resize`: LoRAs out of two models, and LoRAs of another rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast, get_args
+
+from sdtrain.adapters.formats.lora_file import LoraFile, read_lora, write_lora
+from sdtrain.adapters.formats.metadata import CONFIG_KEY, FileFacts
+from sdtrain.adapters.kinds import Adapters
+from sdtrain.adapters.low_rank import RankRule, extract, resize
+from sdtrain.adapters.targets import TargetPreset, select_targets
+from sdtrain.commands.merge import open_model
+from sdtrain.errors import user_error
+from sdtrain.models.model import Model
+
+
+def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "") -> int:
+    """Write the LoRA that makes `tuned` of `base`, as near as its rank allows; how many layers it has."""
+    before, after = open_model(base, components), open_model(tuned, components)
+    meant = cast(TargetPreset, targets) if targets in get_args(TargetPreset) else [targets]
+    modules = select_targets(before.networks, meant, unused=before.unused_layers)
+    adapters = extract(before.networks, after.networks, rule, modules=modules)
+    if not any(adapters.values()):
+        raise user_error(tuned, "weights", f"are those of {base} in every layer of --targets {targets}")
+    _write(out, adapters, before, base, {})
+    return sum(map(len, adapters.values()))
+
+
+def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: str = "") -> LoraFile:
+    """Write a LoRA file with another rank, as near as that allows; what was read. Raises UserError."""
+    model = open_model(base, components)
+    read = read_lora(file, model.networks)
+    _write(out, resize(read.adapters, rule), model, base, read.metadata)
+    return read
+
+
+def _write(out: Path, adapters: Adapters, model: Model, base: str, said: Mapping[str, str]) -> None:
+    facts = FileFacts(
+        title=out.stem,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        prediction=model.prediction,
+        base_model=Path(base).name,
+        config_toml=said.get(CONFIG_KEY, ""),
+    )
+    write_lora(out, adapters, model.networks, names="sd-scripts", facts=facts)

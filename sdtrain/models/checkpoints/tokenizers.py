@@ -1,0 +1,110 @@
+"""Tokenizers: found beside a checkpoint, in a folder the user names or in the hub cache; loaded and copied."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from sdtrain.errors import user_error
+from sdtrain.families.words import COMPONENTS
+from sdtrain.models.checkpoints.hub import cached_file
+from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate
+from sdtrain.models.prompts import Tokenizer
+
+TOKENIZER_FILES = ("vocab.json", "merges.txt")
+
+
+SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """A folder with a CLIP tokenizer. pad_token: what to use instead of its own padding; empty: its own."""
+
+    folder: Path
+    pad_token: str = ""
+
+
+def find_tokenizers(checkpoint: Checkpoint, components: str) -> tuple[TokenizerSource, ...]:
+    """The tokenizers of a checkpoint, one for each text encoder. Raises UserError with what to fetch.
+
+    A single file has none: they come from the folder the user names, or from the hub cache. All published models of
+    these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
+    """
+    names = [part.replace("text_encoder", "tokenizer") for part in COMPONENTS[checkpoint.family] if "text" in part]
+    if components:
+        return _named_tokenizers(locate(components, "", weights=False), names, "model.components")
+    match checkpoint:
+        case DiffusersFolder(path):
+            return _named_tokenizers(path, names, "model.path")
+        case SingleFile():
+            return _cached_tokenizers(names)
+
+
+def _named_tokenizers(folder: Path, names: list[str], setting: str) -> tuple[TokenizerSource, ...]:
+    """Below the folder as in a diffusers folder, or in the folder itself."""
+    if has_tokenizer(folder):
+        return _shared_tokenizer(folder, names)
+    for name in names:
+        if not has_tokenizer(folder / name):
+            raise user_error(str(folder / name), setting, f"has no tokenizer ({' and '.join(TOKENIZER_FILES)})")
+    return tuple(TokenizerSource(folder / name) for name in names)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a CLIP tokenizer lies in a folder."""
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def _shared_tokenizer(folder: Path, names: list[str]) -> tuple[TokenizerSource, ...]:
+    return tuple(TokenizerSource(folder, "!" if name == "tokenizer_2" else "") for name in names)
+
+
+def _cached_tokenizers(names: list[str]) -> tuple[TokenizerSource, ...]:
+    found = [_cached_tokenizer(SDXL_REPOSITORY, name + "/") for name in names]
+    if all(found):
+        return tuple(TokenizerSource(folder) for folder in found if folder)
+    clip = _cached_tokenizer(CLIP_REPOSITORY, "")
+    if clip:
+        return _shared_tokenizer(clip, names)
+    raise user_error(
+        "tokenizers",
+        "model.components",
+        "a single file holds none: name a folder here with vocab.json and merges.txt of "
+        f"{CLIP_REPOSITORY}, or fetch them once with `hf download {CLIP_REPOSITORY} vocab.json merges.txt "
+        "tokenizer_config.json special_tokens_map.json`",
+    )
+
+
+def _cached_tokenizer(repository: str, below: str) -> Path | None:
+    files = [cached_file(repository, below + name) for name in TOKENIZER_FILES]
+    return files[0].parent if all(files) and files[0] else None
+
+
+COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
+    """The tokenizer's files as they are; where its padding was changed, with a config that says so."""
+    folder.mkdir()
+    changed = bool(source.pad_token)
+    if changed:
+        tokenizer: Any = load_tokenizer(source)
+        tokenizer.save_pretrained(folder)
+    for name in TOKENIZER_FILES if changed else COPIED:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def load_tokenizer(source: TokenizerSource) -> Tokenizer:
+    """A CLIP tokenizer from a folder."""
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    if source.pad_token:
+        return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
+    return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder))
