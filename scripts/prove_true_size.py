@@ -30,8 +30,8 @@ from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.families.words import COMPONENTS, Component
 from sdtrain.files.header import read_header
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.files.writer import Planned, check_space, write_safetensors
-from sdtrain.models.checkpoints.locate import builtin_folder
 from sdtrain.models.checkpoints.networks import empty_network
 from sdtrain.models.checkpoints.single_file import Weight, original_tensors, write_single_file
 
@@ -136,7 +136,7 @@ def random_weights(component: Component, dtype: torch.dtype) -> dict[str, Weight
 
 def write_tokenizers(folder: Path) -> None:
     """The built-in tokenizers with as many words as CLIP's, most of which no caption has."""
-    tiny = builtin_folder() / "tiny-sdxl"
+    tiny = BUILTIN_FOLDER / "tiny-sdxl"
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         words = sorted(vocab := json.loads((tiny / name / "vocab.json").read_text()), key=lambda word: vocab[word])
@@ -196,7 +196,7 @@ def train_lora(folder: Path, steps: int) -> None:
     """A few steps through the command line, as a user would."""
     (folder / "pictures").mkdir(exist_ok=True)
     for name in ("01.png", "01.txt", "02.png", "02.txt"):
-        shutil.copy(builtin_folder() / "quickstart" / name, folder / "pictures")
+        shutil.copy(BUILTIN_FOLDER / "quickstart" / name, folder / "pictures")
     config = folder / "config.toml"
     config.write_text(TRAIN.format(folder=folder, steps=steps))
     subprocess.run(

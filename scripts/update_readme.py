@@ -46,7 +46,7 @@ def settings_text() -> str:
         rows = [
             f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"
             for key, field in model.model_fields.items()
-            if not _is_table(field.annotation) and key != "kind"
+            if not _is_table(field.annotation) and not (key == "kind" and kind)
         ]
         parts.append("\n".join([title, "", "| setting | type | default | meaning |", "|---|---|---|---|", *rows]))
     return "\n\n".join(parts)
@@ -76,7 +76,8 @@ def _named(annotation: Any, metadata: Any = ()) -> str:
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):
-        return " or ".join(_named(argument) for argument in arguments)
+        joint = ", " if all(get_origin(argument) is Literal for argument in arguments) else " or "
+        return joint.join(_named(argument) for argument in arguments)
     if origin is list:
         return f"list of {_named(arguments[0])}"
     if origin is tuple:

@@ -15,8 +15,6 @@ def layer_names(network: nn.Module) -> list[str]:
 
 def plain_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules by the names they had before adapters were attached; the layers below an adapter are left out."""
-    from sdtrain.adapters.layers import base_layer
-
     found: list[tuple[str, nn.Module]] = []
     wrapped: list[str] = []
     for name, module in network.named_modules():

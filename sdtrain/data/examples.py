@@ -13,9 +13,9 @@ from sdtrain.data.captions import CaptionError, read_caption
 from sdtrain.data.pictures import SUFFIXES, UNSUPPORTED_SUFFIXES, PictureError, measure
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
+from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER
 
-BUILTIN = Path(__file__).resolve().parents[1] / "builtin"
-BUILTIN_FOLDERS = {f"builtin:{name}": BUILTIN / name for name in ("quickstart", "quickstart-known")}
+BUILTIN_FOLDERS = {BUILTIN + name: BUILTIN_FOLDER / name for name in ("quickstart", "quickstart-known")}
 MAX_ALIKE = 12
 
 
@@ -97,7 +97,7 @@ def _shorten(findings: Sequence[_Finding]) -> list[Problem]:
 
 
 def _unusable(folder: FolderConfig, root: Path) -> str:
-    if folder.path.startswith("builtin:") and folder.path not in BUILTIN_FOLDERS:
+    if folder.path.startswith(BUILTIN) and folder.path not in BUILTIN_FOLDERS:
         return f"no such embedded folder: {folder.path}; there is {', '.join(BUILTIN_FOLDERS)}"
     if not root.exists():
         return f"no such folder: {root}"

@@ -6,7 +6,6 @@ from typing import Literal, get_args
 
 Family = Literal["sdxl", "sd1", "sd2"]
 
-
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 
 TrainableNetwork = Literal["unet", "text_encoder", "text_encoder_2"]

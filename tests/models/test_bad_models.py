@@ -11,9 +11,9 @@ import torch
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import load_components
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import builtin_folder
 
 BUILTIN = "builtin:tiny-sdxl"
 IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -180,8 +180,8 @@ def test_eight_bit_weights_are_refused(rewrite) -> None:
 
 
 def test_an_unpublished_shape_without_a_config_is_not_guessed(rewrite, tmp_path: Path) -> None:
-    shutil.copytree(builtin_folder() / "tiny-sdxl" / "tokenizer", tmp_path / "words" / "tokenizer")
-    shutil.copytree(builtin_folder() / "tiny-sdxl" / "tokenizer_2", tmp_path / "words" / "tokenizer_2")
+    shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer", tmp_path / "words" / "tokenizer")
+    shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer_2", tmp_path / "words" / "tokenizer_2")
     path = rewrite(lambda tensors: None, metadata={})
     _, what = only_problem(path, components=str(tmp_path / "words"))
     assert "unet/config.json" in what and "model.components" in what
@@ -193,7 +193,7 @@ def test_an_unpublished_shape_without_a_config_is_not_guessed(rewrite, tmp_path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A copy of the built-in model to spoil."""
-    return shutil.copytree(builtin_folder() / "tiny-sdxl", tmp_path / "model")
+    return shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl", tmp_path / "model")
 
 
 def edit(path: Path, **settings: object) -> None:

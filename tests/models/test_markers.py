@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import builtin_folder
 
 BUILTIN = "builtin:tiny-sdxl"
 EPSILON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
@@ -20,7 +20,7 @@ EPSILON = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 @pytest.fixture
 def components(tmp_path: Path) -> Path:
     """A folder that lends configs and tokenizers but says nothing of the noise schedule."""
-    folder = shutil.copytree(builtin_folder() / "tiny-sdxl", tmp_path / "components")
+    folder = shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl", tmp_path / "components")
     shutil.rmtree(folder / "scheduler")
     return folder
 
@@ -93,7 +93,7 @@ def test_zero_terminal_snr_with_epsilon_is_refused(rewrite, components: Path) ->
 
 
 def test_a_folders_scheduler_counts(tmp_path: Path) -> None:
-    folder = shutil.copytree(builtin_folder() / "tiny-sdxl", tmp_path / "model")
+    folder = shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl", tmp_path / "model")
     _, problems = inspect_model(ModelConfig(path=str(folder), prediction="epsilon"))
     assert "scheduler_config.json: prediction_type" in problems[0].what
     path = folder / "scheduler" / "scheduler_config.json"

@@ -14,17 +14,17 @@ import torch
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
-from sdtrain.models.checkpoints import locate as checkpoint_module
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.hub import fetch_if_missing, files_to_fetch, is_hub_id
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import builtin_folder, open_checkpoint
+from sdtrain.models.checkpoints.locate import open_checkpoint
 from sdtrain.models.checkpoints.single_file import write_single_file
-from sdtrain.models.checkpoints.tokenizers import TokenizerSource, find_tokenizers
+from sdtrain.models.checkpoints.tokenizers import CLIP_REPOSITORY, SDXL_REPOSITORY, TokenizerSource, find_tokenizers
 
 BUILTIN = "builtin:tiny-sdxl"
-TINY = builtin_folder() / "tiny-sdxl"
+TINY = BUILTIN_FOLDER / "tiny-sdxl"
 
 
 @pytest.fixture(autouse=True)
@@ -134,14 +134,14 @@ def test_only_the_parts_of_a_repository_that_are_needed_are_fetched() -> None:
 
 
 def test_tokenizers_come_from_the_cached_sdxl_repository(cache: Path, single_file: Path) -> None:
-    folder = put_into_cache(cache, checkpoint_module.SDXL_REPOSITORY, TINY)
+    folder = put_into_cache(cache, SDXL_REPOSITORY, TINY)
     sources = find_tokenizers(open_checkpoint(single_file, ""), "")
     assert sources == (TokenizerSource(folder / "tokenizer"), TokenizerSource(folder / "tokenizer_2"))
     assert inspect_model(ModelConfig(path=str(single_file)))[1] == []
 
 
 def test_tokenizers_come_from_the_cached_clip_repository(cache: Path, single_file: Path) -> None:
-    put_into_cache(cache, checkpoint_module.CLIP_REPOSITORY, TINY / "tokenizer")
+    put_into_cache(cache, CLIP_REPOSITORY, TINY / "tokenizer")
     read = load_components(ModelConfig(path=str(single_file)), torch.float32)
     assert read.tokenizer.pad_token_id == read.tokenizer.eos_token_id
     assert read.tokenizer_2.pad_token_id == 0

@@ -11,11 +11,11 @@ import torch
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import places_of
 from sdtrain.families.words import COMPONENTS
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
-from sdtrain.models.checkpoints.locate import builtin_folder
 
-TINY = builtin_folder() / "tiny-sdxl"
+TINY = BUILTIN_FOLDER / "tiny-sdxl"
 DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
 
 

@@ -227,12 +227,12 @@ def test_a_folder_replaces_an_older_model_but_nothing_else(tiny: Components, tmp
 
 
 def test_a_tokenizer_with_other_padding_is_written_with_it(tmp_path: Path) -> None:
-    from sdtrain.models.checkpoints.locate import builtin_folder
+    from sdtrain.files.locations import BUILTIN_FOLDER
 
-    source = TokenizerSource(builtin_folder() / "tiny-sdxl" / "tokenizer", "!")
+    source = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer", "!")
     copy_tokenizer(source, tmp_path / "tokenizer_2")
     read = load_tokenizer(TokenizerSource(tmp_path / "tokenizer_2"))
-    second = load_tokenizer(TokenizerSource(builtin_folder() / "tiny-sdxl" / "tokenizer_2"))
+    second = load_tokenizer(TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer_2"))
     assert read.pad_token_id == second.pad_token_id == 0
     assert read.encode("a red star", add_special_tokens=False) == second.encode("a red star", add_special_tokens=False)
     assert (tmp_path / "tokenizer_2" / "vocab.json").is_file()

@@ -15,10 +15,10 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.families.published_configs import SCHEDULER
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import SDComponents, load_components, load_sd_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import builtin_folder
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
 from sdtrain.models.load import load_model
@@ -27,7 +27,7 @@ from sdtrain.models.sd import SD
 from sdtrain.models.sdxl import SDXL
 
 DESCRIPTION = Description(title="small", resolution_px=64, date="2026-01-01T00:00:00Z")
-TOKENIZER = TokenizerSource(builtin_folder() / "tiny-sdxl" / "tokenizer")
+TOKENIZER = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer")
 CPU = torch.device("cpu")
 
 

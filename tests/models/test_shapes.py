@@ -156,9 +156,10 @@ def test_pruned_relatives_are_recognised(unet: dict[str, Any]) -> None:
 
 
 def test_the_tiny_models_shape_is_recognised() -> None:
-    from sdtrain.models.checkpoints.locate import builtin_folder, read_json
+    from sdtrain.files.locations import BUILTIN_FOLDER
+    from sdtrain.models.checkpoints.locate import read_json
 
-    folder = builtin_folder() / "tiny-sdxl"
+    folder = BUILTIN_FOLDER / "tiny-sdxl"
     configs = {part: read_json(folder / part / "config.json") for part in COMPONENTS["sdxl"]}
     header = header_of("sdxl", configs)
     for part in COMPONENTS["sdxl"]:

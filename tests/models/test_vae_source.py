@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import OLD_VAE_ATTENTION, places_of
+from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.models.checkpoints.locate import builtin_folder
 from sdtrain.models.checkpoints.single_file import write_single_file
 
-TINY = builtin_folder() / "tiny-sdxl"
+TINY = BUILTIN_FOLDER / "tiny-sdxl"
 VAE = "first_stage_model."
 
 

@@ -14,15 +14,12 @@ from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
 from sdtrain.models.checkpoints.locate import (
-    BUILTIN,
     Checkpoint,
     DiffusersFolder,
     SingleFile,
-    builtin_folder,
     lent_config,
     locate,
     missing_parts,
-    model_folder,
     open_checkpoint,
     read_json,
     weight_files,
@@ -30,8 +27,6 @@ from sdtrain.models.checkpoints.locate import (
 from sdtrain.models.checkpoints.markers import Markers, markers_of, scheduler_of, stored_configs
 from sdtrain.models.checkpoints.tokenizers import find_tokenizers
 from sdtrain.models.checkpoints.vae import vae_source
-
-__all__ = ["BUILTIN", "ModelFacts", "builtin_folder", "inspect_model", "model_folder", "read_json"]
 
 Result = TypeVar("Result")
 

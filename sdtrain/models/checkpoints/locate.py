@@ -12,10 +12,10 @@ from sdtrain.errors import user_error
 from sdtrain.families.original_names import VAE
 from sdtrain.families.words import COMPONENTS, Component, Family
 from sdtrain.files.header import Header, read_header
+from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER, location
 from sdtrain.models.checkpoints.configs_from_shapes import detect_family
 from sdtrain.models.checkpoints.hub import cached_model, is_hub_id, is_offline, not_cached
 
-BUILTIN = "builtin:"
 STEMS: dict[Component, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -49,18 +49,6 @@ class DiffusersFolder:
 Checkpoint = SingleFile | DiffusersFolder
 
 
-def builtin_folder() -> Path:
-    """Where the embedded model and pictures lie."""
-    return Path(__file__).parent.parent / "builtin"
-
-
-def model_folder(path: str) -> Path:
-    """The file or folder of a model path; `builtin:NAME` is inside the package."""
-    if path.startswith(BUILTIN):
-        return builtin_folder() / path.removeprefix(BUILTIN)
-    return Path(path).expanduser()
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model. Raises UserError when it is missing or not JSON."""
     try:
@@ -85,11 +73,11 @@ def locate(path: str, variant: str, *, weights: bool = True) -> Path:
             reason = "the network is off" if is_offline() else "this command does not use the network"
             raise not_cached(path, variant, reason, weights=weights)
         return folder
-    found = model_folder(path)
+    found = location(path)
     if found.exists():
         return found
     if path.startswith(BUILTIN):
-        names = sorted(entry.name for entry in builtin_folder().iterdir() if (entry / "model_index.json").exists())
+        names = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if (entry / "model_index.json").exists())
         raise user_error(path, "model.path", f"is not built in; there is {', '.join(BUILTIN + name for name in names)}")
     raise user_error(path, "model.path", "no such file or folder")
 

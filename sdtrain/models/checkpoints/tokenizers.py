@@ -5,20 +5,18 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sdtrain.errors import user_error
 from sdtrain.families.words import COMPONENTS
 from sdtrain.models.checkpoints.hub import cached_file
 from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate
-from sdtrain.models.prompts import Tokenizer
+
+if TYPE_CHECKING:
+    from sdtrain.models.prompts import Tokenizer
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
-
-
 SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
-
-
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 
 
@@ -106,5 +104,5 @@ def load_tokenizer(source: TokenizerSource) -> Tokenizer:
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     if source.pad_token:
-        return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
-    return cast(Tokenizer, CLIPTokenizer.from_pretrained(source.folder))
+        return cast("Tokenizer", CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
+    return cast("Tokenizer", CLIPTokenizer.from_pretrained(source.folder))
