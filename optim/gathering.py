@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.prodigy import SLICE_P
+from optim.formulas.prodigy import SLICE_P
 from optim.sharding import Split
 from optim.stacks import Kind
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from optim import stacks
-from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step
+from optim.formulas.prodigy import Coefficients, GroupValues, Numbers, begin_step
 from optim.scratch import Scratch
 from optim.settings import Settings
 from optim.stacks import Kind, Stack, Step

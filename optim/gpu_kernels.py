@@ -9,9 +9,9 @@ Imported only where Triton is (`gpu.available`).
 import triton
 import triton.language as tl
 
-from optim.prodigy import SLICE_P as SLICE
-from optim.prodigy import Coefficients
-from optim.second_moment import TINY as SMALLEST
+from optim.formulas.prodigy import SLICE_P as SLICE
+from optim.formulas.prodigy import Coefficients
+from optim.formulas.second_moment import TINY as SMALLEST
 
 COLUMNS = (
     *("z", "row", "col", "v", "s", "p0"),  # addresses of the state; 0: there is none

@@ -8,12 +8,13 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from optim import rounding, saving, stacks
+from optim import saving, stacks
+from optim.formulas import rounding
+from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
 from optim.passes import Passes
-from optim.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
 from optim.state import State
 from optim.sums import sum_up

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from optim import gpu, native, sharding, stacks
+from optim.formulas.prodigy import Coefficients
+from optim.formulas.second_moment import rms_divisor
 from optim.parameters import FLOATING
-from optim.prodigy import Coefficients
 from optim.scratch import Scratch
-from optim.second_moment import rms_divisor
 from optim.settings import Settings
 from optim.stacks import Stack, Step
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from optim.prodigy import SLICE_P, Coefficients, exact_dtype
-from optim.rounding import random_bits, round_stochastic_
-from optim.schedule_free import advance, advance_by_signs
+from optim.formulas.prodigy import SLICE_P, Coefficients, exact_dtype
+from optim.formulas.rounding import random_bits, round_stochastic_
+from optim.formulas.schedule_free import advance, advance_by_signs
+from optim.formulas.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor
 from optim.scratch import Scratch, masked, stacked, sums_of_squares
-from optim.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor
 from optim.settings import Settings
 from optim.transforms import cautious, focus, grams, orthogonal
 

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import rounding, sharding, stacks
-from optim.prodigy import Numbers
-from optim.schedule_free import average
-from optim.second_moment import factored_axes
+from optim import sharding, stacks
+from optim.formulas import rounding
+from optim.formulas.prodigy import Numbers
+from optim.formulas.schedule_free import average
+from optim.formulas.second_moment import factored_axes
 from optim.settings import Settings
 from optim.stacks import Kind, Stack
 

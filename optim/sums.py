@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from optim import sharding
-from optim.prodigy import Coefficients, Numbers, speed_sums
+from optim.formulas.prodigy import Coefficients, Numbers, speed_sums
 from optim.settings import Settings
 from optim.stacks import Stack
 

@@ -99,8 +99,8 @@ def test_the_kernels_follow_the_plain_path(on_kernels: None, name: str, dtype: t
 @interpreted
 @pytest.mark.parametrize("shape", [(300, 40), (10, 700), (20, 40, 3, 3), (5000,), (140, 16)])
 def test_tensors_of_several_units_follow_the_plain_path(shape: tuple[int, ...]) -> None:
+    from optim.formulas.second_moment import factored_axes
     from optim.gpu_check import difference
-    from optim.second_moment import factored_axes
     from optim.stacks import Kind
 
     size = torch.Size(shape)
