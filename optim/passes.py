@@ -11,10 +11,11 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from optim import gpu, native, sharding, stacks
+from optim import gpu, native, stacks
 from optim.formulas.prodigy import Coefficients
 from optim.formulas.second_moment import rms_divisor
 from optim.parameters import FLOATING
+from optim.ranks import sharding
 from optim.scratch import Scratch
 from optim.settings import Settings
 from optim.stacks import Stack, Step
@@ -184,7 +185,7 @@ class Passes:
             return result
         places, sums, ranks = [], [], []
         for place, (stack, piece, indices) in enumerate(work):
-            if not isinstance(stack.kind.split, sharding.Split):
+            if stack.kind.split is None:
                 continue
             mine = [grads[index] for index in indices]
             places.append(place)

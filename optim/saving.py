@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from optim import gathering
 from optim.groups import group_ranges
+from optim.ranks import gathering
 from optim.stacks import Kind, Stack
 from optim.state import State
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from optim.formulas.prodigy import SLICE_P, Coefficients, exact_dtype
@@ -23,13 +24,21 @@ NUM_SUMS = 3
 """Sums of each tensor: <g, p0 - z>; |s|_1 or, with SPEED, |p0 - z|_1; and with SPEED |p0 - z|_2 squared."""
 
 
+@dataclass(frozen=True)
+class Split:
+    """How a tensor is split: over which ranks, and the number of the first row here."""
+
+    ranks: "dist.ProcessGroup"
+    first_row: int
+
+
 class Kind(NamedTuple):
     """What parameters must have in common to share a stack."""
 
     group: int
     shape: torch.Size  # of the part that is here
     whole: torch.Size  # of the whole tensor, which differs from `shape` in a shard
-    split: object  # how it is split over ranks (`sharding.Split`), None if it is whole here
+    split: Split | None  # how it is split over ranks; None if it is whole here
     offset: int  # number of the first element here within the whole tensor
     dtype: torch.dtype
     axes: tuple[int, int] | None  # over which the second moment is factored

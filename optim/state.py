@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import sharding, stacks
+from optim import stacks
 from optim.formulas import rounding
 from optim.formulas.prodigy import Numbers
 from optim.formulas.schedule_free import average
 from optim.formulas.second_moment import factored_axes
+from optim.ranks import sharding
 from optim.settings import Settings
 from optim.stacks import Kind, Stack
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from optim import sharding
 from optim.formulas.prodigy import Coefficients, Numbers, speed_sums
+from optim.ranks import sharding
 from optim.settings import Settings
 from optim.stacks import Stack
 
