@@ -8,15 +8,16 @@ from typing import Any, Literal, NoReturn, overload
 import torch
 from torch import Tensor
 
-from optim import saving, stacks
+from optim import saving
 from optim.formulas import rounding
 from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
-from optim.passes import Passes
 from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
 from optim.state import State
+from optim.stepper import Stepper
+from optim.steps import stacks
 from optim.sums import sum_up
 
 
@@ -136,7 +137,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         )
         self._kept = State(self.settings, seed)
         self._groups = GroupsOnDevice()
-        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, compile)
+        self._stepper = Stepper(self._kept.parameters, self._kept.stacks, self.settings, compile)
         self._hooked: dict[int, Any] = {}
         self._lists: list[list[Tensor]] = []
         self._current: StepInProgress | None = None
@@ -185,7 +186,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         groups = list(self.param_groups)
         self.param_groups.clear()
         self._kept = State(self.settings, self._kept.seed)
-        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, self._passes.compile_step)
+        self._stepper = Stepper(self._kept.parameters, self._kept.stacks, self.settings, self._stepper.compile_step)
         self._hooked, self._lists, self.state = {}, [], self._kept.views
         for group in groups:
             self.add_param_group(group)
@@ -268,14 +269,14 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     def _build_missing(self, wanted: list[int]) -> None:
         built = self._kept.build_missing(wanted)
         if built:
-            self._passes.changed()
+            self._stepper.changed()
         if self._current is not None:
             for stack in built:
                 stacks.begin_stack(stack)
 
     def _advance(self, present: list[int], current: StepInProgress) -> None:
         current.done.update(present)
-        sound = self._passes.step(present, current.table, self._neutral, current.key)
+        sound = self._stepper.step(present, current.table, self._neutral, current.key)
         current.sound = current.sound & sound
 
     def _end(self, current: StepInProgress) -> None:
@@ -286,10 +287,10 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         which = {self._kept.group_of[index] for index in current.done}
         moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
         end_step(self._now, sums, moved, self._values(), self.settings, current.sound)
-        self._passes.end(self._kept.stacks)
+        self._stepper.end(self._kept.stacks)
         self._current = None
         if self._kept.free_frozen():
-            self._passes.changed()
+            self._stepper.changed()
 
     # ------------------------------------------------------------------ state
 
@@ -320,7 +321,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._follow_groups()
         saving.unpack(self._kept, self.param_groups, state_dict)
         self._current = None
-        self._passes.changed()
+        self._stepper.changed()
 
     # ------------------------------------------------------------------ lending
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from optim.groups import group_ranges
 from optim.ranks import gathering
-from optim.stacks import Kind, Stack
 from optim.state import State
+from optim.steps.stacks import Kind, Stack
 
 VERSION = 1
 MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_focus", "use_schedulefree", "use_speed")

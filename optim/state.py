@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import stacks
 from optim.formulas import rounding
 from optim.formulas.prodigy import Numbers
 from optim.formulas.schedule_free import average
 from optim.formulas.second_moment import factored_axes
 from optim.ranks import sharding
 from optim.settings import Settings
-from optim.stacks import Kind, Stack
+from optim.steps import stacks
+from optim.steps.stacks import Kind, Stack
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ from torch import Tensor
 from optim.formulas.prodigy import Coefficients, Numbers, speed_sums
 from optim.ranks import sharding
 from optim.settings import Settings
-from optim.stacks import Stack
+from optim.steps.stacks import Stack
 
 
 def sum_up(

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim.formulas.prodigy import SLICE_P
-from optim.stacks import Kind
+from optim.steps.stacks import Kind
 
 
 def gathered(name: str, part: Tensor, kind: Kind) -> Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from optim.settings import Settings
-from optim.stacks import Split, Stack
+from optim.steps.stacks import Split, Stack
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import ProdigyPlusScheduleFree, averaged, native, passes
+from optim import ProdigyPlusScheduleFree, averaged, stepper
+from optim.steps import cpu
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
-PATHS = [False] + ([True] if native.available(say=False) else [])
+PATHS = [False] + ([True] if cpu.available(say=False) else [])
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -101,7 +102,7 @@ def test_a_host_that_must_not_ask_makes_the_same_steps(
         params = params_of(dtype)
         optimizer = build(params, compile=False, **settings)
         if not asks:
-            monkeypatch.setattr(passes, "_known_by_host", lambda sound: None)
+            monkeypatch.setattr(stepper, "_known_by_host", lambda sound: None)
         for step in range(5):
             give_gradients(params, step)
             if step == 3:
@@ -549,8 +550,8 @@ def test_bad_parameters_are_refused() -> None:
 
 
 def test_without_a_compiler_plain_torch_is_used_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    native.library.cache_clear()
-    native.available.cache_clear()
+    cpu.library.cache_clear()
+    cpu.available.cache_clear()
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     params = params_of()
@@ -559,6 +560,6 @@ def test_without_a_compiler_plain_torch_is_used_with_one_warning(monkeypatch: py
         for step in range(3):
             give_gradients(params, step)
             optimizer.step()
-    native.library.cache_clear()
-    native.available.cache_clear()
+    cpu.library.cache_clear()
+    cpu.available.cache_clear()
     assert optimizer.metrics()[0].k == 4

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from optim import ProdigyPlusScheduleFree, averaged, flatten_state
 from optim.ranks import gathering
-from optim.stacks import Kind, Split
+from optim.steps.stacks import Kind, Split
 
 STEPS = 20
 STEPS_AFTER = 4

@@ -1,6 +1,6 @@
 """The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
 
-What a compiled step knows goes to `native.py` (CPU) or `gpu.py` (CUDA), everything else through `stacks.py` piece by
+What a compiled step knows goes to `cpu.py` (CPU) or `cuda.py` (CUDA), everything else through `plain.py` piece by
 piece.
 """
 
@@ -11,14 +11,15 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from optim import gpu, native, stacks
 from optim.formulas.prodigy import Coefficients
 from optim.formulas.second_moment import rms_divisor
 from optim.parameters import FLOATING
 from optim.ranks import sharding
-from optim.scratch import Scratch
 from optim.settings import Settings
-from optim.stacks import Stack, Step
+from optim.steps import cpu, cuda, plain, stacks
+from optim.steps.plain import Step
+from optim.steps.scratch import Scratch
+from optim.steps.stacks import Stack
 
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
@@ -28,14 +29,14 @@ DEVICE_ELEMENTS = 1 << 24
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
 
-COMPILED = {"cpu": native, "cuda": gpu}
+COMPILED = {"cpu": cpu, "cuda": cuda}
 """By kind of device: who makes the compiled step. Both have `usable` and `Table`."""
 
-Call = native.Call | gpu.Call
+Call = cpu.Call | cuda.Call
 Work = tuple[Stack, slice, list[int]]
 
 
-class Passes:
+class Stepper:
     """How the stacks of an optimizer are stepped. `parameters` and `stacks` are the optimizer's own lists."""
 
     def __init__(
@@ -45,7 +46,7 @@ class Passes:
         self.stacks = all_stacks
         self.settings = settings
         self.compile_step = compile_step
-        self.tables: list[native.Table | gpu.Table] | None = None
+        self.tables: list[cpu.Table | cuda.Table] | None = None
         self.places: dict[int, tuple[Stack, int]] = {}
 
     def changed(self) -> None:
@@ -70,7 +71,7 @@ class Passes:
         work = list(self._pieces(rest))
         scratch = Scratch(table.device)
         for stack, piece, indices in work:
-            stacks.measure(stack, piece, [grads[index] for index in indices], scratch)
+            plain.measure(stack, piece, [grads[index] for index in indices], scratch)
         active = self._active(present)
         sharding.reduce_measures(active)
         sound = self._all_finite(present, active)
@@ -172,11 +173,11 @@ class Passes:
             stack = pieces[0][0]
             complete = sum(len(indices) for _, _, indices in pieces) == len(stack.indices)
             for piece in [slice(0, len(stack.indices))] if complete else [piece for _, piece, _ in pieces]:
-                stacks.blend_factors(stack, piece, now)
+                plain.blend_factors(stack, piece, now)
         divisors = self._divisors(work, grads, now)
         for (stack, piece, indices), divisor in zip(work, divisors, strict=True):
             params = [_local(self.parameters[index]) for index in indices]
-            stacks.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
+            plain.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
 
     def _divisors(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> list[Tensor | None]:
         """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
@@ -189,7 +190,7 @@ class Passes:
                 continue
             mine = [grads[index] for index in indices]
             places.append(place)
-            sums.append(stacks.sum_of_squared_update(stack, piece, mine, now))
+            sums.append(plain.sum_of_squared_update(stack, piece, mine, now))
             ranks.append(stack.kind.split.ranks)
         sharding.reduce_together(sums, ranks)
         for place, total in zip(places, sums, strict=True):
