@@ -67,7 +67,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         use_speed: SPEED in place of Prodigy's ratio: scale-free, less memory, experimental.
         stochastic_rounding: round bfloat16 weights and state stochastically.
         fused_back_pass: update each parameter within backward and drop its gradient; `step()` then ends the step.
-        use_cautious, use_grams, use_adopt, use_orthograd, use_focus: see `optim/transforms.py`.
         seed: of the stochastic rounding; the same on every rank.
         compile: whether to compile the step, on first use, for this machine; None: where it pays and a compiler works.
             Where none does, plain torch is used, with one warning.
@@ -101,11 +100,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         use_speed: bool = False,
         stochastic_rounding: bool = True,
         fused_back_pass: bool = False,
-        use_cautious: bool = False,
-        use_grams: bool = False,
-        use_adopt: bool = False,
-        use_orthograd: bool = False,
-        use_focus: bool = False,
         seed: int = 0,
         compile: bool | None = None,  # noqa: A002 - torch's own word for it
     ) -> None:
@@ -128,11 +122,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             use_speed=use_speed,
             stochastic_rounding=stochastic_rounding,
             fused_back_pass=fused_back_pass,
-            use_cautious=use_cautious,
-            use_grams=use_grams,
-            use_adopt=use_adopt,
-            use_orthograd=use_orthograd,
-            use_focus=use_focus,
             seed=seed,
         )
         self._kept = State(self.settings, seed)

@@ -33,11 +33,6 @@ class Settings:
     use_speed: bool
     stochastic_rounding: bool
     fused_back_pass: bool
-    use_cautious: bool
-    use_grams: bool
-    use_adopt: bool
-    use_orthograd: bool
-    use_focus: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -123,11 +118,5 @@ def _pair_problems(s: Settings) -> list[str]:
             s.use_speed and s.beta4 != 0,
             "use_speed with beta4 other than 0: SPEED's d only grows, it has no estimate to average",
         ),
-        (s.use_cautious and s.use_grams, "use_cautious with use_grams: both replace the signs of the update"),
-        (
-            s.use_focus and s.factored,
-            "use_focus with factored: FOCUS averages the weights, which cannot be factored; set factored=False",
-        ),
-        (s.use_focus and s.use_adopt, "use_focus with use_adopt: FOCUS has no second moment to delay"),
     )
     return [reason for holds, reason in pairs if holds]

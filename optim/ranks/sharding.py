@@ -56,13 +56,6 @@ def problems(p: Tensor, settings: Settings) -> list[str]:
         found.append(
             "fused_back_pass with sharded parameters: their gradients arrive reduced, after backward; set it to False"
         )
-    for name, asked in (
-        ("use_cautious", settings.use_cautious),
-        ("use_orthograd", settings.use_orthograd),
-        ("use_adopt without use_schedulefree", settings.use_adopt and not settings.use_schedulefree),
-    ):
-        if asked:
-            found.append(f"{name} with sharded parameters: it needs a mean over the whole tensor within the update")
     return found
 
 

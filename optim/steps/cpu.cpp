@@ -35,7 +35,7 @@ struct Job {
 
 // The order is that of `prodigy.Coefficients`.
 struct Coefficients {
-    float d, beta1, gain, beta2, square, lam, beta3, dlr, weight, y_share, decay, decay_apart, d_eps, clamp;
+    float d, beta1, gain, beta2, square, lam, beta3, dlr, weight, y_share, decay, decay_apart, d_eps;
 };
 
 struct Unit { int64_t job, block; };

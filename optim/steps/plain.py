@@ -7,12 +7,11 @@ from torch import Tensor
 
 from optim.formulas.prodigy import Coefficients
 from optim.formulas.rounding import random_bits, round_stochastic_
-from optim.formulas.schedule_free import advance, advance_by_signs
+from optim.formulas.schedule_free import advance
 from optim.formulas.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor
 from optim.settings import Settings
 from optim.steps.scratch import Scratch, masked, stacked, sums_of_squares
 from optim.steps.stacks import Stack
-from optim.transforms import cautious, focus, grams, orthogonal
 
 
 def measure(stack: Stack, piece: slice, grads: list[Tensor], scratch: Scratch) -> None:
@@ -41,22 +40,17 @@ class Step:
 
 
 def blend_factors(stack: Stack, piece: slice, step: Step) -> None:
-    """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums.
-
-    With ADOPT the roots are those from before.
-    """
+    """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums."""
     if stack.row is None or stack.col is None or stack.kind.axes is None:
         return
     assert stack.row_now is not None and stack.col_now is not None
-    settings, c = step.settings, step.by_group[stack.kind.group]
+    c = step.by_group[stack.kind.group]
     first, second = stack.kind.axes
     row, col = stack.row[piece], stack.col[piece]
-    before = factor_roots(row.float(), col.float(), second + 1, c.d) if settings.use_adopt else None
     for factor, total, axis in ((row, stack.row_now[piece], second), (col, stack.col_now[piece], first)):
         gain = masked(total, step.sound) * (c.square / stack.kind.whole[axis])
         factor.copy_(torch.addcmul(gain, factor, c.beta2))
-    roots = before or factor_roots(row.float(), col.float(), second + 1, c.d)
-    stack.row_now[piece], stack.col_now[piece] = roots
+    stack.row_now[piece], stack.col_now[piece] = factor_roots(row.float(), col.float(), second + 1, c.d)
 
 
 @dataclass
@@ -100,12 +94,12 @@ def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], step:
     settings, c = step.settings, step.by_group[stack.kind.group]
     g, z = masked(stacked(grads, step.scratch, "g"), step.sound), stack.z[piece].to(torch.float32, copy=True)
     work = Piece(stack, piece, g, z, g, c, step)
-    direction = g if settings.use_schedulefree else _moment(work, settings) / c.d
-    root, _ = _root(work, settings)
+    direction = g if settings.use_schedulefree else _moment(work) / c.d
+    root, _ = _root(work)
     return sums_of_squares(epsilon_update(direction, root, settings.eps or 0.0), step.scratch, "g")
 
 
-def _root(work: Piece, settings: Settings) -> tuple[Tensor, Tensor | None]:
+def _root(work: Piece) -> tuple[Tensor, Tensor | None]:
     """sqrt(v) / d as the update divides by it, in a scratch buffer, and the new full second moment where there is
     one."""
     stack, c = work.stack, work.c
@@ -115,17 +109,17 @@ def _root(work: Piece, settings: Settings) -> tuple[Tensor, Tensor | None]:
     assert stack.v is not None
     v = stack.v[work.piece]
     new = (v * c.beta2).addcmul_(work.g * c.square, work.g)
-    return torch.sqrt(v if settings.use_adopt else new, out=buffer).div_(c.d).clamp_min_(TINY), new
+    return torch.sqrt(new, out=buffer).div_(c.d).clamp_min_(TINY), new
 
 
 def _raw_update(direction: Tensor, work: Piece, settings: Settings) -> tuple[Tensor, float]:
-    """u before it is scaled, decayed or projected, in a scratch buffer, and the factor that it is still to be
+    """u before it is scaled or decayed, in a scratch buffer, and the factor that it is still to be
     multiplied by; the full second moment, where there is one, is brought up to date.
 
     direction: what u is made of, over d.
     """
     stack = work.stack
-    root, new = _root(work, settings)
+    root, new = _root(work)
     if new is not None and stack.v is not None:
         stack.v[work.piece].copy_(new)
     if settings.eps is None:
@@ -133,27 +127,14 @@ def _raw_update(direction: Tensor, work: Piece, settings: Settings) -> tuple[Ten
     return epsilon_update(direction, root, settings.eps), 1.0
 
 
-def _focus_update(direction: Tensor, weights: Tensor, work: Piece) -> Tensor:
-    """FOCUS keeps the average of the weights where others keep the second moment."""
-    assert work.stack.v is not None
-    mean = work.stack.v[work.piece]
-    mean.lerp_(weights, 1 - work.c.beta2)
-    return focus(direction, weights, mean)
-
-
-def _finish_update(
-    u: Tensor, gain: float, at: Tensor, work: Piece, settings: Settings, divisor: Tensor | None
-) -> tuple[Tensor, float | Tensor]:
-    """OrthoGrad and StableAdamW's scaling: the update, and the factor that it is still to be multiplied by, `gain`
-    included."""
+def _rms_scaled(u: Tensor, gain: float, work: Piece, settings: Settings, divisor: Tensor | None) -> float | Tensor:
+    """The factor that u is still to be multiplied by: `gain`, over StableAdamW's divisor where that is asked for."""
+    if not settings.scales_by_rms:
+        return gain
     kind = work.stack.kind
-    if settings.use_orthograd:
-        u = orthogonal(u.flatten(1), at.flatten(1)).view_as(u)
-    if settings.scales_by_rms:
-        if divisor is None:
-            divisor = rms_divisor(sums_of_squares(u, work.step.scratch, "g"), kind.whole.numel())
-        return u, gain / divisor.view(-1, *(1 for _ in kind.shape))
-    return u, gain
+    if divisor is None:
+        divisor = rms_divisor(sums_of_squares(u, work.step.scratch, "g"), kind.whole.numel())
+    return gain / divisor.view(-1, *(1 for _ in kind.shape))
 
 
 def _prodigy_sums(work: Piece, at: Tensor) -> None:
@@ -181,60 +162,34 @@ def _prodigy_sums(work: Piece, at: Tensor) -> None:
 
 def _update_schedule_free(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
     y, z, c = work.y, work.z, work.c
-    if settings.use_focus:
-        u, gain = _focus_update(work.g, z, work), 1.0
-    else:
-        u, gain = _raw_update(work.g, work, settings)
+    u, gain = _raw_update(work.g, work, settings)
     _prodigy_sums(work, z)
-    u, factor = _finish_update(u, gain, z, work, settings, divisor)
-    signs, decays = settings.use_cautious or settings.use_grams, work.step.decays[work.stack.kind.group]
-    if signs or decays:
-        u, factor = u.mul_(factor), 1.0
+    factor = _rms_scaled(u, gain, work, settings, divisor)
+    decays = work.step.decays[work.stack.kind.group]
     start = y.clone() if decays and not settings.weight_decay_by_lr else None
+    if decays:
+        u, factor = u.mul_(factor), 1.0
     if decays and settings.weight_decay_by_lr:
         u.addcmul_(y, c.decay)
-    if signs:
-        flat = (y.flatten(1), z.flatten(1), u.flatten(1))
-        advance_by_signs(*flat, c.dlr, c.weight, c.y_share, use_cautious=settings.use_cautious)
-    else:
-        advance(y, z, u, c.dlr * factor, c.weight, c.y_share)
+    advance(y, z, u, c.dlr * factor, c.weight, c.y_share)
     if start is not None:
         z.addcmul_(start, c.decay_apart, value=-1)
         y.addcmul_(start, c.decay_apart * c.y_share, value=-1)
 
 
-def _moment(work: Piece, settings: Settings) -> Tensor:
-    """Prodigy's first moment, which takes z's place in the state: m <- beta1 m + (1 - beta1) d g; returns what u is
-    made of.
-
-    With ADOPT what is averaged is the update itself, clamped to k^(1/4) (arXiv 2411.02853, algorithm 2).
-    """
+def _moment(work: Piece) -> Tensor:
+    """Prodigy's first moment, which takes z's place in the state: m <- beta1 m + (1 - beta1) d g."""
     m, c = work.z, work.c
-    if settings.use_adopt:
-        u, gain = _raw_update(work.g, work, settings)
-        taken = torch.clamp(u.mul_(gain), -c.clamp, c.clamp)
-    else:
-        taken = work.g * c.d
-    m.mul_(c.beta1).addcmul_(taken, c.gain)
-    if settings.use_cautious:
-        return cautious(m.flatten(1), work.g.flatten(1)).view_as(m)
-    if settings.use_grams:
-        return grams(m.flatten(1), work.g.flatten(1)).view_as(m)
-    return m
+    return m.mul_(c.beta1).addcmul_(work.g * c.d, c.gain)
 
 
 def _update_with_moment(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
     """Plain Prodigy: no average, the weights take the whole step; for an outside schedule."""
     y, c = work.y, work.c
-    direction = _moment(work, settings)
+    direction = _moment(work)
     _prodigy_sums(work, y)
-    if settings.use_focus:
-        u, gain = _focus_update(direction, y, work), 1.0
-    elif settings.use_adopt:
-        u, gain = direction.clone(), 1.0
-    else:
-        u, gain = _raw_update(direction / c.d, work, settings)
-    u, factor = _finish_update(u, gain, y, work, settings, divisor)
+    u, gain = _raw_update(direction / c.d, work, settings)
+    factor = _rms_scaled(u, gain, work, settings, divisor)
     y.mul_(1 - c.dlr * c.decay - c.decay_apart)
     y.addcmul_(u, c.dlr * factor, value=-1)
 

@@ -68,7 +68,7 @@ class Stack:
     z: Tensor  # [N, *shape], the parameter's dtype: the fast iterate, or the first moment without Schedule-Free
     row: Tensor | None = None  # [N, ...], R: mean of g^2 over the second factored axis, size 1 there
     col: Tensor | None = None  # [N, ...], C: mean over the first
-    v: Tensor | None = None  # [N, *shape] float32, where nothing is factored (FOCUS: the average weights)
+    v: Tensor | None = None  # [N, *shape] float32, where nothing is factored
     s: Tensor | None = None  # [N, num_slices] bfloat16
     p0: Tensor | None = None  # [N, num_slices] bfloat16
     norms: Tensor | None = None  # [N, 3] float64, SPEED: averaged dot product, largest |p0 - z|_1 and |p0 - z|_2
@@ -126,9 +126,7 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
         keys=torch.tensor(keys, dtype=torch.int32, device=device),
         z=z if settings.use_schedulefree else torch.zeros_like(z),
     )
-    if settings.use_focus:
-        stack.v = z.to(torch.float32, copy=True)
-    elif kind.axes is None:
+    if kind.axes is None:
         stack.v = torch.zeros(num, *shape, device=device)
     else:
         first, second = kind.axes

@@ -11,9 +11,8 @@ MOST_K = 64
 
 
 def supports(settings: Settings) -> bool:
-    """Whether the compiled steps know these settings: Schedule-Free's step, without SPEED and transforms."""
-    others = (settings.use_speed, settings.use_cautious, settings.use_grams, settings.use_adopt, settings.use_orthograd)
-    return settings.use_schedulefree and not any(others) and not settings.use_focus
+    """Whether the compiled steps know these settings: Schedule-Free's step, without SPEED."""
+    return settings.use_schedulefree and not settings.use_speed
 
 
 def supports_stack(stack: Stack, settings: Settings) -> bool:

@@ -69,9 +69,7 @@ def test_a_gradient_that_is_not_finite_leaves_everything_as_it_was_and_is_counte
         assert (after.skipped, after.k, after.d) == (before.skipped + 1, before.k, before.d)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"use_schedulefree": False}, {"use_speed": True}, {"eps": 1e-8}, {"use_adopt": True}]
-)
+@pytest.mark.parametrize("settings", [{"use_schedulefree": False}, {"use_speed": True}, {"eps": 1e-8}])
 def test_that_holds_for_other_settings_too(settings: dict[str, Any]) -> None:
     params = params_of()
     optimizer = build(params, **settings)
@@ -88,8 +86,8 @@ def test_that_holds_for_other_settings_too(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"eps": 1e-8}, {"factored": False}, {"use_schedulefree": False}, {"use_cautious": True}, {"use_speed": True},
-     {"use_adopt": True}, {"weight_decay": 0.1, "weight_decay_by_lr": False}],
+    [{}, {"eps": 1e-8}, {"factored": False}, {"use_schedulefree": False}, {"use_speed": True},
+     {"weight_decay": 0.1, "weight_decay_by_lr": False}],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -510,9 +508,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"seed": -1}, "seed = -1"),
     ({"use_schedulefree": False, "schedulefree_c": 8.0}, "schedulefree_c > 0 with use_schedulefree=False"),
     ({"use_speed": True, "beta4": 0.9}, "use_speed with beta4"),
-    ({"use_cautious": True, "use_grams": True}, "use_cautious with use_grams"),
-    ({"use_focus": True}, "use_focus with factored"),
-    ({"use_focus": True, "factored": False, "use_adopt": True}, "use_focus with use_adopt"),
 ]
 
 
