@@ -31,19 +31,10 @@ class ReferenceTensor:
 
 
 class Reference:
-    """groups: lists of float64 start values; lr, weight_decay, d0, d_coef: one value for all groups or one a group."""
+    """groups: lists of start values. lr: one per group; all else is as the settings say, for all groups alike."""
 
-    def __init__(
-        self,
-        groups: list[list[Tensor]],
-        settings: Settings,
-        *,
-        lr: list[float],
-        weight_decay: float = 0.0,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-    ) -> None:
-        self.settings, self.lr, self.weight_decay, self.d0, self.d_coef = settings, lr, weight_decay, d0, d_coef
+    def __init__(self, groups: list[list[Tensor]], settings: Settings, *, lr: list[float]) -> None:
+        self.settings, self.lr, d0 = settings, lr, settings.d0
         self.groups = [[self._start(value) for value in group] for group in groups]
         self.d = [d0 for _ in groups]
         self.r = [0.0 for _ in groups]
@@ -159,8 +150,8 @@ class Reference:
     def _advance(self, t: ReferenceTensor, u: Tensor, dlr: float, c: float, beta1: float) -> None:
         """Schedule-Free's sequences, or plain Prodigy's step."""
         settings = self.settings
-        apart = 0.0 if settings.weight_decay_by_lr else self.weight_decay
-        decay = self.weight_decay if settings.weight_decay_by_lr else 0.0
+        apart = 0.0 if settings.weight_decay_by_lr else self.settings.weight_decay
+        decay = self.settings.weight_decay if settings.weight_decay_by_lr else 0.0
         if not settings.use_schedulefree:
             t.y = (1 - dlr * decay - apart) * t.y - dlr * u
             return
@@ -174,7 +165,7 @@ class Reference:
         """Prodigy's sums over every 11th element, or SPEED's."""
         if self.frozen:
             return 0.0, 0.0
-        lam = d**2 / math.sqrt(self.d0)
+        lam = d**2 / math.sqrt(self.settings.d0)
         g, away = g.reshape(-1)[::11], t.p0 - at.reshape(-1)[::11]
         dot = float(g @ away)
         if self.settings.use_speed:
@@ -190,19 +181,19 @@ class Reference:
     def _estimate(self, index: int, num: float, den: float) -> None:
         """d of the next step."""
         settings, d, before = self.settings, self.d[index], self.r[index]
-        self.r[index] = settings.decay_of_sums * before + (num if d > self.d0 or num > 0 else 0.0)
+        self.r[index] = settings.decay_of_sums * before + (num if d > self.settings.d0 or num > 0 else 0.0)
         self.peak[index] = max(self.peak[index], self.r[index])
         if settings.use_speed:
             if self.r[index] >= self.peak[index] and self.r[index] > 0 and before > 0:
                 growth = min(2**0.25, math.sqrt(self.r[index] / before))
-                self.d[index] = max(d, d * growth * self.d_coef**0.125)
+                self.d[index] = max(d, d * growth * self.settings.d_coef**0.125)
             return
         if den <= 0:
             return
         d_hat = self.r[index] / den
         if settings.d_limiter:
             d_hat = min(d_hat, 2**0.25 * d)
-        target, beta4 = self.d_coef * d_hat, settings.decay_of_d
+        target, beta4 = self.settings.d_coef * d_hat, settings.decay_of_d
         averaged = abs(beta4) * d + (1 - abs(beta4)) * target
         if beta4 == 0:
             new = max(d, target)
@@ -210,4 +201,4 @@ class Reference:
             new = averaged
         else:
             new = averaged if target < d else target
-        self.d[index] = max(new, self.d0)
+        self.d[index] = max(new, self.settings.d0)

@@ -1,15 +1,19 @@
 """Works as any torch optimizer: groups, closures, schedules, missing gradients, wrappers; and says no clearly."""
 
 import copy
+import dataclasses
+import inspect
 import pickle
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import ProdigyPlusScheduleFree, averaged, stepper
+from optim.ranks import sharding
+from optim.settings import Settings
 from optim.steps import cpu
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
@@ -238,27 +242,30 @@ def test_lending_within_a_fused_step_is_refused() -> None:
 # ------------------------------------------------------------------ the host, the generators
 
 
-class Operations(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.__name__.split(".")[0])
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("compile_step", PATHS)
-@pytest.mark.parametrize("settings", [{}, {"eps": 1e-8}, {"use_speed": True}, {"split_groups": False}])
-def test_a_step_asks_the_device_nothing(settings: dict[str, Any], compile_step: bool) -> None:
-    params = params_of(torch.bfloat16)
-    optimizer = build(params, compile=compile_step, **settings)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"eps": 1e-8}, {"use_speed": True}, {"split_groups": False}, {"use_schedulefree": False},
+     {"prodigy_steps": "auto"}, {"weight_decay": 0.1, "fused_back_pass": True}],
+    ids=str,
+)  # fmt: skip
+def test_a_step_asks_the_device_nothing(
+    settings: dict[str, Any], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors on torch's meta device have no values: whoever asks for one gets an error."""
+    monkeypatch.setattr(sharding, "reduce_counts", lambda counts, splits: torch.ones(len(counts)))  # asked once
+    params = [nn.Parameter(p.to("meta")) for p in params_of(dtype)]
+    optimizer = build(params, **settings)
     for step in range(3):
-        give_gradients(params, step)
-        with Operations() as operations:
-            optimizer.param_groups[0]["lr"] = 1.0 - 0.1 * step  # as a schedule does
-            optimizer.step()
-    assert not {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "item"} & set(operations.names)
+        optimizer.param_groups[0]["lr"] = 1.0 - 0.1 * step  # as a schedule does
+        if optimizer.settings.fused_back_pass:
+            sum((p.sum() for p in params), torch.zeros((), device="meta")).backward()
+        else:
+            for p in params:
+                p.grad = torch.empty_like(p)
+        optimizer.step()
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        optimizer.metrics()
 
 
 def test_the_global_generators_are_never_touched() -> None:
@@ -515,6 +522,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
 def test_a_bad_setting_is_refused_by_name_value_and_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message.replace(" .* ", ".*")):
         build(params_of(), **settings)
+
+
+def test_a_keyword_that_is_no_setting_is_refused_with_the_nearest_that_is_one() -> None:
+    with pytest.raises(TypeError, match="unknown setting 'use_stableadam'; did you mean 'use_stableadamw'"):
+        build(params_of(), use_stableadam=True)
+    with pytest.raises(TypeError, match=r"unknown setting 'momentum'$"):
+        build(params_of(), momentum=0.9)
+
+
+def test_the_signature_shows_every_setting_with_its_default() -> None:
+    shown = list(inspect.signature(ProdigyPlusScheduleFree).parameters.values())
+    assert shown[0].name == "params"
+    assert {p.name: p.default for p in shown[1:]} == dataclasses.asdict(Settings())
+    args = inspect.getdoc(Settings).split("Args:")[1]  # type: ignore[union-attr]
+    explained = re.findall(r"^    (\w+): ", args.split("Raises:")[0], flags=re.MULTILINE)
+    assert explained == [field.name for field in dataclasses.fields(Settings)]
+
+
+def test_lr_may_stand_without_its_name_as_with_every_torch_optimizer() -> None:
+    assert ProdigyPlusScheduleFree(params_of(), 0.5).metrics()[0].lr == 0.5
 
 
 def test_all_problems_are_told_at_once() -> None:

@@ -68,15 +68,7 @@ def build(values: list[Tensor], compile_step: bool, dtype: torch.dtype = torch.f
 def assert_follows_reference(settings: dict[str, Any], compile_step: bool, num_steps: int = 25) -> None:
     values = starts()
     params, optimizer = build(values, compile_step, **settings)
-    chosen = {"d0": 1e-4, **settings}
-    reference = Reference(
-        [values[:5], values[5:]],
-        optimizer.settings,
-        lr=[1.0, 0.5],
-        weight_decay=chosen.get("weight_decay", 0.0),
-        d0=chosen["d0"],
-        d_coef=chosen.get("d_coef", 1.0),
-    )
+    reference = Reference([values[:5], values[5:]], optimizer.settings, lr=[1.0, 0.5])
     for step in range(num_steps):
         grads = [gradient(p.detach(), step, index) for index, p in enumerate(params)]
         for p, g in zip(params, grads, strict=True):
