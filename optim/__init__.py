@@ -1,9 +1,9 @@
 """Prodigy + Schedule-Free in one optimizer: no learning rate, no schedule, no number of steps to choose. See
 README.md."""
 
+from optim.averaging import averaged
 from optim.metrics import GroupMetrics
 from optim.optimizer import ProdigyPlusScheduleFree
 from optim.saving import flatten_state, unflatten_state
-from optim.schedule_free import averaged
 
 __all__ = ["GroupMetrics", "ProdigyPlusScheduleFree", "averaged", "flatten_state", "unflatten_state"]

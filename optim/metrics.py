@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.prodigy import Numbers
+from optim.formulas.prodigy import Numbers
 from optim.settings import Settings
 
 

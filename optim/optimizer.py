@@ -1,21 +1,23 @@
 """`ProdigyPlusScheduleFree`: its arguments and the order of a step. What it keeps is in `state.py`."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor
 
-from optim import rounding, saving, stacks
+from optim import saving
+from optim.formulas import rounding
+from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
-from optim.passes import Passes
-from optim.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
-from optim.settings import GROUP_SETTINGS, Settings, SplitGroupsMean, check_group
+from optim.settings import GROUP_SETTINGS, Params, Settings, check_group, with_settings_as_keywords
 from optim.state import State
+from optim.stepper import Stepper
+from optim.steps import stacks
 from optim.sums import sum_up
 
 
@@ -39,107 +41,31 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them.
-        lr: factor of the estimated step size.
-        betas: beta1, the place of y between z and x; beta2, decay of the second moment.
-        beta3: decay of Prodigy's sums; None: sqrt(beta2).
-        weight_decay: decoupled, taken at y.
-        weight_decay_by_lr: whether the decay is multiplied by the step size.
-        d0: the first d. With `split_groups_mean=None` 1e-5 to 1e-4 may help.
-        d_coef: factor of the estimate of d; the one to tune if any.
-        d_limiter: let d grow by at most 2^(1/4) a step.
-        prodigy_steps: fix d from this step on and free what its estimate needs; 0: never; "auto": when d has stopped
-            growing.
-        eps: None: the update is (4/pi) atan2(d g, sqrt v); > 0: d g / (sqrt v + d eps).
-        split_groups: every group estimates its own d; False: one d for all.
-        split_groups_mean: with split groups apply this mean of their d ("harmonic_mean", "geometric_mean", "mean");
-            None: each its own.
-        beta4: 0: d never falls; > 0: a running average of the estimate; < 0: an average only on the way down; None:
-            beta2.
-        factored: keep row and column means in place of the second moment (two or more axes, one of 32 or more).
-        factored_fp32: keep them in float32 whatever the parameters are in.
-        use_schedulefree: False: plain Prodigy with a first moment, for an outside schedule.
-        schedulefree_c: > 0: weight of the newest z in the average, refined averaging (6 to 12 for short noisy runs, 50
-            to 200 for long ones); 0: the plain average.
-        use_stableadamw: with eps > 0, divide the update by the root of its RMS where that is above 1. atan2 needs none.
-        use_bias_correction: RAdam's rectified warm-up.
-        use_speed: SPEED in place of Prodigy's ratio: scale-free, less memory, experimental.
-        stochastic_rounding: round bfloat16 weights and state stochastically.
-        fused_back_pass: update each parameter within backward and drop its gradient; `step()` then ends the step.
-        use_cautious, use_grams, use_adopt, use_orthograd, use_focus: see `optim/transforms.py`.
-        seed: of the stochastic rounding; the same on every rank.
-        compile: whether to compile the step, on first use, for this machine; None: where it pays and a compiler works.
-            Where none does, plain torch is used, with one warning.
+        lr, betas, ...: the settings of `optim.settings.Settings`, by name; only `lr` may stand without.
 
     Raises:
+        TypeError: a keyword that is no setting.
         ValueError: a value out of range, settings that contradict one another, parameters that cannot be optimized.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 1.0,
-        betas: tuple[float, float] = (0.9, 0.99),
-        beta3: float | None = None,
-        weight_decay: float = 0.0,
-        weight_decay_by_lr: bool = True,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-        d_limiter: bool = True,
-        prodigy_steps: int | Literal["auto"] = 0,
-        eps: float | None = None,
-        split_groups: bool = True,
-        split_groups_mean: SplitGroupsMean | None = "harmonic_mean",
-        beta4: float | None = 0.0,
-        factored: bool = True,
-        factored_fp32: bool = True,
-        use_schedulefree: bool = True,
-        schedulefree_c: float = 0.0,
-        use_stableadamw: bool = True,
-        use_bias_correction: bool = False,
-        use_speed: bool = False,
-        stochastic_rounding: bool = True,
-        fused_back_pass: bool = False,
-        use_cautious: bool = False,
-        use_grams: bool = False,
-        use_adopt: bool = False,
-        use_orthograd: bool = False,
-        use_focus: bool = False,
-        seed: int = 0,
-        compile: bool | None = None,  # noqa: A002 - torch's own word for it
-    ) -> None:
-        self.settings = Settings(
-            betas=tuple(betas) if isinstance(betas, list) else betas,
-            beta3=beta3,
-            beta4=beta4,
-            weight_decay_by_lr=weight_decay_by_lr,
-            d_limiter=d_limiter,
-            prodigy_steps=prodigy_steps,
-            eps=eps,
-            split_groups=split_groups,
-            split_groups_mean=split_groups_mean,
-            factored=factored,
-            factored_fp32=factored_fp32,
-            use_schedulefree=use_schedulefree,
-            schedulefree_c=schedulefree_c,
-            use_stableadamw=use_stableadamw,
-            use_bias_correction=use_bias_correction,
-            use_speed=use_speed,
-            stochastic_rounding=stochastic_rounding,
-            fused_back_pass=fused_back_pass,
-            use_cautious=use_cautious,
-            use_grams=use_grams,
-            use_adopt=use_adopt,
-            use_orthograd=use_orthograd,
-            use_focus=use_focus,
-            seed=seed,
-        )
-        self._kept = State(self.settings, seed)
+    @with_settings_as_keywords(Settings)
+    def __init__(self, params: Params, settings: Settings) -> None:
+        self.settings = settings
+        self._kept = State(settings, settings.seed)
         self._groups = GroupsOnDevice()
-        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, compile)
+        self._stepper = Stepper(self._kept, settings)
         self._hooked: dict[int, Any] = {}
         self._lists: list[list[Tensor]] = []
         self._current: StepInProgress | None = None
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "d0": d0, "d_coef": d_coef})
+        super().__init__(
+            params,
+            {
+                "lr": settings.lr,
+                "weight_decay": settings.weight_decay,
+                "d0": settings.d0,
+                "d_coef": settings.d_coef,
+            },
+        )
         self.state = self._kept.views
 
     # ------------------------------------------------------------------ groups
@@ -184,7 +110,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         groups = list(self.param_groups)
         self.param_groups.clear()
         self._kept = State(self.settings, self._kept.seed)
-        self._passes = Passes(self._kept.parameters, self._kept.stacks, self.settings, self._passes.compile_step)
+        self._stepper = Stepper(self._kept, self.settings)
         self._hooked, self._lists, self.state = {}, [], self._kept.views
         for group in groups:
             self.add_param_group(group)
@@ -267,14 +193,14 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     def _build_missing(self, wanted: list[int]) -> None:
         built = self._kept.build_missing(wanted)
         if built:
-            self._passes.changed()
+            self._stepper.changed()
         if self._current is not None:
             for stack in built:
                 stacks.begin_stack(stack)
 
     def _advance(self, present: list[int], current: StepInProgress) -> None:
         current.done.update(present)
-        sound = self._passes.step(present, current.table, self._neutral, current.key)
+        sound = self._stepper.step(present, current.table, self._neutral, current.key)
         current.sound = current.sound & sound
 
     def _end(self, current: StepInProgress) -> None:
@@ -285,10 +211,10 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         which = {self._kept.group_of[index] for index in current.done}
         moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
         end_step(self._now, sums, moved, self._values(), self.settings, current.sound)
-        self._passes.end(self._kept.stacks)
+        self._stepper.end()
         self._current = None
         if self._kept.free_frozen():
-            self._passes.changed()
+            self._stepper.changed()
 
     # ------------------------------------------------------------------ state
 
@@ -319,7 +245,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._follow_groups()
         saving.unpack(self._kept, self.param_groups, state_dict)
         self._current = None
-        self._passes.changed()
+        self._stepper.changed()
 
     # ------------------------------------------------------------------ lending
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from optim import sharding
+from optim.ranks import sharding
 from optim.settings import Settings
 
 FLOATING = (torch.float32, torch.bfloat16)

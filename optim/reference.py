@@ -31,19 +31,10 @@ class ReferenceTensor:
 
 
 class Reference:
-    """groups: lists of float64 start values; lr, weight_decay, d0, d_coef: one value for all groups or one a group."""
+    """groups: lists of start values. lr: one per group; all else is as the settings say, for all groups alike."""
 
-    def __init__(
-        self,
-        groups: list[list[Tensor]],
-        settings: Settings,
-        *,
-        lr: list[float],
-        weight_decay: float = 0.0,
-        d0: float = 1e-6,
-        d_coef: float = 1.0,
-    ) -> None:
-        self.settings, self.lr, self.weight_decay, self.d0, self.d_coef = settings, lr, weight_decay, d0, d_coef
+    def __init__(self, groups: list[list[Tensor]], settings: Settings, *, lr: list[float]) -> None:
+        self.settings, self.lr, d0 = settings, lr, settings.d0
         self.groups = [[self._start(value) for value in group] for group in groups]
         self.d = [d0 for _ in groups]
         self.r = [0.0 for _ in groups]
@@ -56,7 +47,7 @@ class Reference:
         value = value.detach().double()
         settings = self.settings
         axes = None
-        if settings.factored and not settings.use_focus and value.dim() >= 2 and max(value.shape) >= 32:
+        if settings.factored and value.dim() >= 2 and max(value.shape) >= 32:
             largest = sorted(range(value.dim()), key=lambda axis: (value.shape[axis], axis))[-2:]
             axes = (min(largest), max(largest))
         first, second = axes or (0, 0)
@@ -67,7 +58,7 @@ class Reference:
             z=value.clone() if settings.use_schedulefree else zeros.clone(),
             p0=sliced.bfloat16().double(),
             s=torch.zeros_like(sliced),
-            v=value.clone() if settings.use_focus else zeros.clone(),
+            v=zeros.clone(),
             row=zeros.mean(second, keepdim=True) if axes else zeros,
             col=zeros.mean(first, keepdim=True) if axes else zeros,
             axes=axes,
@@ -99,8 +90,6 @@ class Reference:
             if settings.use_bias_correction:
                 factor, beta2 = self._rectified()
                 dlr *= factor
-            if settings.use_adopt and self.k == 1:
-                dlr, beta2 = 0.0, 0.0
             self.W[index] += dlr**2
             c = dlr**2 / self.W[index] if self.W[index] > 0 else 0.0
             if settings.schedulefree_c > 0:
@@ -111,7 +100,7 @@ class Reference:
                 den[index] += more[1]
         if not settings.split_groups:
             num, den = [sum(num)] * len(num), [sum(den)] * len(den)
-        if not self.frozen and not (settings.use_adopt and self.k == 1):
+        if not self.frozen:
             for index in range(len(self.groups)):
                 self._estimate(index, num[index], den[index])
         self.k += 1
@@ -127,22 +116,15 @@ class Reference:
         return factor, 1 - (1 - beta2) / (1 - beta2**k)
 
     def _root(self, t: ReferenceTensor, g: Tensor, d: float, beta2: float) -> Tensor:
-        """sqrt v, after (ADOPT: before) v took in g."""
-
-        def root() -> Tensor:
-            if t.axes is None:
-                return t.v.sqrt()
-            mean = t.row.mean(t.axes[0], keepdim=True)
-            return (torch.where(mean > 0, t.row / mean, 0.0) * t.col).sqrt()
-
-        before = root() if self.settings.use_adopt else None
+        """sqrt v, after v took in g."""
         square = (1 - beta2) * d**2 * g**2
         if t.axes is None:
             t.v = beta2 * t.v + square
-        else:
-            t.row = beta2 * t.row + square.mean(t.axes[1], keepdim=True)
-            t.col = beta2 * t.col + square.mean(t.axes[0], keepdim=True)
-        return root() if before is None else before
+            return t.v.sqrt()
+        t.row = beta2 * t.row + square.mean(t.axes[1], keepdim=True)
+        t.col = beta2 * t.col + square.mean(t.axes[0], keepdim=True)
+        mean = t.row.mean(t.axes[0], keepdim=True)
+        return (torch.where(mean > 0, t.row / mean, 0.0) * t.col).sqrt()
 
     def _update(self, numerator: Tensor, root: Tensor, d: float) -> Tensor:
         if self.settings.eps is None:
@@ -155,61 +137,27 @@ class Reference:
         """Moves one tensor; returns what it adds to num and den."""
         settings, beta1 = self.settings, self.settings.betas[0]
         at = t.z if settings.use_schedulefree else t.y
-        skips = settings.use_adopt and self.k == 1
         direction = d * g
         if not settings.use_schedulefree:
-            direction = self._moment(t, g, d, beta2, skips)
-        if settings.use_focus:
-            t.v = t.v + (1 - beta2) * (at - t.v)
-            u = direction.sign() + 0.1 * (at - t.v).sign()
-        elif settings.use_adopt and not settings.use_schedulefree:
-            u = direction
-        else:
-            u = self._update(direction, self._root(t, g, d, beta2), d)
-        if settings.use_orthograd and u.numel() > 1:
-            along = (at * u).sum() / ((at * at).sum() + 1e-30)
-            rest = u - along * at
-            u = rest * (u.norm() / (rest.norm() + 1e-30))
+            direction = t.z = beta1 * t.z + (1 - beta1) * d * g
+        u = self._update(direction, self._root(t, g, d, beta2), d)
         if settings.scales_by_rms:
             u = u / math.sqrt(max(1.0, float(u.square().mean().sqrt())))
-        sums = (0.0, 0.0) if skips else self._sums(t, g, at, d)
-        if not skips:
-            self._advance(t, u, dlr, c, beta1)
+        sums = self._sums(t, g, at, d)
+        self._advance(t, u, dlr, c, beta1)
         return sums
-
-    def _moment(self, t: ReferenceTensor, g: Tensor, d: float, beta2: float, skips: bool) -> Tensor:
-        settings, beta1 = self.settings, self.settings.betas[0]
-        taken = d * g
-        if settings.use_adopt:
-            bound = self.k**0.25
-            taken = self._update(taken, self._root(t, g, d, beta2), d).clamp(-bound, bound)
-        if not skips:
-            t.z = beta1 * t.z + (1 - beta1) * taken
-        if settings.use_cautious:
-            agrees = (t.z * g > 0).double()
-            return t.z * agrees / agrees.mean().clamp_min(1e-3)
-        return t.z.abs() * g.sign() if settings.use_grams else t.z
 
     def _advance(self, t: ReferenceTensor, u: Tensor, dlr: float, c: float, beta1: float) -> None:
         """Schedule-Free's sequences, or plain Prodigy's step."""
         settings = self.settings
-        apart = 0.0 if settings.weight_decay_by_lr else self.weight_decay
-        decay = self.weight_decay if settings.weight_decay_by_lr else 0.0
+        apart = 0.0 if settings.weight_decay_by_lr else self.settings.weight_decay
+        decay = self.settings.weight_decay if settings.weight_decay_by_lr else 0.0
         if not settings.use_schedulefree:
             t.y = (1 - dlr * decay - apart) * t.y - dlr * u
             return
         share, start = 1 - beta1 * (1 - c), t.y
         u = u + decay * start
-        if settings.use_cautious or settings.use_grams:
-            move = c * (t.y - t.z) + dlr * share * u
-            if settings.use_cautious:
-                agrees = (move * u > 0).double()
-                move = move * agrees / agrees.mean().clamp_min(1e-3)
-            else:
-                move = move.abs() * u.sign()
-            t.y = t.y - move
-        else:
-            t.y = (1 - c) * t.y + c * t.z - dlr * share * u
+        t.y = (1 - c) * t.y + c * t.z - dlr * share * u
         t.z = t.z - dlr * u - apart * start
         t.y = t.y - apart * share * start
 
@@ -217,7 +165,7 @@ class Reference:
         """Prodigy's sums over every 11th element, or SPEED's."""
         if self.frozen:
             return 0.0, 0.0
-        lam = d**2 / math.sqrt(self.d0)
+        lam = d**2 / math.sqrt(self.settings.d0)
         g, away = g.reshape(-1)[::11], t.p0 - at.reshape(-1)[::11]
         dot = float(g @ away)
         if self.settings.use_speed:
@@ -233,19 +181,19 @@ class Reference:
     def _estimate(self, index: int, num: float, den: float) -> None:
         """d of the next step."""
         settings, d, before = self.settings, self.d[index], self.r[index]
-        self.r[index] = settings.decay_of_sums * before + (num if d > self.d0 or num > 0 else 0.0)
+        self.r[index] = settings.decay_of_sums * before + (num if d > self.settings.d0 or num > 0 else 0.0)
         self.peak[index] = max(self.peak[index], self.r[index])
         if settings.use_speed:
             if self.r[index] >= self.peak[index] and self.r[index] > 0 and before > 0:
                 growth = min(2**0.25, math.sqrt(self.r[index] / before))
-                self.d[index] = max(d, d * growth * self.d_coef**0.125)
+                self.d[index] = max(d, d * growth * self.settings.d_coef**0.125)
             return
         if den <= 0:
             return
         d_hat = self.r[index] / den
         if settings.d_limiter:
             d_hat = min(d_hat, 2**0.25 * d)
-        target, beta4 = self.d_coef * d_hat, settings.decay_of_d
+        target, beta4 = self.settings.d_coef * d_hat, settings.decay_of_d
         averaged = abs(beta4) * d + (1 - abs(beta4)) * target
         if beta4 == 0:
             new = max(d, target)
@@ -253,4 +201,4 @@ class Reference:
             new = averaged
         else:
             new = averaged if target < d else target
-        self.d[index] = max(new, self.d0)
+        self.d[index] = max(new, self.settings.d0)

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from optim import gathering
 from optim.groups import group_ranges
-from optim.stacks import Kind, Stack
+from optim.ranks import gathering
 from optim.state import State
+from optim.steps.stacks import Kind, Stack
 
 VERSION = 1
-MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_focus", "use_schedulefree", "use_speed")
+MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_schedulefree", "use_speed")
 """Settings without which a state would mean something else: they must be the same when it is loaded."""
 
 
@@ -96,6 +96,9 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
     for key, value in mine["settings"].items():
         if saved["settings"].get(key) != value:
             problems.append(f"{key} was {saved['settings'].get(key)!r}, is {value!r}")
+    for key, value in saved["settings"].items():  # older versions had more of them, almost always off
+        if key not in mine["settings"] and value:
+            problems.append(f"{key} was {value!r}, which this version does not have")
     old, new = saved["param_groups"], mine["param_groups"]
     if len(old) != len(new):
         return [*problems, f"it has {len(old)} groups, the optimizer {len(new)}"]

@@ -1,8 +1,14 @@
-"""Every setting of the optimizer, checked once and then frozen."""
+"""Every setting of the optimizer: its default, its meaning and its range, each said once."""
 
+import difflib
+import inspect
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import update_wrapper
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+
+from torch import Tensor
 
 SplitGroupsMean = Literal["harmonic_mean", "geometric_mean", "mean"]
 MEANS: tuple[str, ...] = ("harmonic_mean", "geometric_mean", "mean")
@@ -10,37 +16,77 @@ MEANS: tuple[str, ...] = ("harmonic_mean", "geometric_mean", "mean")
 GROUP_SETTINGS = ("lr", "weight_decay", "d0", "d_coef")
 """The settings that a parameter group may hold a value of its own for; all others are the whole optimizer's."""
 
+Params = Iterable[Tensor] | Iterable[dict[str, Any]]
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True)
 class Settings:
-    """What holds for the whole optimizer. The arguments of `ProdigyPlusScheduleFree` explain each one."""
+    """How the optimizer is to work. `lr`, `weight_decay`, `d0` and `d_coef` hold for groups that set none of their own.
 
-    betas: tuple[float, float]
-    beta3: float | None
-    beta4: float | None
-    weight_decay_by_lr: bool
-    d_limiter: bool
-    prodigy_steps: int | Literal["auto"]
-    eps: float | None
-    split_groups: bool
-    split_groups_mean: SplitGroupsMean | None
-    factored: bool
-    factored_fp32: bool
-    use_schedulefree: bool
-    schedulefree_c: float
-    use_stableadamw: bool
-    use_bias_correction: bool
-    use_speed: bool
-    stochastic_rounding: bool
-    fused_back_pass: bool
-    use_cautious: bool
-    use_grams: bool
-    use_adopt: bool
-    use_orthograd: bool
-    use_focus: bool
-    seed: int
+    Args:
+        lr: factor of the estimated step size; leave it at 1.
+        betas: beta1, the place of y between z and x; beta2, decay of the second moment.
+        beta3: decay of Prodigy's sums; None: sqrt(beta2).
+        weight_decay: decoupled weight decay, taken at y.
+        weight_decay_by_lr: whether the decay is multiplied by the step size.
+        d0: the first d; with `split_groups_mean=None` 1e-5 to 1e-4 may help.
+        d_coef: factor of the estimate of d; the one to tune, if any.
+        d_limiter: let d grow by a factor of at most 2^(1/4) per step.
+        prodigy_steps: fix d from this step on and free what its estimate needs; 0: never; "auto": when d has stopped
+            growing.
+        eps: None: the update is (4/pi) atan2(d g, sqrt v); > 0: it is d g / (sqrt v + d eps).
+        split_groups: every group estimates its own d; False: one d for all.
+        split_groups_mean: with split groups, apply this mean of the groups' d ("harmonic_mean", "geometric_mean",
+            "mean"); None: each group applies its own.
+        beta4: 0: d never falls; > 0: d is a running average of the estimate; < 0: an average on the way down only;
+            None: beta2.
+        factored: keep row and column means in place of the second moment (two or more axes, one of 32 or more).
+        factored_fp32: keep these means in float32 whatever the parameters are in.
+        use_schedulefree: False: plain Prodigy with a first moment, for an outside schedule.
+        schedulefree_c: > 0: weight of the newest z in the average, refined averaging (6 to 12 for short noisy runs, 50
+            to 200 for long ones); 0: the plain average.
+        use_stableadamw: with eps > 0, divide the update by sqrt(max(1, its RMS)); atan2 is bounded and needs none.
+        use_bias_correction: RAdam's rectified warm-up.
+        use_speed: SPEED in place of Prodigy's ratio: scale-free, less memory, experimental.
+        stochastic_rounding: round bfloat16 weights and z stochastically.
+        fused_back_pass: update each parameter within backward and drop its gradient; `step()` then ends the step.
+        seed: of the stochastic rounding; must be the same on every rank.
+        compile: whether to compile the step for this machine on first use; None: where it pays (from a million
+            parameters). Where that is not possible, plain torch is used, with one warning.
+
+    Raises:
+        ValueError: values out of range, or settings that contradict one another; all of them are named.
+    """
+
+    lr: float = 1.0
+    _: KW_ONLY
+    betas: tuple[float, float] = (0.9, 0.99)
+    beta3: float | None = None
+    weight_decay: float = 0.0
+    weight_decay_by_lr: bool = True
+    d0: float = 1e-6
+    d_coef: float = 1.0
+    d_limiter: bool = True
+    prodigy_steps: int | Literal["auto"] = 0
+    eps: float | None = None
+    split_groups: bool = True
+    split_groups_mean: SplitGroupsMean | None = "harmonic_mean"
+    beta4: float | None = 0.0
+    factored: bool = True
+    factored_fp32: bool = True
+    use_schedulefree: bool = True
+    schedulefree_c: float = 0.0
+    use_stableadamw: bool = True
+    use_bias_correction: bool = False
+    use_speed: bool = False
+    stochastic_rounding: bool = True
+    fused_back_pass: bool = False
+    seed: int = 0
+    compile: bool | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.betas, list):  # as JSON and TOML have it
+            object.__setattr__(self, "betas", tuple(self.betas))
         problems = [*_range_problems(self), *_pair_problems(self)]
         if problems:
             raise ValueError("; ".join(problems))
@@ -59,6 +105,46 @@ class Settings:
     def scales_by_rms(self) -> bool:
         """StableAdamW's scaling is for eps > 0: the update of atan2 is bounded already."""
         return self.use_stableadamw and self.eps is not None
+
+
+P = ParamSpec("P")
+Self = TypeVar("Self")
+
+
+def with_settings_as_keywords(
+    make: Callable[P, Settings],
+) -> Callable[[Callable[[Self, Params, Settings], None]], Callable[Concatenate[Self, Params, P], None]]:
+    """Lets an `__init__(self, params, settings)` be called as `(params, lr=..., betas=..., ...)`.
+
+    Names, types and defaults are those of `Settings`, for type checkers and for `help()`, without being written again.
+
+    Raises:
+        TypeError: (the decorated function) a keyword that is no setting, with the nearest that is one.
+    """
+
+    def decorate(init: Callable[[Self, Params, Settings], None]) -> Callable[Concatenate[Self, Params, P], None]:
+        def with_keywords(self: Self, params: Params, *args: P.args, **settings: P.kwargs) -> None:
+            _refuse_unknown(list(settings))
+            init(self, params, make(*args, **settings))
+
+        update_wrapper(with_keywords, init)
+        both = (*list(inspect.signature(init).parameters.values())[:2], *inspect.signature(make).parameters.values())
+        setattr(with_keywords, "__signature__", inspect.Signature(both))  # noqa: B010 - what `help()` looks for
+        # the checker fears a setting called `self` or `params`
+        return with_keywords  # type: ignore[return-value]
+
+    return decorate
+
+
+def _refuse_unknown(names: list[str]) -> None:
+    known = [field.name for field in fields(Settings)]
+    problems = []
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            problems.append(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if problems:
+        raise TypeError("; ".join(problems))
 
 
 def check_group(name: str, lr: object, weight_decay: object, d0: object, d_coef: object) -> list[str]:
@@ -123,11 +209,5 @@ def _pair_problems(s: Settings) -> list[str]:
             s.use_speed and s.beta4 != 0,
             "use_speed with beta4 other than 0: SPEED's d only grows, it has no estimate to average",
         ),
-        (s.use_cautious and s.use_grams, "use_cautious with use_grams: both replace the signs of the update"),
-        (
-            s.use_focus and s.factored,
-            "use_focus with factored: FOCUS averages the weights, which cannot be factored; set factored=False",
-        ),
-        (s.use_focus and s.use_adopt, "use_focus with use_adopt: FOCUS has no second moment to delay"),
     )
     return [reason for holds, reason in pairs if holds]

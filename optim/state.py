@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import rounding, sharding, stacks
-from optim.prodigy import Numbers
-from optim.schedule_free import average
-from optim.second_moment import factored_axes
+from optim.formulas import rounding
+from optim.formulas.prodigy import Numbers
+from optim.formulas.schedule_free import average
+from optim.formulas.second_moment import factored_axes
+from optim.ranks import sharding
 from optim.settings import Settings
-from optim.stacks import Kind, Stack
+from optim.steps import stacks
+from optim.steps.stacks import Kind, Stack
 
 
 @dataclass(eq=False)
@@ -73,7 +75,6 @@ class State:
         """What decides with which other parameters this one can share a stack."""
         p = self.parameters[index]
         local, split = sharding.local_part(p), sharding.split_of(p)
-        factors = self.settings.factored and not self.settings.use_focus
         return Kind(
             group=self.group_of[index],
             shape=local.shape,
@@ -81,7 +82,7 @@ class State:
             split=split,
             offset=0 if split is None else split.first_row * p.shape[1:].numel(),
             dtype=p.dtype,
-            axes=factored_axes(p.shape) if factors else None,
+            axes=factored_axes(p.shape) if self.settings.factored else None,
             starts_at_zero=starts_at_zero,
         )
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from optim import sharding
-from optim.prodigy import Coefficients, Numbers, speed_sums
+from optim.formulas.prodigy import Coefficients, Numbers, speed_sums
+from optim.ranks import sharding
 from optim.settings import Settings
-from optim.stacks import Stack
+from optim.steps.stacks import Stack
 
 
 def sum_up(

@@ -114,7 +114,8 @@ def train_mode(optimizer: Any) -> Any:
 
 
 class Counting(TorchDispatchMode):
-    """Counts operations as they reach ATen, and those that make the host wait for the device."""
+    """Counts operations as they reach ATen, and those that make the host wait for a device: reading a tensor that is
+    in the host's own memory is free."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,7 +125,7 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.__name__.split(".")[0]
         self.ops += not any(view in name for view in ("view", "detach", "alias"))
-        self.syncs += name in SYNCS
+        self.syncs += name in SYNCS and any(isinstance(t, Tensor) and t.device.type != "cpu" for t in args)
         return func(*args, **(kwargs or {}))
 
 
@@ -246,9 +247,9 @@ def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Na
         rate = ""
         if isinstance(c.optimizer, ProdigyPlusScheduleFree):
             rate = f"{minimal_bytes(c.optimizer, c.params) / median / 1e6:.1f}"
-        kernels = str(c.kernels) if device == "cuda" else ""
+        kernels, syncs = (str(c.kernels), str(c.syncs)) if device == "cuda" else ("", "")
         print(
-            f"{c.peer.name:22}{median:9.1f}{median / base:8.2f}{min(c.times_ms):9.1f}{c.ops:8}{c.syncs:7}{kernels:>9}"
+            f"{c.peer.name:22}{median:9.1f}{median / base:8.2f}{min(c.times_ms):9.1f}{c.ops:8}{syncs:>7}{kernels:>9}"
             f"{state_bytes(c.optimizer) / num:9.2f}{c.first_s:9.2f}{rate:>8}"
         )
 

@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from optim import gpu_kernels as kernels
+from optim.steps import cuda_kernels as kernels
 
 TYPES = {"jobs": "*i64", "addresses": "*i64", "units": "*i32", "lists": "*i32", "first": "i32", "step_key": "i32"}
 TYPES |= {"scratch": "*fp32", "exact_scratch": "*fp64", "table": "*fp32", "sound": "*i1"}

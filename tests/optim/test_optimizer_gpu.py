@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from optim import ProdigyPlusScheduleFree, gpu, passes
+from optim import ProdigyPlusScheduleFree, stepper
+from optim.steps import cuda
 
 has_triton = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -39,15 +40,15 @@ ROUNDED = ("default", "eps", "not factored", "rounded to the nearest")
 @pytest.fixture
 def tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels make the compiled step of CPU parameters, too."""
-    monkeypatch.setitem(passes.COMPILED, "cpu", gpu)
-    gpu._reason_against.cache_clear()
-    gpu._warn.cache_clear()
+    monkeypatch.setitem(stepper.COMPILED, "cpu", cuda)
+    cuda._reason_against.cache_clear()
+    cuda._warn.cache_clear()
 
 
 @pytest.fixture
 def on_kernels(tried_first: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same, without trying them first, which takes the interpreter seconds."""
-    monkeypatch.setattr(gpu, "_reason_against", lambda *_: "")
+    monkeypatch.setattr(cuda, "_reason_against", lambda *_: "")
 
 
 def build(
@@ -73,7 +74,7 @@ def assert_kernels_follow_plain(settings: dict[str, Any], dtype: torch.dtype, de
             for index, p in enumerate(params):
                 p.grad = gradient(p, step, index)
             optimizer.step()
-        assert [type(table) for table in optimizer._passes.tables or []] == [gpu.Table] * compile_step
+        assert [type(table) for table in optimizer._stepper.tables or []] == [cuda.Table] * compile_step
         numbers = torch.tensor([[m.d, m.effective_lr, m.k] for m in optimizer.metrics()])
         results.append((params, [optimizer.state[p] for p in params], numbers))
     (plain, plain_state, plain_numbers), (kernels, kernel_state, kernel_numbers) = results
@@ -99,14 +100,14 @@ def test_the_kernels_follow_the_plain_path(on_kernels: None, name: str, dtype: t
 @interpreted
 @pytest.mark.parametrize("shape", [(300, 40), (10, 700), (20, 40, 3, 3), (5000,), (140, 16)])
 def test_tensors_of_several_units_follow_the_plain_path(shape: tuple[int, ...]) -> None:
-    from optim.gpu_check import difference
-    from optim.second_moment import factored_axes
-    from optim.stacks import Kind
+    from optim.formulas.second_moment import factored_axes
+    from optim.steps.stacks import Kind
+    from optim.steps.trial import difference
 
     size = torch.Size(shape)
     settings = build(False, torch.float32, eps=1e-8)[1].settings
     kind = Kind(0, size, size, None, 0, torch.float32, factored_axes(size), False)
-    assert difference([kind], settings, torch.device("cpu"), gpu.Table) < 1e-6
+    assert difference([kind], settings, torch.device("cpu"), cuda.Table) < 1e-6
 
 
 @interpreted
@@ -158,13 +159,13 @@ def test_gradients_that_are_laid_out_otherwise_are_read_right(on_kernels: None) 
 @interpreted
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_kernels_that_go_wrong_touch_no_weight(tried_first: None, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: gpu.Call, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
+    def broken(self: cuda.Call, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
         if fault == "raises":
             raise RuntimeError("PTX was compiled for another card")
 
     plain, optimizer = build(False, torch.float32)
     gives = [gradient(p, 0, index) for index, p in enumerate(plain)]
-    monkeypatch.setattr(gpu.Call, "advance", broken)
+    monkeypatch.setattr(cuda.Call, "advance", broken)
     params, other = build(True, torch.float32)
     message = "another card" if fault == "raises" else "differ from plain torch's"
     with pytest.warns(UserWarning, match=message) as said:
@@ -199,7 +200,7 @@ class Launches(TorchDispatchMode):
 @interpreted
 def test_a_step_of_a_lora_of_sdxl_is_at_most_300_launches(on_kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     launches = Launches()
-    kernels = gpu.kernels()
+    kernels = cuda.kernels()
     for name in ("measure_units", "gather_factors", "reduce_units", "blend_columns", "blend_rows", "advance_units"):
         monkeypatch.setattr(kernels, name, launches)
     widths = [640] * 10 + [1280] * 60

@@ -41,9 +41,6 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"eps": 1e-8, "use_schedulefree": False, "weight_decay": 0.1},
         {"eps": 1e-8, "use_schedulefree": False, "weight_decay": 0.1, "split_groups_mean": None},
     ),
-    "cautious": ({"eps": None, "use_cautious": True}, {"use_cautious": True, "split_groups_mean": None}),
-    "grams": ({"eps": None, "use_grams": True}, {"use_grams": True, "split_groups_mean": None}),
-    "adopt": ({"eps": None, "use_adopt": True}, {"use_adopt": True, "split_groups_mean": None}),
 }
 
 

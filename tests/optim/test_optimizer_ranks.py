@@ -15,9 +15,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from optim import ProdigyPlusScheduleFree, averaged, flatten_state, gathering
-from optim.sharding import Split
-from optim.stacks import Kind
+from optim import ProdigyPlusScheduleFree, averaged, flatten_state
+from optim.ranks import gathering
+from optim.steps.stacks import Kind, Split
 
 STEPS = 20
 STEPS_AFTER = 4

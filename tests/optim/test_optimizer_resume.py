@@ -58,8 +58,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "frozen": {"prodigy_steps": 8},
     "auto": {"prodigy_steps": "auto"},
     "bias correction": {"use_bias_correction": True},
-    "adopt": {"use_adopt": True},
-    "focus": {"use_focus": True, "factored": False},
     "beta4": {"beta4": 0.9},
 }
 
@@ -125,6 +123,24 @@ def test_lr_of_a_schedule_is_part_of_the_state() -> None:
     assert [m.lr for m in resumed.metrics()] == [0.25, 0.5]
 
 
+def test_a_state_that_an_older_version_wrote_continues_as_it_did_there() -> None:
+    """states/version_1.safetensors holds a state after 12 steps, the y of that time, and the y of 12 steps later."""
+    with safe_open(Path(__file__).parent / "states" / "version_1.safetensors", framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    params = [nn.Parameter(tensors.pop(f"y.{index}")) for index in range(7)]
+    later = [tensors.pop(f"later.{index}") for index in range(7)]
+    optimizer = build(params)
+    optimizer.load_state_dict(unflatten_state(tensors, metadata))
+    written = flatten_state(optimizer.state_dict())[0]
+    assert written.keys() == tensors.keys()
+    assert all(torch.equal(written[name], tensor) for name, tensor in tensors.items())
+    steps(params, optimizer, 12, 24)
+    for p, expected in zip(params, later, strict=True):
+        # another processor adds up in another order
+        torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-6)
+    assert [m.d for m in optimizer.metrics()] == pytest.approx([0.0032, 0.0064], rel=1e-3)
+
+
 def saved() -> dict[str, Any]:
     params = model(torch.float32)
     optimizer = build(params)
@@ -149,6 +165,12 @@ def test_another_version_is_refused_showing_both() -> None:
 
 def test_other_settings_are_refused_showing_both() -> None:
     refused(saved(), "factored was True, is False", factored=False)
+
+
+def test_a_state_with_a_setting_that_is_no_more_is_refused_unless_it_was_off() -> None:
+    state = saved()
+    state["settings"]["use_focus"] = True
+    refused(state, "use_focus was True, which this version does not have")
 
 
 def test_other_groups_are_refused_showing_both() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from optim import ProdigyPlusScheduleFree
-from optim.prodigy import GroupValues, Numbers, end_step
+from optim.formulas.prodigy import GroupValues, Numbers, end_step
 
 
 def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: Any) -> float:

@@ -1,5 +1,5 @@
 // What the step does to a tile, a few hundred neighbouring elements that stay within the registers' reach: each is a plain
-// loop over float arrays, which compilers turn into vector instructions. Included by `native.cpp`.
+// loop over float arrays, which compilers turn into vector instructions. Included by `cpu.cpp`.
 
 #pragma once
 

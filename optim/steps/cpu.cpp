@@ -1,16 +1,16 @@
-// The step of `stacks.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `native.py` on first use.
+// The step of `stacks.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `cpu.py` on first use.
 //
 // Work is cut into blocks of about 32,768 elements that stay in one core's cache, and these into tiles of 512, for which
-// `native_tiles.h` has the arithmetic. How a tensor is cut depends on its shape alone and sums are added up block by block,
+// `cpu_tiles.h` has the arithmetic. How a tensor is cut depends on its shape alone and sums are added up block by block,
 // so results depend neither on the number of threads nor on what else is in a call.
 
-#include "native_tiles.h"
+#include "cpu_tiles.h"
 
 namespace {
 
 constexpr int SLICE_P = 11;
 
-// One parameter; the layout is that of `native.py`'s table of int64.
+// One parameter; the layout is that of `cpu.py`'s table of int64.
 struct Job {
     void *y;
     const void *g;
@@ -35,7 +35,7 @@ struct Job {
 
 // The order is that of `prodigy.Coefficients`.
 struct Coefficients {
-    float d, beta1, gain, beta2, square, lam, beta3, dlr, weight, y_share, decay, decay_apart, d_eps, clamp;
+    float d, beta1, gain, beta2, square, lam, beta3, dlr, weight, y_share, decay, decay_apart, d_eps;
 };
 
 struct Unit { int64_t job, block; };

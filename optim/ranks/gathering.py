@@ -5,9 +5,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.prodigy import SLICE_P
-from optim.sharding import Split
-from optim.stacks import Kind
+from optim.formulas.prodigy import SLICE_P
+from optim.steps.stacks import Kind
 
 
 def gathered(name: str, part: Tensor, kind: Kind) -> Tensor:
@@ -17,7 +16,7 @@ def gathered(name: str, part: Tensor, kind: Kind) -> Tensor:
         its own, on the device of `part`.
     """
     span = _span(name, kind)
-    if span is None or not isinstance(kind.split, Split):
+    if span is None or kind.split is None:
         return part.clone()
     first, num, total = span
     whole = part.new_zeros(total, *part.shape[1:])
@@ -39,7 +38,7 @@ def part_here(name: str, whole: Tensor, kind: Kind) -> Tensor:
 def _span(name: str, kind: Kind) -> tuple[int, int, int] | None:
     """What is here of a tensor of state, along its first axis: (the first, how many, of how many); None if all of
     it."""
-    if not isinstance(kind.split, Split):
+    if kind.split is None:
         return None
     match name:
         case "s" | "p0":  # every 11th element of the whole parameter

@@ -75,7 +75,6 @@ class Coefficients(NamedTuple):
     decay: Tensor  # weight decay that joins the update
     decay_apart: Tensor  # weight decay that is not scaled by the step size
     d_eps: Tensor
-    clamp: Tensor  # ADOPT: k^(1/4)
 
     @staticmethod
     def of(table: Tensor, group: int) -> "Coefficients":
@@ -83,7 +82,7 @@ class Coefficients(NamedTuple):
         return Coefficients(*table[:, group].unbind(0))
 
 
-NEUTRAL = {"beta1": 1.0, "beta2": 1.0, "beta3": 1.0, "d": 1.0, "d_eps": 1.0, "y_share": 1.0, "clamp": 1.0}
+NEUTRAL = {"beta1": 1.0, "beta2": 1.0, "beta3": 1.0, "d": 1.0, "d_eps": 1.0, "y_share": 1.0}
 """Coefficients (0 for the others) with which every formula gives back what it was given, bit for bit, for a gradient of
 zeros."""
 
@@ -144,14 +143,12 @@ def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
     weight = torch.where(total > 0, dlr**2 / total, 0.0)
     if settings.schedulefree_c > 0:
         weight = (weight * ((1 - beta1) * settings.schedulefree_c)).clamp_max(1.0)
-    # ADOPT's first step only fills the second moment
-    moves = now.k > 1 if settings.use_adopt else torch.ones_like(now.k, dtype=torch.bool)
-    learns = moves & (now.frozen == 0)
+    learns = now.frozen == 0
     zero = torch.zeros_like(now.d)
     coefficients = Coefficients(
         d=now.d,
-        beta1=torch.where(moves, beta1, 1.0),
-        gain=torch.where(moves, 1 - beta1, 0.0),
+        beta1=torch.full_like(now.d, beta1),
+        gain=torch.full_like(now.d, 1 - beta1),
         beta2=beta2_now,
         square=(1 - beta2_now) * now.d**2,
         lam=torch.where(learns, now.d**2 / values.d0.sqrt(), zero),
@@ -160,9 +157,8 @@ def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
         weight=weight,
         y_share=1 - beta1 * (1 - weight),
         decay=values.weight_decay if settings.weight_decay_by_lr else zero,
-        decay_apart=zero if settings.weight_decay_by_lr else torch.where(moves, values.weight_decay, zero),
+        decay_apart=zero if settings.weight_decay_by_lr else values.weight_decay,
         d_eps=now.d * (settings.eps or 0.0),
-        clamp=now.k**0.25,
     )
     now.applied_d.copy_(applied)
     now.weight.copy_(weight)
@@ -176,8 +172,6 @@ def _step_size(now: Numbers, applied: Tensor, values: GroupValues, settings: Set
     if settings.use_bias_correction:
         factor, beta2 = rectification(now.k, settings.betas[1])
         dlr = dlr * factor
-    if settings.use_adopt:
-        dlr, beta2 = torch.where(now.k == 1, 0.0, dlr), torch.where(now.k == 1, 0.0, beta2)
     return dlr, beta2
 
 

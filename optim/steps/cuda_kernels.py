@@ -1,17 +1,17 @@
-"""The kernels of `gpu.py`, in Triton: the step of `stacks.py` for CUDA, a few launches for all tensors of a model.
+"""The kernels of `cuda.py`, in Triton: the step of `stacks.py` for CUDA, a few launches for all tensors of a model.
 
 A program works on a unit, a few tiles of one tensor, and finds what it needs in the tensor's row of a table of numbers
 and addresses. A tensor with factors is read as [A, B * K]: the two factored axes, and the others. Sums that several
 units have a part in are added up in a fixed order by a later launch, so that results never depend on who was first.
-Imported only where Triton is (`gpu.available`).
+Imported only where Triton is (`cuda.usable`).
 """
 
 import triton
 import triton.language as tl
 
-from optim.prodigy import SLICE_P as SLICE
-from optim.prodigy import Coefficients
-from optim.second_moment import TINY as SMALLEST
+from optim.formulas.prodigy import SLICE_P as SLICE
+from optim.formulas.prodigy import Coefficients
+from optim.formulas.second_moment import TINY as SMALLEST
 
 COLUMNS = (
     *("z", "row", "col", "v", "s", "p0"),  # addresses of the state; 0: there is none
@@ -243,7 +243,7 @@ def blend_rows(jobs, lists, first, table, sound, KP: tl.constexpr):
 
 @triton.jit
 def _atan2_update(t, root):
-    """(4/pi) atan2(t, root) for root >= 0; the polynomial of native_tiles.h, within 2.1e-7 of the true value (of up to
+    """(4/pi) atan2(t, root) for root >= 0; the polynomial of cpu_tiles.h, within 2.1e-7 of the true value (of up to
     2)."""
     a = tl.abs(t)
     r = tl.div_rn(tl.minimum(a, root), tl.maximum(tl.maximum(a, root), TINY))

@@ -1,4 +1,4 @@
-"""The fast path on the CPU: `native.cpp`, compiled once on first use, and the table of addresses it works from.
+"""The fast path on the CPU: `cpu.cpp`, compiled once on first use, and the table of addresses it works from.
 
 The source needs no header but the C++ standard library's, so that compiling takes seconds; it is called through ctypes.
 The finished library is kept in the user's cache folder under a name made of the source, the compiler and the machine.
@@ -21,23 +21,22 @@ import torch
 from torch import Tensor
 
 from optim.settings import Settings
-from optim.stacks import Stack
+from optim.steps.stacks import Stack
+from optim.steps.support import numbered, supports, supports_stack
 
-SOURCE = Path(__file__).with_name("native.cpp")
-TILES = Path(__file__).with_name("native_tiles.h")
+SOURCE = Path(__file__).with_name("cpu.cpp")
+TILES = Path(__file__).with_name("cpu_tiles.h")
 WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = ("-O3", "-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
 BLOCK_ELEMENTS = 1 << 15
 FEWEST_ROWS = 16
 """Of a block, however wide: each block leaves a row of column sums to be added up."""
-MOST_K = 64
-"""Elements along the axes that are not factored: above that, the plain path is used."""
 STATE = ("y", "g", "z", "row", "col", "v", "s", "p0")
 WITHIN_THE_STEP = ("row_now", "col_now", "totals", "sums", "partial", "col_partial")
 SIZES = ("A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")
 COLUMNS = (*STATE, *WITHIN_THE_STEP, *SIZES)
-"""The fields of `Job` in native.cpp, each an int64."""
+"""The fields of `Job` in cpu.cpp, each an int64."""
 
 AT = {name: place for place, name in enumerate(COLUMNS)}
 
@@ -94,7 +93,7 @@ def library() -> ctypes.CDLL:
     if not path.exists():
         # built under another name and moved: another process never sees half of it
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            built = Path(folder) / "native.so"
+            built = Path(folder) / "cpu.so"
             _run((compiler, *FLAGS, str(SOURCE), "-o", str(built)))
             built.replace(path)
     try:
@@ -125,27 +124,6 @@ def available(*, say: bool) -> bool:
             )
         return False
     return True
-
-
-def supports(settings: Settings) -> bool:
-    """The library knows Schedule-Free's step; first moments, SPEED and the optional transforms are the plain path's."""
-    others = (settings.use_speed, settings.use_cautious, settings.use_grams, settings.use_adopt, settings.use_orthograd)
-    return settings.use_schedulefree and not any(others) and not settings.use_focus
-
-
-def supports_stack(stack: Stack, settings: Settings) -> bool:
-    """Factored axes must lead, the others be short, factors be float32, and StableAdamW's RMS be had from what is
-    here."""
-    leading = stack.kind.axes == (0, 1) and stack.kind.shape[2:].numel() <= MOST_K
-    factored = stack.row is None or (leading and stack.row.dtype == torch.float32)
-    return factored and not (settings.scales_by_rms and stack.kind.split is not None)
-
-
-def numbered(rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as many times as it counts, and beside it 0, 1, 2, ..."""
-    job = torch.repeat_interleave(rows, counts)
-    first = torch.repeat_interleave(torch.cumsum(counts, 0) - counts, counts)
-    return job, torch.arange(len(job)) - first
 
 
 def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:

@@ -1,4 +1,4 @@
-"""Whether the kernels of `gpu_kernels.py` make the steps of plain torch on this device, driver and compiler."""
+"""Whether the kernels of `cuda_kernels.py` make the steps of plain torch on this device, driver and compiler."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim import stacks
-from optim.prodigy import Coefficients, GroupValues, Numbers, begin_step
-from optim.scratch import Scratch
+from optim.formulas.prodigy import Coefficients, GroupValues, Numbers, begin_step
 from optim.settings import Settings
-from optim.stacks import Kind, Stack, Step
+from optim.steps import plain, stacks
+from optim.steps.plain import Step
+from optim.steps.scratch import Scratch
+from optim.steps.stacks import Kind, Stack
 
 NUM_STEPS = 3
 
@@ -67,7 +68,7 @@ def _stepped(
             continue
         step = Step(settings, [Coefficients.of(coefficients, 0)], [True], sound, number, Scratch(device))
         for stack, p, g in zip(built, params, grads, strict=True):
-            stacks.measure(stack, slice(0, 1), [g], step.scratch)
-            stacks.blend_factors(stack, slice(0, 1), step)
-            stacks.update(stack, slice(0, 1), [p], [g], step, None)
+            plain.measure(stack, slice(0, 1), [g], step.scratch)
+            plain.blend_factors(stack, slice(0, 1), step)
+            plain.update(stack, slice(0, 1), [p], [g], step, None)
     return [(p, stack.z[0]) for p, stack in zip(params, built, strict=True)]

@@ -4,14 +4,12 @@ whole, and the few sums that need all shards.
 Every rank joins every collective, also one whose shards are all empty: what is summed depends only on the whole shapes.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from optim.settings import Settings
-from optim.stacks import Stack
+from optim.steps.stacks import Split, Stack
 
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -19,14 +17,6 @@ if dist.is_available():
     SHARDED: tuple[type, ...] = (DTensor,)
 else:  # a build of torch without torch.distributed has no DTensor either
     SHARDED = ()
-
-
-@dataclass(frozen=True)
-class Split:
-    """How a tensor is split: over which ranks, and the number of the first row here."""
-
-    ranks: "dist.ProcessGroup"
-    first_row: int
 
 
 def local_part(t: Tensor) -> Tensor:
@@ -66,13 +56,6 @@ def problems(p: Tensor, settings: Settings) -> list[str]:
         found.append(
             "fused_back_pass with sharded parameters: their gradients arrive reduced, after backward; set it to False"
         )
-    for name, asked in (
-        ("use_cautious", settings.use_cautious),
-        ("use_orthograd", settings.use_orthograd),
-        ("use_adopt without use_schedulefree", settings.use_adopt and not settings.use_schedulefree),
-    ):
-        if asked:
-            found.append(f"{name} with sharded parameters: it needs a mean over the whole tensor within the update")
     return found
 
 
@@ -91,7 +74,7 @@ def reduce_measures(active: list[Stack]) -> None:
     tensors, ranks = [], []
     for stack in active:
         split = stack.kind.split
-        if not isinstance(split, Split):
+        if split is None:
             continue
         parts = [stack.totals]
         if stack.kind.axes is not None and stack.kind.axes[0] == 0 and stack.col_now is not None:
@@ -103,7 +86,7 @@ def reduce_measures(active: list[Stack]) -> None:
 
 def reduce_sums(sums: Tensor, used: list[Stack]) -> None:
     """Prodigy's sums of all sharded parameters: one collective. sums: [parameters, sums], in place."""
-    sharded = [(stack, stack.kind.split) for stack in used if isinstance(stack.kind.split, Split)]
+    sharded = [(stack, split) for stack in used if (split := stack.kind.split) is not None]
     parts = [sums[stack.places] for stack, _ in sharded]
     reduce_together(parts, [split.ranks for _, split in sharded])
     for (stack, _), part in zip(sharded, parts, strict=True):

@@ -1,4 +1,4 @@
-"""The fast path on CUDA: the kernels of `gpu_kernels.py`, and the tables of addresses and units they work from.
+"""The fast path on CUDA: the kernels of `cuda_kernels.py`, and the tables of addresses and units they work from.
 
 A step is a few launches for each kind of tile there is, whatever the number of tensors. Triton comes with torch on
 Linux; elsewhere it can be installed. It compiles a kernel on first use (seconds for all of them) and keeps it in the
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from optim import native
-from optim.gpu_check import difference
 from optim.settings import Settings
-from optim.stacks import Kind, Stack
+from optim.steps.stacks import Kind, Stack
+from optim.steps.support import numbered, supports, supports_stack
+from optim.steps.trial import difference
 
 TILE_ELEMENTS = 2048
 MOST_ROWS = 8
@@ -69,7 +69,7 @@ def kernels() -> Any:
     Raises:
         ImportError: there is no Triton here.
     """
-    return importlib.import_module("optim.gpu_kernels")
+    return importlib.import_module("optim.steps.cuda_kernels")
 
 
 FAILURES = (ImportError, RuntimeError, OSError, subprocess.SubprocessError, AttributeError, TypeError, ValueError)
@@ -86,7 +86,7 @@ def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
     must not cost anybody their work. What is tried is what these stacks are stepped with, so that nothing is compiled
     twice.
     """
-    fit = [stack for stack in stacks if native.supports_stack(stack, settings)] if native.supports(settings) else []
+    fit = [stack for stack in stacks if supports_stack(stack, settings)] if supports(settings) else []
     smallest: dict[Tile, Kind] = {}
     for stack in fit:
         tile, kind = tile_of(stack), stack.kind
@@ -204,15 +204,15 @@ class Table:
         for tile, members in by_tile.items():
             rows = torch.tensor(members)
             strips = self._column(rows, "strips")
-            job, number = native.numbered(rows, self._column(rows, "chunks") * strips)
+            job, number = numbered(rows, self._column(rows, "chunks") * strips)
             here = self._column(job, "strips").clamp_min(1)
             units[tile] = add(job, number // here, number % here)
         factored = torch.tensor([row for row in chosen if self.tiles[row].factored], dtype=torch.int64)
         vector = kernels().VECTOR.value
         row_numel = self._column(factored, "A") * self._column(factored, "K")
         col_numel = self._column(factored, "B") * self._column(factored, "K")
-        row_job, row_tile = native.numbered(factored, -(-row_numel // vector))
-        col_job, col_tile = native.numbered(factored, -(-col_numel // vector))
+        row_job, row_tile = numbered(factored, -(-row_numel // vector))
+        col_job, col_tile = numbered(factored, -(-col_numel // vector))
         kind = torch.cat((torch.zeros_like(row_job), torch.ones_like(col_job)))
         gathers = add(torch.cat((row_job, col_job)), kind, torch.cat((row_tile, col_tile)))
         columns = add(col_job, col_tile)
@@ -220,7 +220,7 @@ class Table:
         by_kp = {row: power_of_2(int(k)) for row, k in zip(factored.tolist(), self._column(factored, "K"), strict=True)}
         for KP in sorted(set(by_kp.values())):
             rows = torch.tensor([row for row, its in by_kp.items() if its == KP])
-            factor_rows[KP] = add(*native.numbered(rows, -(-self._column(rows, "A") // (vector // KP))))
+            factor_rows[KP] = add(*numbered(rows, -(-self._column(rows, "A") // (vector // KP))))
         jobs = add(torch.tensor(chosen))
         lists = _pinned(torch.cat(parts).to(torch.int32), self.device).to(self.device, non_blocking=True)
         return Plan(lists, torch.tensor(chosen), units, gathers, columns, factor_rows, jobs)

@@ -1,23 +1,25 @@
 """The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
 
-What a compiled step knows goes to `native.py` (CPU) or `gpu.py` (CUDA), everything else through `stacks.py` piece by
+What a compiled step knows goes to `cpu.py` (CPU) or `cuda.py` (CUDA), everything else through `plain.py` piece by
 piece.
 """
 
-import ctypes
 from collections.abc import Iterator
 from itertools import compress
 
 import torch
 from torch import Tensor, nn
 
-from optim import gpu, native, sharding, stacks
+from optim.formulas.prodigy import Coefficients
+from optim.formulas.second_moment import rms_divisor
 from optim.parameters import FLOATING
-from optim.prodigy import Coefficients
-from optim.scratch import Scratch
-from optim.second_moment import rms_divisor
+from optim.ranks import sharding
 from optim.settings import Settings
-from optim.stacks import Stack, Step
+from optim.state import State
+from optim.steps import cpu, cuda, plain, stacks
+from optim.steps.plain import Step
+from optim.steps.scratch import Scratch
+from optim.steps.stacks import Stack
 
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
@@ -27,34 +29,29 @@ DEVICE_ELEMENTS = 1 << 24
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
 
-COMPILED = {"cpu": native, "cuda": gpu}
+COMPILED = {"cpu": cpu, "cuda": cuda}
 """By kind of device: who makes the compiled step. Both have `usable` and `Table`."""
 
-Call = native.Call | gpu.Call
+Call = cpu.Call | cuda.Call
 Work = tuple[Stack, slice, list[int]]
 
 
-class Passes:
-    """How the stacks of an optimizer are stepped. `parameters` and `stacks` are the optimizer's own lists."""
+class Stepper:
+    """Steps the parameters of a `State`; keeps the tables of the compiled step while stacks stay as they are."""
 
-    def __init__(
-        self, parameters: list[Tensor], all_stacks: list[Stack], settings: Settings, compile_step: bool | None
-    ) -> None:
-        self.parameters = parameters
-        self.stacks = all_stacks
+    def __init__(self, kept: State, settings: Settings) -> None:
+        self.kept = kept
         self.settings = settings
-        self.compile_step = compile_step
-        self.tables: list[native.Table | gpu.Table] | None = None
-        self.places: dict[int, tuple[Stack, int]] = {}
+        self.tables: list[cpu.Table | cuda.Table] | None = None
 
     def changed(self) -> None:
         """To be called whenever stacks come, go, or change their tensors."""
         self.tables = None
 
-    def end(self, all_stacks: list[Stack]) -> None:
+    def end(self) -> None:
         """Gives back what only a step needs; addresses in the compiled library's tables stay good."""
         if not self.tables:
-            for stack in all_stacks:
+            for stack in self.kept.stacks:
                 stack.row_now = stack.col_now = None
 
     def step(self, present: list[int], table: Tensor, neutral: Tensor, step_key: int) -> Tensor:
@@ -69,7 +66,7 @@ class Passes:
         work = list(self._pieces(rest))
         scratch = Scratch(table.device)
         for stack, piece, indices in work:
-            stacks.measure(stack, piece, [grads[index] for index in indices], scratch)
+            plain.measure(stack, piece, [grads[index] for index in indices], scratch)
         active = self._active(present)
         sharding.reduce_measures(active)
         sound = self._all_finite(present, active)
@@ -87,12 +84,11 @@ class Passes:
         return sound
 
     def _prepare(self) -> None:
-        """Where each parameter's state is, and the tables of the compiled step where it is used."""
+        """The tables of the compiled step, where it is used."""
         self.tables = []
-        self.places = {index: (stack, place) for stack in self.stacks for place, index in enumerate(stack.indices)}
-        compiled = COMPILED.get(self.parameters[0].device.type)
+        compiled = COMPILED.get(self.kept.parameters[0].device.type)
         if compiled is not None and self._compiles():
-            fit = compiled.usable(self.stacks, self.settings)
+            fit = compiled.usable(self.kept.stacks, self.settings)
             for dtype in FLOATING:
                 mine = [stack for stack in fit if stack.kind.dtype == dtype]
                 for stack in mine:
@@ -101,13 +97,13 @@ class Passes:
                     self.tables.append(compiled.Table(mine, self.settings))
 
     def _compiles(self) -> bool:
-        if self.compile_step is None:
-            return sum(stack.z.numel() for stack in self.stacks) >= WORTH_COMPILING
-        return self.compile_step
+        if self.settings.compile is None:
+            return sum(stack.z.numel() for stack in self.kept.stacks) >= WORTH_COMPILING
+        return self.settings.compile
 
     def _gradients(self, present: list[int]) -> dict[int, Tensor]:
         """The gradients as they are here; what cannot be used is refused."""
-        found = [grad for index in present if (grad := self.parameters[index].grad) is not None]
+        found = [grad for index in present if (grad := self.kept.parameters[index].grad) is not None]
         for layout, dtype in {(grad.layout, grad.dtype) for grad in found}:
             if layout != torch.strided:
                 raise ValueError(f"a gradient is {layout}: only dense gradients can be used (Embedding(sparse=False))")
@@ -121,7 +117,7 @@ class Passes:
         taken: set[int] = set()
         for table in self.tables or []:
             mine = [index for index in table.indices if index in grads]
-            params = [_local(self.parameters[index]) for index in mine]
+            params = [_local(self.kept.parameters[index]) for index in mine]
             fit = [p.is_contiguous() and grads[i].dtype == p.dtype for i, p in zip(mine, params, strict=True)]
             if not all(fit):
                 mine, params = list(compress(mine, fit)), list(compress(params, fit))
@@ -132,25 +128,25 @@ class Passes:
 
     def _active(self, present: list[int]) -> list[Stack]:
         if len(present) == 1:
-            return [self.places[present[0]][0]]
+            return [self.kept.place[present[0]][0]]
         chosen = set(present)
-        return [stack for stack in self.stacks if not chosen.isdisjoint(stack.indices)]
+        return [stack for stack in self.kept.stacks if not chosen.isdisjoint(stack.indices)]
 
     def _all_finite(self, present: list[int], active: list[Stack]) -> Tensor:
         if not active:
-            return torch.ones((), dtype=torch.bool, device=self.parameters[0].device)
+            return torch.ones((), dtype=torch.bool, device=self.kept.parameters[0].device)
         if len(present) == 1:
-            stack, place = self.places[present[0]]
+            stack, place = self.kept.place[present[0]]
             return stack.totals[place].isfinite()
         return torch.cat([stack.totals for stack in active]).isfinite().all()
 
     def _pieces(self, present: list[int]) -> Iterator[Work]:
         """Parts of stacks that fit the cache; where some parameter has no gradient, the others one by one."""
         if len(present) == 1:
-            stack, place = self.places[present[0]]
+            stack, place = self.kept.place[present[0]]
             yield stack, slice(place, place + 1), present
             return
-        limit = CACHED_ELEMENTS if self.parameters[0].device.type == "cpu" else DEVICE_ELEMENTS
+        limit = CACHED_ELEMENTS if self.kept.parameters[0].device.type == "cpu" else DEVICE_ELEMENTS
         chosen = set(present)
         for stack in self._active(present):
             size = max(1, limit // max(1, stack.kind.numel))
@@ -171,11 +167,11 @@ class Passes:
             stack = pieces[0][0]
             complete = sum(len(indices) for _, _, indices in pieces) == len(stack.indices)
             for piece in [slice(0, len(stack.indices))] if complete else [piece for _, piece, _ in pieces]:
-                stacks.blend_factors(stack, piece, now)
+                plain.blend_factors(stack, piece, now)
         divisors = self._divisors(work, grads, now)
         for (stack, piece, indices), divisor in zip(work, divisors, strict=True):
-            params = [_local(self.parameters[index]) for index in indices]
-            stacks.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
+            params = [_local(self.kept.parameters[index]) for index in indices]
+            plain.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
 
     def _divisors(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> list[Tensor | None]:
         """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
@@ -184,11 +180,11 @@ class Passes:
             return result
         places, sums, ranks = [], [], []
         for place, (stack, piece, indices) in enumerate(work):
-            if not isinstance(stack.kind.split, sharding.Split):
+            if stack.kind.split is None:
                 continue
             mine = [grads[index] for index in indices]
             places.append(place)
-            sums.append(stacks.sum_of_squared_update(stack, piece, mine, now))
+            sums.append(plain.sum_of_squared_update(stack, piece, mine, now))
             ranks.append(stack.kind.split.ranks)
         sharding.reduce_together(sums, ranks)
         for place, total in zip(places, sums, strict=True):
@@ -197,9 +193,9 @@ class Passes:
 
 
 def _known_by_host(sound: Tensor) -> bool | None:
-    """The value of a bool where it lies in the memory of the host, which saves a pass that puts zeros for gradients;
-    None where a device would have to be asked."""
-    return bool(ctypes.c_bool.from_address(sound.data_ptr()).value) if sound.device.type == "cpu" else None
+    """The value of a bool that lies in the memory of the host, which saves a pass that puts zeros for gradients; None
+    where a device would have to be asked."""
+    return bool(sound) if sound.device.type == "cpu" else None
 
 
 def _decays(table: Tensor) -> list[bool]:

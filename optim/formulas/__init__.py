@@ -1,0 +1,1 @@
+"""The mathematics of a step: pure functions on tensors, each with its source."""

@@ -1,0 +1,153 @@
+"""Stacks: the parameters of one group that share their shape, with their state packed in few tensors.
+
+A model has thousands of tensors but few shapes, so the work is done on pieces of a stack: large enough that calls do
+not cost, small enough that a piece stays in the cache from its first operation to its last. What a step
+does with them is in `plain.py`, and its fast twins are `cpu.py` and `cuda.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from optim.formulas.prodigy import SLICE_P, exact_dtype
+from optim.settings import Settings
+
+NUM_SUMS = 3
+"""Sums of each tensor: <g, p0 - z>; |s|_1 or, with SPEED, |p0 - z|_1; and with SPEED |p0 - z|_2 squared."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a tensor is split: over which ranks, and the number of the first row here."""
+
+    ranks: "dist.ProcessGroup"
+    first_row: int
+
+
+class Kind(NamedTuple):
+    """What parameters must have in common to share a stack."""
+
+    group: int
+    shape: torch.Size  # of the part that is here
+    whole: torch.Size  # of the whole tensor, which differs from `shape` in a shard
+    split: Split | None  # how it is split over ranks; None if it is whole here
+    offset: int  # number of the first element here within the whole tensor
+    dtype: torch.dtype
+    axes: tuple[int, int] | None  # over which the second moment is factored
+    starts_at_zero: bool  # then nothing is stored for p0
+
+    @property
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    @property
+    def first_slice(self) -> int:
+        """Where, among the elements here, the first of every 11th element of the whole tensor stands."""
+        return -self.offset % SLICE_P
+
+    @property
+    def num_slices(self) -> int:
+        return max(0, -(-(self.numel - self.first_slice) // SLICE_P))
+
+    def sliced(self, values: Tensor) -> Tensor:
+        """Every 11th element of the whole tensors: [N, numel] to [N, num_slices], a view."""
+        return values[:, self.first_slice :: SLICE_P]
+
+
+@dataclass(eq=False)
+class Stack:
+    """N parameters of one kind and their state; `indices` are their places among all parameters of the optimizer."""
+
+    kind: Kind
+    indices: list[int]
+    places: Tensor  # the same, int64 [N], on the device
+    keys: Tensor  # int32 [N]: for the rounding
+    z: Tensor  # [N, *shape], the parameter's dtype: the fast iterate, or the first moment without Schedule-Free
+    row: Tensor | None = None  # [N, ...], R: mean of g^2 over the second factored axis, size 1 there
+    col: Tensor | None = None  # [N, ...], C: mean over the first
+    v: Tensor | None = None  # [N, *shape] float32, where nothing is factored
+    s: Tensor | None = None  # [N, num_slices] bfloat16
+    p0: Tensor | None = None  # [N, num_slices] bfloat16
+    norms: Tensor | None = None  # [N, 3] float64, SPEED: averaged dot product, largest |p0 - z|_1 and |p0 - z|_2
+    # within a step only
+    row_now: Tensor | None = None  # float32 like row: sums of g^2, then sqrt(R / mean(R))
+    col_now: Tensor | None = None  # float32 like col: sums of g^2, then sqrt(C)
+    totals: Tensor = field(init=False)  # [N] float32, sum of g^2 here
+    sums: Tensor = field(init=False)  # [N, 3] float64
+
+    def __post_init__(self) -> None:
+        device = self.z.device
+        self.totals = torch.zeros(len(self.indices), device=device)
+        self.sums = torch.zeros(len(self.indices), NUM_SUMS, dtype=exact_dtype(device), device=device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of state this stack has, by the names of its fields."""
+        named = {
+            "z": self.z,
+            "row": self.row,
+            "col": self.col,
+            "v": self.v,
+            "s": self.s,
+            "p0": self.p0,
+            "norms": self.norms,
+        }
+        return {name: value for name, value in named.items() if value is not None}
+
+    def state_of(self, place: int) -> dict[str, Tensor]:
+        """The state of the parameter at `place` in this stack, as views."""
+        return {name: value[place] for name, value in self.tensors().items()}
+
+    def addresses(self) -> dict[str, Tensor]:
+        """Where each parameter's state, and what a step finds, begins in memory: int64 [N], by the names of the
+        fields."""
+        named = {**self.tensors(), "totals": self.totals, "sums": self.sums}
+        if self.row_now is not None and self.col_now is not None:
+            named |= {"row_now": self.row_now, "col_now": self.col_now}
+        places = torch.arange(len(self.indices))
+        return {name: t.data_ptr() + places * (t.stride(0) * t.element_size()) for name, t in named.items()}
+
+    def free_prodigy_state(self) -> None:
+        """p0 and s are not needed once d is frozen."""
+        self.p0 = self.s = self.norms = None
+
+
+def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[Tensor], settings: Settings) -> Stack:
+    """A stack at its start: z and p0 are the weights (or the first moment is 0), everything else is 0."""
+    num, shape, device = len(indices), kind.shape, weights[0].device
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    z = torch.stack([weight.detach() for weight in weights])
+    stack = Stack(
+        kind=kind,
+        indices=indices,
+        places=torch.tensor(indices, device=device),
+        keys=torch.tensor(keys, dtype=torch.int32, device=device),
+        z=z if settings.use_schedulefree else torch.zeros_like(z),
+    )
+    if kind.axes is None:
+        stack.v = torch.zeros(num, *shape, device=device)
+    else:
+        first, second = kind.axes
+        factor_dtype = torch.float32 if settings.factored_fp32 else kind.dtype
+        rows, cols = list(shape), list(shape)
+        rows[second] = cols[first] = 1
+        stack.row = torch.zeros(num, *rows, dtype=factor_dtype, device=device)
+        stack.col = torch.zeros(num, *cols, dtype=factor_dtype, device=device)
+    if not kind.starts_at_zero:
+        stack.p0 = torch.stack([values[kind.first_slice :: SLICE_P].to(torch.bfloat16) for values in flat])
+    if settings.use_speed:
+        stack.norms = torch.zeros(num, 3, dtype=stack.sums.dtype, device=device)
+    else:
+        stack.s = torch.zeros(num, kind.num_slices, dtype=torch.bfloat16, device=device)
+    return stack
+
+
+def begin_stack(stack: Stack) -> None:
+    """Room for the sums of a step."""
+    if stack.row is not None and stack.col is not None and stack.row_now is None:
+        stack.row_now = torch.empty_like(stack.row, dtype=torch.float32)
+        stack.col_now = torch.empty_like(stack.col, dtype=torch.float32)
+    stack.totals.zero_()
+    stack.sums.zero_()
