@@ -20,6 +20,7 @@ from optim.steps import cpu, cuda, plain, stacks
 from optim.steps.plain import Step
 from optim.steps.scratch import Scratch
 from optim.steps.stacks import Stack
+from optim.steps.support import Call, CompiledStep, Table
 
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
@@ -29,10 +30,9 @@ DEVICE_ELEMENTS = 1 << 24
 WORTH_COMPILING = 1 << 20
 """Parameters from which a compiled step pays for its compilation."""
 
-COMPILED = {"cpu": cpu, "cuda": cuda}
-"""By kind of device: who makes the compiled step. Both have `usable` and `Table`."""
+COMPILED: dict[str, CompiledStep] = {"cpu": cpu, "cuda": cuda}
+"""Who makes the compiled step, by the type of the device."""
 
-Call = cpu.Call | cuda.Call
 Work = tuple[Stack, slice, list[int]]
 
 
@@ -42,7 +42,7 @@ class Stepper:
     def __init__(self, kept: State, settings: Settings) -> None:
         self.kept = kept
         self.settings = settings
-        self.tables: list[cpu.Table | cuda.Table] | None = None
+        self.tables: list[Table] | None = None
 
     def changed(self) -> None:
         """To be called whenever stacks come, go, or change their tensors."""

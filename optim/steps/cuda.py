@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib.util
 import subprocess
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from torch import Tensor
 from optim.settings import Settings
 from optim.steps.stacks import Kind, Stack
 from optim.steps.support import numbered, supports, supports_stack
-from optim.steps.trial import difference
+from optim.steps.trial import reason_against, warn_once
 
 TILE_ELEMENTS = 2048
 MOST_ROWS = 8
@@ -74,46 +73,36 @@ def kernels() -> Any:
 
 FAILURES = (ImportError, RuntimeError, OSError, subprocess.SubprocessError, AttributeError, TypeError, ValueError)
 """What Triton raises where a driver, a compiler or a version of it does not fit."""
-ALLOWED = 1e-2
-"""Difference to plain torch, in parts of the move: a float32's last bit decides now and then which bfloat16 a weight is
-rounded to."""
 
 
 def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
-    """Those of which the kernels make the step; none, with a warning, where they cannot be had or go wrong.
+    """The stacks that the kernels support; [] with a warning where they cannot be had, or go wrong.
 
-    They are tried on copies before they may touch a weight: a driver, a compiler or a card with which they go wrong
-    must not cost anybody their work. What is tried is what these stacks are stepped with, so that nothing is compiled
-    twice.
+    What is tried are copies of the smallest tensor for each form that the kernels are compiled in here, so that nothing
+    is compiled twice.
     """
     fit = [stack for stack in stacks if supports_stack(stack, settings)] if supports(settings) else []
     smallest: dict[Tile, Kind] = {}
     for stack in fit:
         tile, kind = tile_of(stack), stack.kind
         if kind.numel and (tile not in smallest or kind.numel < smallest[tile].numel):
-            smallest[tile] = kind._replace(group=0, whole=kind.shape, split=None, offset=0)
+            smallest[tile] = kind.whole_here()
     reason = _reason_against(tuple(smallest.values()), settings, stacks[0].z.device) if smallest else ""
     if reason:
-        _warn(reason)
+        warn_once(reason)
     return [] if reason else fit
 
 
 @functools.cache
-def _warn(reason: str) -> None:
-    warnings.warn(f"the optimizer's compiled step is not used, plain torch is: {reason}", stacklevel=3)
-
-
-@functools.cache
 def _reason_against(kinds: tuple[Kind, ...], settings: Settings, device: torch.device) -> str:
-    """Why the kernels cannot be used here; empty if they can."""
+    """Why the kernels cannot be used here; "" if they can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
-        found = difference(kinds, settings, device, Table)
+        return reason_against(kinds, settings, device, Table)
     except FAILURES as error:
         said = str(error).strip().splitlines() or ["no message"]
         return f"triton failed with {type(error).__name__}: {said[-1]}"
-    return "" if found < ALLOWED else f"on this device its steps differ from plain torch's by {found:.1g} of a step"
 
 
 @dataclass

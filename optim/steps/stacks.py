@@ -39,6 +39,10 @@ class Kind(NamedTuple):
     axes: tuple[int, int] | None  # over which the second moment is factored
     starts_at_zero: bool  # then nothing is stored for p0
 
+    def whole_here(self) -> "Kind":
+        """A tensor of the same shape that is not split, for trials; p0 is stored."""
+        return self._replace(group=0, whole=self.shape, split=None, offset=0, starts_at_zero=False)
+
     @property
     def numel(self) -> int:
         return self.shape.numel()

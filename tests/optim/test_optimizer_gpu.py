@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import ProdigyPlusScheduleFree, stepper
-from optim.steps import cuda
+from optim.steps import cuda, trial
 
 has_triton = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels make the compiled step of CPU parameters, too."""
     monkeypatch.setitem(stepper.COMPILED, "cpu", cuda)
     cuda._reason_against.cache_clear()
-    cuda._warn.cache_clear()
+    trial.warn_once.cache_clear()
 
 
 @pytest.fixture
