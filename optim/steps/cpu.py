@@ -118,7 +118,7 @@ def _cache_folder() -> Path:
 
 
 def _machine() -> str:
-    """What the instruction set depends on: a library built for another processor must not be loaded."""
+    """The processor, as far as the library depends on it: one built for another must not be loaded."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -223,7 +223,7 @@ def _with_few_rows(kind: Kind) -> Kind:
 
 
 class Table:
-    """The addresses of parameters of one dtype and their state, a row each."""
+    """The addresses of parameters of one dtype and of their state, one row per parameter."""
 
     def __init__(self, stacks: list[Stack], settings: Settings) -> None:
         self.settings = settings
@@ -236,7 +236,7 @@ class Table:
         self._make_room()
 
     def _rows_of(self, stack: Stack) -> Tensor:
-        """Everything of a stack's rows that does not change from step to step."""
+        """What does not change from step to step in the rows of a stack, int64 (n, fields)."""
         kind, num = stack.kind, len(stack.indices)
         rows = torch.zeros(num, len(JOB), dtype=torch.int64)
         for name, address in stack.addresses().items():
@@ -251,11 +251,11 @@ class Table:
 
     @staticmethod
     def _units(jobs: Tensor, blocks: Tensor) -> Tensor:
-        """int64 [units, 2]: (row, block), the largest pieces of work first come first."""
+        """The blocks of all rows, int64 (units, 2): the number of the row, the number of the block in it."""
         return torch.stack(numbered(torch.arange(len(jobs)), blocks), dim=1).contiguous()
 
     def _make_room(self) -> None:
-        """Scratch for what blocks find before it is added up."""
+        """Makes scratch for what blocks find before it is added up."""
         self.partial = torch.zeros(max(1, int(self.blocks.sum())), 2, dtype=torch.float64)
         self.jobs[:, AT["partial"]] = self.partial.data_ptr() + 16 * (torch.cumsum(self.blocks, 0) - self.blocks)
         width = self.jobs[:, AT["B"]] * self.jobs[:, AT["K"]]
@@ -267,8 +267,7 @@ class Table:
     def _chosen(
         self, present: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Jobs and units of the parameters at `present` (in the order of the table), with the addresses of this
-        step."""
+        """Jobs and units of the parameters that are present, in the order of the table, with this step's addresses."""
         if len(present) == len(self.indices):
             jobs, units = self.jobs, self.units
         else:
@@ -280,7 +279,7 @@ class Table:
         return jobs, units
 
     def measure(self, present: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]) -> "Call":
-        """Sums of g^2 into `stack.totals`, `row_now` and `col_now`."""
+        """See `support.Table`."""
         jobs, units = self._chosen(present, params, grads)
         library().sdtrain_measure(
             jobs.data_ptr(), len(jobs), units.data_ptr(), len(units), self.bf16, torch.get_num_threads()
@@ -294,8 +293,8 @@ class Call:
     def __init__(self, table: Table, jobs: Tensor, units: Tensor, alive: tuple[Tensor, ...]) -> None:
         self.table, self.jobs, self.units, self.alive = table, jobs, units, alive
 
-    def advance(self, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
-        """The step itself, unless `sound` (bool, 0-dim) is False. coefficients: float32 [coefficients, groups]."""
+    def advance(self, coefficients: Tensor, all_finite: Tensor, step_key: int) -> None:
+        """See `support.Call`."""
         table, settings = self.table, self.table.settings
         by_group = coefficients.t().contiguous()
         library().sdtrain_advance(
@@ -304,7 +303,7 @@ class Call:
             self.units.data_ptr(),
             len(self.units),
             by_group.data_ptr(),
-            sound.data_ptr(),
+            all_finite.data_ptr(),
             table.bf16,
             settings.eps is None,
             settings.scales_by_rms,

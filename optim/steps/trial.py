@@ -30,7 +30,8 @@ def reason_against(kinds: Sequence[Kind], settings: Settings, device: torch.devi
     """Why the steps of a table must not be used for such parameters on this device; "" if they agree with plain
     torch's."""
     for dtype, allowed in ALLOWED.items():
-        found = difference([kind for kind in kinds if kind.dtype == dtype], settings, device, make_table)
+        mine = [kind for kind in dict.fromkeys(kinds) if kind.dtype == dtype]
+        found = difference(mine, settings, device, make_table)
         if not found < allowed:
             return f"on this device its steps differ from plain torch's by {found:.1g} of a step"
     return ""

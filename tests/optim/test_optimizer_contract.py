@@ -106,7 +106,7 @@ def test_a_host_that_must_not_ask_makes_the_same_steps(
         params = params_of(dtype)
         optimizer = build(params, compile=False, **settings)
         if not asks:
-            monkeypatch.setattr(stepper, "_known_by_host", lambda sound: None)
+            monkeypatch.setattr(stepper, "_known_by_host", lambda all_finite: None)
         for step in range(5):
             give_gradients(params, step)
             if step == 3:
@@ -392,7 +392,7 @@ def test_accelerate_wraps_it() -> None:
         wrapped.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
     wrapped.eval()
-    assert optimizer.lent
+    assert optimizer.holds_average
     wrapped.train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     wrapped.load_state_dict(wrapped.state_dict())

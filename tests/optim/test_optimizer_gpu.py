@@ -159,7 +159,7 @@ def test_gradients_that_are_laid_out_otherwise_are_read_right(on_kernels: None) 
 @interpreted
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_kernels_that_go_wrong_touch_no_weight(tried_first: None, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: cuda.Call, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
+    def broken(self: cuda.Call, coefficients: Tensor, all_finite: Tensor, step_key: int) -> None:
         if fault == "raises":
             raise RuntimeError("PTX was compiled for another card")
 

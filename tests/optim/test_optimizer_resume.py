@@ -97,7 +97,7 @@ def test_a_state_taken_while_x_is_lent_gives_back_y(dtype: torch.dtype, tmp_path
     again = [nn.Parameter(w) for w in x]
     resumed = build(again)
     resumed.load_state_dict(state)
-    assert resumed.lent
+    assert resumed.holds_average
     resumed.train()
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
     steps(params, optimizer, 12, 20)
