@@ -1,11 +1,19 @@
 """Small tensors of every kind, the settings that are tried on them, and gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from optim import ProdigyPlusScheduleFree
+from optim.formulas.prodigy import Coefficients
+from optim.formulas.second_moment import factored_axes
+from optim.settings import Settings
+from optim.steps.stacks import Kind
+from optim.steps.support import Call
+from optim.steps.trial import reason_against
 
 SHAPES = [(16, 48), (48, 16), (40, 8, 3, 3), (8, 40, 3, 3), (40, 5, 36), (7,), (), (3, 5), (1, 64), (64, 1), (33, 34)]
 ZEROS = (1, 6)
@@ -36,6 +44,55 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "first moment, decay": {"use_schedulefree": False, "weight_decay": 0.1},
     "betas": {"betas": (0.95, 0.98), "beta3": 0.97},
 }
+
+
+def used_by(settings: Settings) -> list[str]:
+    """The coefficients that a compiled step uses with these settings, in amounts that can be told from rounding."""
+    uses = dict.fromkeys(("d", "beta2", "square", "lam", "beta3", "dlr", "weight", "y_share"), True)
+    uses["decay"] = settings.weight_decay > 0 and settings.weight_decay_by_lr
+    uses["decay_apart"] = settings.weight_decay > 0 and not settings.weight_decay_by_lr
+    uses["d_eps"] = settings.eps is not None and settings.eps >= 1e-3
+    return [name for name in Coefficients._fields if uses.get(name, False)]
+
+
+def make_larger(advance: Callable[..., None], coefficient: str) -> Callable[..., None]:
+    """A call's `advance` that is handed this coefficient 10 % larger."""
+
+    def with_another(call: Call, coefficients: Tensor, all_finite: Tensor, step_key: int) -> None:
+        changed = coefficients.clone()
+        changed[Coefficients._fields.index(coefficient)] *= 1.1
+        advance(call, changed, all_finite, step_key)
+
+    return with_another
+
+
+TRIALS = {
+    "atan2": Settings(weight_decay=1.0),
+    "eps": Settings(weight_decay=1.0, eps=0.1),
+    "eps, decay apart": Settings(weight_decay=1.0, eps=0.1, weight_decay_by_lr=False, use_stableadamw=False),
+    "not factored": Settings(weight_decay=1.0, factored=False),
+}
+
+
+def unnoticed_by_trial(
+    module: Any, name: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, patch: pytest.MonkeyPatch
+) -> list[str]:
+    """The coefficients that may be 10 % off without the trial of a compiled step (`cpu` or `cuda`) refusing it.
+
+    "none" is among them where a step that is right is not refused.
+    """
+    settings, advance, found = TRIALS[name], module.Call.advance, []
+    kinds = []
+    for shape in map(torch.Size, shapes):
+        axes = factored_axes(shape) if settings.factored else None
+        kinds.append(Kind(0, shape, shape, None, 0, dtype, axes, starts_at_zero=False))
+    for coefficient in ("none", *used_by(settings)):
+        if coefficient != "none":
+            patch.setattr(module.Call, "advance", make_larger(advance, coefficient))
+        if not reason_against(kinds, settings, torch.device("cpu"), module.Table):
+            found.append(coefficient)
+    patch.setattr(module.Call, "advance", advance)
+    return found
 
 
 def starts() -> list[Tensor]:

@@ -12,7 +12,16 @@ from optim.formulas.prodigy import Coefficients, Numbers
 from optim.settings import Settings
 from optim.steps import cpu
 from optim.steps.support import supports
-from tests.optim.small_runs import SETTINGS, build, gradient, starts
+from tests.optim.small_runs import (
+    SETTINGS,
+    TRIALS,
+    build,
+    gradient,
+    make_larger,
+    starts,
+    unnoticed_by_trial,
+    used_by,
+)
 
 pytestmark = pytest.mark.skipif(cpu.unavailable() != "", reason="no working C++ compiler")
 
@@ -34,15 +43,6 @@ ALLOWED = {
 }
 
 State = dict[str, list[Tensor]]
-
-
-def used_by(settings: Settings) -> list[str]:
-    """The coefficients that the compiled step uses with these settings, in amounts that can be told from rounding."""
-    uses = dict.fromkeys(("d", "beta2", "square", "lam", "beta3", "dlr", "weight", "y_share"), True)
-    uses["decay"] = settings.weight_decay > 0 and settings.weight_decay_by_lr
-    uses["decay_apart"] = settings.weight_decay > 0 and not settings.weight_decay_by_lr
-    uses["d_eps"] = settings.eps is not None and settings.eps >= 1e-3
-    return [name for name in Coefficients._fields if uses.get(name, False)]
 
 
 def test_all_coefficients_but_those_of_the_first_moment_are_used() -> None:
@@ -150,14 +150,7 @@ def test_a_coefficient_that_is_10_percent_off_is_noticed(
     def compare(step: int, once_more: Callable[[], dict[str, float]]) -> None:
         if step in MUTATED_AT:
             for coefficient in used_by(Settings(**TRIED[name])):
-                row = Coefficients._fields.index(coefficient)
-
-                def mutated(call: cpu.Call, coefficients: Tensor, all_finite: Tensor, key: int, row: int = row) -> None:
-                    changed = coefficients.clone()
-                    changed[row] *= 1.1
-                    advance(call, changed, all_finite, key)
-
-                monkeypatch.setattr(cpu.Call, "advance", mutated)
+                monkeypatch.setattr(cpu.Call, "advance", make_larger(advance, coefficient))
                 found = max(once_more().values())
                 largest[coefficient] = max(largest.get(coefficient, 0.0), found)
             monkeypatch.setattr(cpu.Call, "advance", advance)
@@ -167,6 +160,12 @@ def test_a_coefficient_that_is_10_percent_off_is_noticed(
     unnoticed = {coefficient: value for coefficient, value in largest.items() if value <= 1}
     assert largest.keys() == set(used_by(Settings(**TRIED[name])))
     assert not unnoticed
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_trial_on_copies_notices_it_too(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert unnoticed_by_trial(cpu, name, [(16, 640), (300, 7, 3, 3), (2000,)], dtype, monkeypatch) == ["none"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import ProdigyPlusScheduleFree, stepper
 from optim.steps import cuda, trial
+from tests.optim.small_runs import TRIALS, unnoticed_by_trial
 
 has_triton = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -86,7 +87,12 @@ def assert_kernels_follow_plain(settings: dict[str, Any], dtype: torch.dtype, de
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(two[name].float(), one[name].float(), rtol=1e-2, atol=atol)
-        assert p.numel() == 0 or (p.float() - q.float()).abs().mean() < 1e-4
+    starts = list(build(False, dtype, device)[0])
+    apart, moved = (
+        sum(float((p.detach().float() - q.detach().float()).abs().sum()) for p, q in zip(plain, others, strict=True))
+        for others in (kernels, starts)
+    )
+    assert apart <= 1e-2 * moved
 
 
 @interpreted
@@ -108,6 +114,15 @@ def test_tensors_of_several_units_follow_the_plain_path(shape: tuple[int, ...]) 
     settings = build(False, torch.float32, eps=1e-8)[1].settings
     kind = Kind(0, size, size, None, 0, torch.float32, factored_axes(size), False)
     assert difference([kind], settings, torch.device("cpu"), cuda.Table) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TRIALS)
+def test_the_trial_on_copies_notices_a_coefficient_that_is_10_percent_off(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unnoticed_by_trial(cuda, name, [(16, 48), (33, 3, 2)], dtype, monkeypatch) == ["none"]
 
 
 @interpreted
