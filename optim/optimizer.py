@@ -78,9 +78,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             ValueError: a setting, a name or a parameter of the group cannot be used.
         """
         if self.holds_average or self._current is not None:
-            raise RuntimeError(
-                "add_param_group() in the middle of a step or while the model holds the averaged weights"
-            )
+            raise RuntimeError("add_param_group() in the middle of a step or while the averaged weights are lent")
         known = {"params", "name", "initial_lr", *GROUP_SETTINGS}
         name = str(param_group.get("name", f"group_{len(self.param_groups)}"))
         if unknown := sorted(set(param_group) - known):

@@ -1,4 +1,4 @@
-"""The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
+"""Steps parameters in two passes: measure all gradients, and only then, if all are finite, move.
 
 What a compiled step knows goes to `cpu.py` (CPU) or `cuda.py` (CUDA), everything else piece by piece to
 `plain.py`.
