@@ -49,7 +49,7 @@ def fit(
     """Train what CONFIG says."""
     from sdtrain.commands.fit import fit_config
 
-    if not fit_config(config, set_ or [], Console(), resume=resume):
+    if not fit_config(config, set_ or [], Console(), resume=resume).finished:
         raise typer.Exit(130)
 
 
