@@ -55,9 +55,10 @@ def name_of(watcher: Watcher) -> str:
     """What a person would call a watcher: the name of a function or method, the class of anything else."""
     match watcher:
         case FunctionType() | MethodType() | BuiltinFunctionType():
-            return watcher.__qualname__
+            name = watcher.__qualname__
         case _:
-            return type(watcher).__qualname__
+            name = type(watcher).__qualname__
+    return name.rpartition("<locals>.")[2]
 
 
 @contextmanager
