@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import random
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors import safe_open
 
 from sdtrain.training.objective import Objective
@@ -27,6 +30,7 @@ from sdtrain.training.watching.records import (
     SavedRecord,
     StepRecord,
 )
+from sdtrain.training.watching.screen import Screen
 from sdtrain.training.watching.watchers import Watchers
 
 Train = Callable[..., tuple[Path, str]]
@@ -122,6 +126,32 @@ def test_a_stopped_run_says_so(train: Train) -> None:
     train(resume=True, watchers=[seen.append])
     assert seen[-1] == EndRecord(4, "finished")
     assert [record.first_step for record in seen if isinstance(record, RunRecord)] == [0, 2]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_shows_the_time_left_and_every_number(columns: int) -> None:
+    text = io.StringIO()
+    names = ("unet", "text_encoder", "text_encoder_2")
+    with Screen(Console(file=text, width=columns, force_terminal=True), RUN) as screen:
+        screen.see(step(137, *(group(2e-5, name=name) for name in names)))
+        screen.see(NoteRecord(137, "something to know"))
+    shown = text.getvalue()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split("something to know")[-1]
+    assert "…" not in shown
+    assert re.search(r"step 137/1000 .* left [-0-9]", last)
+    for number in ("loss 0.5000", "10.0 images/s", *(f"{name} 2.0e-05" for name in names)):
+        assert number in " ".join(last.split()), number
+
+
+@pytest.mark.parametrize(("steps", "lines"), [(1, 1), (20, 20), (39, 20), (1000, 20)])
+def test_plain_lines_are_few(steps: int, lines: int) -> None:
+    text = io.StringIO()
+    with Screen(Console(file=text, width=200), dataclasses.replace(RUN, steps=steps)) as screen:
+        for number in range(1, steps + 1):
+            screen.see(step(number, group(1e-5)))
+    shown = text.getvalue().splitlines()
+    assert len(shown) == lines
+    assert shown[-1].startswith(f"step {steps}/{steps}  0 s left  loss 0.5000  10.0 images/s  effective_lr unet")
 
 
 # ---------------------------------------------------------------------- what is not disturbed

@@ -7,8 +7,10 @@ import time
 from types import TracebackType
 from typing import Self, assert_never
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from sdtrain.training.watching.records import (
     EndRecord,
@@ -24,7 +26,7 @@ from sdtrain.training.watching.text import duration
 SMOOTHING = 0.98
 """Memory of the smoothed loss: about the last 50 steps."""
 PLAIN_LINES = 20
-"""Lines of progress a whole run prints where there is no terminal to redraw."""
+"""Most lines of progress that a whole run prints where there is no terminal to redraw, the last one aside."""
 
 
 class Screen:
@@ -36,22 +38,21 @@ class Screen:
         self._smoothed = 0.0
         self._weight = 0.0
         self._started = time.monotonic()
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
+        self._bar = _bar(console)
+        self._task = self._bar.add_task("", total=run.steps, completed=run.first_step)
+        self._numbers = Text()
+        self._live = Live(Group(self._bar, self._numbers), console=console)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._progress = _bar(self._console)
-            self._progress.start()
-            self._task = self._progress.add_task("", total=self._run.steps, completed=self._run.first_step)
+            self._live.start()
         self._started = time.monotonic()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._live.stop()
 
     def see(self, record: Record) -> None:
         """Show a record, where it says something to a person."""
@@ -79,9 +80,10 @@ class Screen:
         rates = "  ".join(f"{group.name} {group.effective_lr:.1e}" for group in record.groups)
         text = f"loss {smoothed:.4f}  {record.images_per_s:.1f} images/s  effective_lr {rates}"
         step, steps = record.step, self._run.steps
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=text)
-        elif step == steps or step % max(1, steps // PLAIN_LINES) == 0:
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step)
+            self._numbers.plain = text
+        elif step == steps or step % math.ceil(steps / PLAIN_LINES) == 0:
             self._say(f"step {step}/{steps}  {self._left(step)} left  {text}")
 
     def _left(self, step: int) -> str:
@@ -90,13 +92,13 @@ class Screen:
 
 
 def _bar(console: Console) -> Progress:
+    """The upper line; the numbers have one of their own, or a narrow terminal would cut the time that is left."""
     return Progress(
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=None),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
         console=console,
         expand=True,
     )
