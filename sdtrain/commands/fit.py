@@ -8,13 +8,15 @@ from pathlib import Path
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.config.draft import Draft, draft_of_config
+from sdtrain.config.read import read_written
 from sdtrain.config.schema import Config
-from sdtrain.training.start import inspect_run, read_run_config, require_own_folder
+from sdtrain.training.start import draft_run, inspect_run, require_own_folder
 
 
 def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume: bool) -> bool:
     """Train what a config file says; True when the planned steps are done. Raises UserError."""
-    return fit_settings(read_run_config(path, overrides, resume=resume), str(path), console, resume=resume)
+    return fit_draft(draft_run(read_written(path, overrides), resume=resume), console, resume=resume)
 
 
 def fit_settings(config: Config, source: str, console: Console, *, resume: bool, fetch: bool = True) -> bool:
@@ -23,9 +25,14 @@ def fit_settings(config: Config, source: str, console: Console, *, resume: bool,
     source: what the settings were read from, named in what the user is told. fetch: get a model that is named by a hub
     id and not in the local cache.
     """
-    require_own_folder(config, resume=resume)
-    _, examples = inspect_run(config, source, decode=False, fetch=fetch)
+    require_own_folder(config, source, resume=resume)
+    return fit_draft(draft_of_config(config, source), console, resume=resume, fetch=fetch)
+
+
+def fit_draft(draft: Draft, console: Console, *, resume: bool, fetch: bool = True) -> bool:
+    """Train what a draft says, unless something is wrong with it, its model or its pictures: UserError then."""
+    _, examples = inspect_run(draft, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit  # what can be told without torch has been told
 
-    return fit(config, examples, console, resume=resume)
+    return fit(draft.config, examples, console, resume=resume)
