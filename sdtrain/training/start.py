@@ -10,9 +10,10 @@ from typing import Any
 
 from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
 from sdtrain.config.read import differences, read_table, resolve
-from sdtrain.config.schema import Config
+from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
 
@@ -117,7 +118,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Mod
     picture. fetch: get a model named by a hub id that is not in the local cache, once nothing else is wrong.
     """
     examples, problems = _scan(draft, decode=decode)
-    draft = draft.with_problems(problems)
+    draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
     facts = None
@@ -150,6 +151,17 @@ def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
         problem if problem.where.startswith("data.folder[") else replace(problem, settings=("data.folder",))
         for problem in problems
     ]
+
+
+def _warm_start_problems(config: Config) -> list[Problem]:
+    """What keeps the LoRA file to start from from being opened; whether it fits is seen beside the networks."""
+    if not isinstance(config.method, LoraConfig) or not config.method.init_from:
+        return []
+    try:
+        read_header(Path(config.method.init_from).expanduser())
+    except UserError as error:
+        return [Problem("method.init_from", explain(error))]
+    return []
 
 
 def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
