@@ -172,6 +172,26 @@ def test_two_lists_of_mistakes_in_one_section_hide_nothing(folders: Path) -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right_beside_it"),
+    [
+        ({"data.resolution_px": "large"}, {"data.bucket_step_px": 2048}),
+        ({"steps": "many"}, {"optimizer.prodigy_steps": 50}),
+        ({"timesteps.last": "end"}, {"timesteps.first": 999}),
+        ({"method.train": "text_encoder"}, {"method.lr": {"text_encoder": 0.5}}),
+        ({"method.kind": "ful"}, {"model.dtype": "mixed"}),
+    ],
+    ids=str,
+)
+def test_a_rule_about_a_wrong_setting_says_nothing(
+    folders: Path, wrong: dict[str, Any], right_beside_it: dict[str, Any]
+) -> None:
+    table = right(folders)
+    for key, value in {**wrong, **right_beside_it}.items():
+        put(table, key, value)
+    assert [where for where, _ in problems(table)] == list(wrong)
+
+
 @pytest.mark.parametrize("kind", [{}, {"kind": "loar"}, {"kind": 3}], ids=str)
 def test_a_method_without_a_kind_does_not_hide_its_other_mistakes(folders: Path, kind: dict[str, Any]) -> None:
     table = right(folders)

@@ -48,6 +48,8 @@ def _mistake(details: ErrorDetails, table: Table) -> Mistake:
         case "extra_forbidden":
             what, meant = _unknown(setting, table)
             return Mistake(setting, what, unknown=True, meant=meant)
+        case "missing" if isinstance(setting[-1], int):
+            return Mistake(setting[:-1], f"found {_shown(details['input'])}, which has too few entries")
         case "missing":
             return Mistake(setting, "is missing and has no default")
         case "union_tag_not_found":

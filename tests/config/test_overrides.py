@@ -159,6 +159,7 @@ def test_what_cannot_be_set_is_refused_with_what_is_there(override: str, what: s
         ("method.lr.text_encoder=0.5", "method.lr: weighs text_encoder, which is not trained"),
         ("data.bucket_step_px=20", "20 is not a multiple of 8"),
         ("new.section.x=1", "new: unknown setting"),
+        ("optimizer.betas=[]", "found [], which has too few entries"),
     ],
 )
 def test_a_wrong_override_is_named_as_the_place_and_the_file_is_not(override: str, what: str) -> None:
