@@ -113,12 +113,12 @@ def train_mode(optimizer: Any) -> Any:
     return optimizer
 
 
-class Counting(TorchDispatchMode):
+class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
     """Counts operations as they reach ATen, and those that make the host wait for a device: reading a tensor that is
     in the host's own memory is free."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ops = 0
         self.syncs = 0
 
@@ -173,8 +173,7 @@ def kernels_of_a_step(optimizer: torch.optim.Optimizer) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
         torch.cuda.synchronize()
-    on_device = torch.autograd.DeviceType.CUDA
-    return sum(event.count for event in profile.key_averages() if event.device_type == on_device)
+    return sum(event.count for event in profile.key_averages() if event.device_type.name == "CUDA")
 
 
 def wait(device: str) -> None:
@@ -185,7 +184,7 @@ def wait(device: str) -> None:
 def timed_step(candidate: Candidate, device: str) -> float:
     """Milliseconds of one step."""
     if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         candidate.optimizer.step()
         end.record()

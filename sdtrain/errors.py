@@ -8,10 +8,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Problem:
-    """One mistake: `where` names the setting, file or key; `what` says the rest in one sentence."""
+    """One mistake: `where` names the setting, file or key; `what` says the rest in one sentence.
+
+    settings: the settings it follows from, if not from the one that `where` names alone: of a picture the folders.
+    """
 
     where: str
     what: str
+    settings: tuple[str, ...] = ()
 
 
 class UserError(Exception):

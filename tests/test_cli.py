@@ -64,10 +64,11 @@ def test_all_problems_of_a_config_are_told_together(tmp_path: Path) -> None:
     for command in ("check", "fit"):
         result = run(command, path)
         assert result.returncode == 2
-        assert "3 problems" in result.stderr
+        assert "4 problems" in result.stderr
         assert "did you mean `rank`?" in result.stderr
         assert "steps" in result.stderr and "'many'" in result.stderr
         assert "gradient clipping has no effect" in result.stderr
+        assert "no pictures in" in result.stderr
         assert "Traceback" not in result.stderr
 
 

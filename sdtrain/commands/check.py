@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdtrain.config.read import read_config
+from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.models.checkpoints.inspect import ModelFacts
@@ -15,9 +15,13 @@ from sdtrain.training.start import inspect_run
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
-    """Check the config, then its model and every picture; print what a run would see. Raises UserError."""
-    config = read_config(path, overrides)
-    facts, examples = inspect_run(config, str(path), decode=True)
+    """Check the config, its model and every picture; print what a run would see.
+
+    Raises UserError with all that is wrong: each is looked at as far as the others allow.
+    """
+    draft = read_draft(path, overrides)
+    facts, examples = inspect_run(draft, decode=True)
+    config = draft.require_sound()
     report = summarise(examples, config.data)
     console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
     for line in (*_model_lines(config, facts), *report_lines(report)):

@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.config.draft import Draft, draft_of_config
 from sdtrain.config.from_python import chosen_settings
-from sdtrain.config.read import override_table
+from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
-from sdtrain.training.start import inspect_run, read_run_config, require_own_folder, run_config, run_folder
+from sdtrain.training.start import draft_run, inspect_run, require_own_folder, run_folder
 from sdtrain.training.watching.records import Watcher
 
 
@@ -53,18 +54,16 @@ def fit(
         UserError: everything that can be known to be wrong beforehand, together; later, a loss that stays not finite.
     """
     screen = console or Console(quiet=True, force_terminal=False)
-    if not isinstance(config, Config):
-        settings = read_run_config(Path(config), overrides, resume=resume)
-        return fit_settings(settings, str(config), screen, resume=resume, watchers=watchers)
-    table = chosen_settings(config)
-    override_table(table, overrides)
-    settings = run_config(table, "config", resume=resume)
-    return fit_settings(settings, "config", screen, resume=resume, watchers=watchers)
+    if isinstance(config, Config):
+        written = overridden(chosen_settings(config), "config", overrides)
+    else:
+        written = read_written(Path(config), overrides)
+    return fit_draft(draft_run(written, resume=resume), screen, resume=resume, watchers=watchers)
 
 
 def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume: bool) -> FitResult:
     """Train what a config file says. Raises UserError."""
-    return fit_settings(read_run_config(path, overrides, resume=resume), str(path), console, resume=resume)
+    return fit_draft(draft_run(read_written(path, overrides), resume=resume), console, resume=resume)
 
 
 def fit_settings(
@@ -81,11 +80,19 @@ def fit_settings(
     source: what the settings were read from, named in what the user is told. fetch: get a model that is named by a hub
     id and not in the local cache.
     """
-    require_own_folder(config, resume=resume)
-    _, examples = inspect_run(config, source, decode=False, fetch=fetch)
+    require_own_folder(config, source, resume=resume)
+    return fit_draft(draft_of_config(config, source), console, resume=resume, fetch=fetch, watchers=watchers)
+
+
+def fit_draft(
+    draft: Draft, console: Console, *, resume: bool, fetch: bool = True, watchers: Sequence[Watcher] = ()
+) -> FitResult:
+    """Train what a draft says, unless something is wrong with it, its model or its pictures: UserError then."""
+    _, examples = inspect_run(draft, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
+    config = draft.config
     steps = train(config, examples, console, resume=resume, watchers=watchers)
     folder = run_folder(config.output, config.name)
     finished = steps == config.steps

@@ -15,7 +15,7 @@ from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.config.read import override_table, resolve
+from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
 from sdtrain.models.model import Model
@@ -114,9 +114,8 @@ def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], ove
     if CONFIG_KEY not in metadata:
         raise user_error(str(path), "metadata", "was not written by sdtrain, so its base model is not known")
     table = tomllib.loads(metadata[CONFIG_KEY])
-    override_table(table, overrides)
     table["preview"] = {**table["preview"], "prompts": list(prompts)}
-    return resolve(table, str(path))
+    return resolve(table, str(path), overrides)
 
 
 def load_with_weights(run: Run, weights: Path) -> Model:

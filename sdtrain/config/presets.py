@@ -7,9 +7,9 @@ steps, and start it where a run of that kind gets off the ground in few steps.
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+from typing import Any, assert_never, get_args
 
-from sdtrain.config.schema import Preset
+from sdtrain.config.schema import OptimizerConfig, Preset
 
 FREEZE_SHARE = 0.25
 
@@ -35,3 +35,19 @@ def preset_values(preset: Preset, steps: int) -> dict[str, Any]:
             return {"prodigy_steps": 0}
         case _:
             assert_never(preset)
+
+
+def with_preset(table: dict[str, Any]) -> dict[str, Any]:
+    """A plain table with the preset's optimizer values below the user's own. Left alone where it is not well-formed."""
+    optimizer, steps = table.get("optimizer", {}), table.get("steps")
+    if not isinstance(optimizer, dict) or not isinstance(steps, int):
+        return table
+    method = table.get("method")
+    kind = method.get("kind") if isinstance(method, dict) else None
+    preset = optimizer.get("preset", "full" if kind == "full" else "lora")
+    if preset not in get_args(OptimizerConfig.model_fields["preset"].annotation):
+        return table
+    values = preset_values(preset, steps)
+    if optimizer.get("split_groups") is False:
+        values["split_groups_mean"] = "off"  # one d for all leaves nothing to average
+    return {**table, "optimizer": {"preset": preset, **values, **optimizer}}

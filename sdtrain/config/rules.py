@@ -2,51 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 
 
-def impossible_pairs(config: Config) -> list[Problem]:
-    """Everything in the config that cannot be meant."""
-    return [*_model(config), *_method(config), *_data(config), *_optimizer(config), *_preview(config)]
+@dataclass(frozen=True)
+class Rule:
+    """What cannot be meant. settings: all that `check` looks at; where one of them is wrong, the rule says nothing."""
+
+    settings: tuple[str, ...]
+    check: Callable[[Config], Iterator[Problem]]
 
 
-def _model(config: Config) -> Iterator[Problem]:
+def _zero_terminal_snr(config: Config) -> Iterator[Problem]:
     if config.model.zero_terminal_snr == "on" and config.model.prediction == "epsilon":
         yield Problem(
             "model.zero_terminal_snr",
             "on, with model.prediction = epsilon: at pure noise nothing is left to learn; use v_prediction or off",
         )
+
+
+def _timesteps(config: Config) -> Iterator[Problem]:
     if config.timesteps.first >= config.timesteps.last:
         yield Problem(
             "timesteps.first", f"{config.timesteps.first} is not below timesteps.last = {config.timesteps.last}"
         )
 
 
-def _method(config: Config) -> Iterator[Problem]:
+def _repeated_networks(config: Config) -> Iterator[Problem]:
     repeated = sorted({name for name in config.method.train if config.method.train.count(name) > 1})
     if repeated:
         yield Problem("method.train", f"names {', '.join(repeated)} twice")
+
+
+def _weights_of_untrained(config: Config) -> Iterator[Problem]:
     for name in sorted(set(config.method.lr) - set(config.method.train)):
-        yield Problem("method.lr", f"weighs {name}, which is not trained; method.train = {list(config.method.train)}")
+        what = f"weighs {name}, which is not trained; method.train = {list(config.method.train)}"
+        yield Problem("method.lr", what, (f"method.lr.{name}",))
+
+
+def _names_of_oft(config: Config) -> Iterator[Problem]:
     if isinstance(config.method, LoraConfig) and config.method.adapter == "oft" and config.export.names == "sd-scripts":
         yield Problem("method.adapter", 'oft has no words in sd-scripts names; set export.names = "diffusers"')
+
+
+def _stops_of_untrained(config: Config) -> Iterator[Problem]:
     for name in sorted(set(config.method.stop) - set(config.method.train)):
-        yield Problem("method.stop", f"stops {name}, which is not trained; method.train = {list(config.method.train)}")
+        what = f"stops {name}, which is not trained; method.train = {list(config.method.train)}"
+        yield Problem("method.stop", what, (f"method.stop.{name}",))
+
+
+def _stops_of_all(config: Config) -> Iterator[Problem]:
     if set(config.method.stop) >= set(config.method.train) and max(config.method.stop.values()) < config.steps:
         last = max(config.method.stop.values())
         yield Problem("method.stop", f"stops every network by step {last}, before steps = {config.steps}")
+
+
+def _mixed_is_for_full(config: Config) -> Iterator[Problem]:
     if config.model.dtype == "mixed" and isinstance(config.method, LoraConfig):
         yield Problem(
             "model.dtype", "mixed keeps float32 weights to be trained; under a LoRA they are frozen: use bfloat16"
         )
+
+
+def _fused_is_for_full(config: Config) -> Iterator[Problem]:
     if config.memory.fused_back_pass and not isinstance(config.method, FullConfig):
         yield Problem(
             "memory.fused_back_pass",
             "saves the gradients of a full fine-tune; the gradients of adapters are small: leave it off",
         )
+
+
+def _fused_or_accumulated(config: Config) -> Iterator[Problem]:
     if config.memory.fused_back_pass and config.data.gradient_accumulation > 1:
         yield Problem(
             "memory.fused_back_pass",
@@ -55,9 +85,12 @@ def _method(config: Config) -> Iterator[Problem]:
         )
 
 
-def _data(config: Config) -> Iterator[Problem]:
+def _bucket_step(config: Config) -> Iterator[Problem]:
     if config.data.bucket_step_px % 8:
         yield Problem("data.bucket_step_px", f"{config.data.bucket_step_px} is not a multiple of 8, the VAE's factor")
+
+
+def _bucket_step_fits(config: Config) -> Iterator[Problem]:
     if config.data.bucket_step_px > config.data.resolution_px:
         yield Problem(
             "data.bucket_step_px",
@@ -65,24 +98,68 @@ def _data(config: Config) -> Iterator[Problem]:
         )
 
 
-def _optimizer(config: Config) -> Iterator[Problem]:
-    optimizer = config.optimizer
-    if isinstance(optimizer.prodigy_steps, int) and optimizer.prodigy_steps > config.steps:
+def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
+    prodigy_steps = config.optimizer.prodigy_steps
+    if isinstance(prodigy_steps, int) and prodigy_steps > config.steps:
         yield Problem(
             "optimizer.prodigy_steps",
-            f"{optimizer.prodigy_steps} lies beyond steps = {config.steps}, so d would never freeze; 0 says so plainly",
+            f"{prodigy_steps} lies beyond steps = {config.steps}, so d would never freeze; 0 says so plainly",
         )
+
+
+def _mean_of_one(config: Config) -> Iterator[Problem]:
+    optimizer = config.optimizer
     if not optimizer.split_groups and optimizer.split_groups_mean != "off":
         yield Problem(
             "optimizer.split_groups_mean",
             f"{optimizer.split_groups_mean}, but split_groups = false leaves one d, nothing to average; leave it out",
         )
-    if optimizer.betas[0] == 0 or 1.0 in optimizer.betas:
-        yield Problem("optimizer.betas", f"found {list(optimizer.betas)}; beta1 in (0, 1), beta2 in [0, 1)")
 
 
-def _preview(config: Config) -> Iterator[Problem]:
-    for side in ("width_px", "height_px"):
-        size = config.preview.width_px if side == "width_px" else config.preview.height_px
-        if size % 8:
-            yield Problem(f"preview.{side}", f"{size} is not a multiple of 8, the VAE's factor")
+def _betas(config: Config) -> Iterator[Problem]:
+    betas = config.optimizer.betas
+    if betas[0] == 0 or 1.0 in betas:
+        yield Problem("optimizer.betas", f"found {list(betas)}; beta1 in (0, 1), beta2 in [0, 1)")
+
+
+def _preview_width(config: Config) -> Iterator[Problem]:
+    if config.preview.width_px % 8:
+        yield Problem("preview.width_px", f"{config.preview.width_px} is not a multiple of 8, the VAE's factor")
+
+
+def _preview_height(config: Config) -> Iterator[Problem]:
+    if config.preview.height_px % 8:
+        yield Problem("preview.height_px", f"{config.preview.height_px} is not a multiple of 8, the VAE's factor")
+
+
+RULES = (
+    Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),
+    Rule(("timesteps.first", "timesteps.last"), _timesteps),
+    Rule(("method.train",), _repeated_networks),
+    Rule(("method.lr", "method.train"), _weights_of_untrained),
+    Rule(("method.adapter", "method.kind", "export.names"), _names_of_oft),
+    Rule(("method.stop", "method.train"), _stops_of_untrained),
+    Rule(("method.stop", "method.train", "steps"), _stops_of_all),
+    Rule(("model.dtype", "method.kind"), _mixed_is_for_full),
+    Rule(("memory.fused_back_pass", "method.kind"), _fused_is_for_full),
+    Rule(("memory.fused_back_pass", "data.gradient_accumulation"), _fused_or_accumulated),
+    Rule(("data.bucket_step_px",), _bucket_step),
+    Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
+    Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
+    Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),
+    Rule(("optimizer.betas",), _betas),
+    Rule(("preview.width_px",), _preview_width),
+    Rule(("preview.height_px",), _preview_height),
+)
+
+
+def broken_rules(config: Config, knows: Callable[..., bool]) -> Iterator[Problem]:
+    """What is impossible in a config, each problem with the settings it follows from.
+
+    knows: whether settings are as the user meant them; a rule about one that is not says nothing.
+    """
+    for rule in RULES:
+        if knows(*rule.settings):
+            for problem in rule.check(config):
+                own = problem.settings or (problem.where,)
+                yield replace(problem, settings=(*own, *rule.settings))

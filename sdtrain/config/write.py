@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdtrain.config.paths import toml_key, toml_string
 from sdtrain.config.schema import Config
 
 
@@ -16,9 +16,9 @@ def config_to_toml(config: Config) -> str:
 
 def _table(table: Mapping[str, Any], path: str) -> list[str]:
     plain = {key: value for key, value in table.items() if not _is_table(value)}
-    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
+    lines = [f"{toml_key(key)} = {_value(value)}" for key, value in plain.items()]
     for key, value in table.items():
-        name = f"{path}{_key(key)}"
+        name = f"{path}{toml_key(key)}"
         if isinstance(value, Mapping):
             lines += ["", f"[{name}]", *_table(value, f"{name}.")]
         elif _is_table(value):
@@ -33,20 +33,11 @@ def _is_table(value: Any) -> bool:
     )
 
 
-def _key(key: str) -> str:
-    plain = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if plain else _string(key)
-
-
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return _string(value)
+        return toml_string(value)
     if isinstance(value, Sequence):
         return "[" + ", ".join(_value(entry) for entry in value) + "]"
     return repr(value)
-
-
-def _string(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,16 +47,21 @@ class _Pair:
     folder: FolderConfig
 
 
-def scan_folders(config: DataConfig, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+def scan_folders(
+    config: DataConfig, *, decode: bool, skip: Collection[int] = ()
+) -> tuple[list[Example], list[Problem]]:
     """Return all examples of all folders in a stable order (by folder, then naturally by path), and all problems.
 
     With `decode`, every pixel is read, so that truncated files are found; without, only headers. Examples are
-    complete only if there are no problems. Paths are relative to the working directory unless absolute.
+    complete only if there are no problems. Paths are relative to the working directory unless absolute. skip: places
+    of folders that are left out.
     """
     pairs: list[_Pair] = []
     findings: list[_Finding] = []
     owners: dict[Path, int] = {}
     for index, folder in enumerate(config.folder):
+        if index in skip:
+            continue
         where = f"data.folder[{index}].path"
         root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
         if reason := _unusable(folder, root):

@@ -3,33 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
 from sdtrain.config.read import differences, read_table, resolve
-from sdtrain.config.schema import Config
+from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.models.checkpoints.hub import fetch_if_missing
+from sdtrain.files.header import explain, read_header
+from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
 
 CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
 """Settings a resumed run may change: none of them changes what a step computes."""
+ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
 
-def read_run_config(path: Path, overrides: Sequence[str], *, resume: bool) -> Config:
-    """The config of a run, in a file. Raises UserError with everything that is wrong with it."""
-    return run_config(read_table(path, overrides), str(path), resume=resume)
-
-
-def run_config(table: dict[str, Any], source: str, *, resume: bool) -> Config:
-    """The config of a run, as the table of a file. Raises UserError, naming `source`."""
-    if resume:
-        table = keep_stored_optimizer(
-            table, stored_table(run_folder(str(table.get("output", "runs")), str(table.get("name"))))
-        )
-    return resolve(table, source)
+def draft_run(written: Written, *, resume: bool) -> Draft:
+    """What was written for a run that begins or goes on, with what its folder has to say against it."""
+    draft = draft_of(written)
+    if not draft.knows("name", "output"):
+        return draft
+    folder = run_folder(draft.config.output, draft.config.name)
+    try:
+        if not resume:
+            return draft.with_problems(_occupied(draft.config, folder))
+        stored = stored_config(folder)
+    except UserError as error:
+        return draft.with_problems(_at_name(f"{error.source}: {problem.what}") for problem in error.problems)
+    draft = draft_of(replace(written, table=keep_stored_optimizer(written.table, stored.model_dump(mode="python"))))
+    return draft.with_new_problems(_changed(draft.config, stored))
 
 
 def run_folder(output: str, name: str) -> Path:
@@ -61,46 +67,101 @@ def keep_stored_optimizer(table: Mapping[str, Any], stored: Mapping[str, Any]) -
     return {**table, "optimizer": {**stored["optimizer"], **optimizer}}
 
 
-def require_own_folder(config: Config, *, resume: bool) -> None:
-    """Refuse to mix a run with another that lies in its folder. Raises UserError."""
+def require_own_folder(config: Config, source: str, *, resume: bool) -> None:
+    """Refuse to mix a run with another that lies in its folder. Raises UserError, naming `source`."""
+    draft = draft_of_config(config, source)
     folder = run_folder(config.output, config.name)
-    if resume:
-        _require_same(config, folder)
-    elif (folder / "config.toml").exists():
-        done = (folder / "weights" / f"{config.name}.safetensors").exists()
-        what = "a finished run" if done else "a run that was not finished"
-        longer = f"add --resume --set steps=N to train it beyond {stored_config(folder).steps} steps"
-        more = longer if done else "add --resume to go on"
-        raise user_error(str(folder), "name", f"holds {what}; {more}, or choose another `name` (--set name=...)")
+    found = _changed(config, stored_config(folder)) if resume else _occupied(config, folder)
+    draft.with_problems(found).require_sound()
 
 
-def _require_same(config: Config, folder: Path) -> None:
-    before = json.loads(stored_config(folder).model_dump_json())
-    after = json.loads(config.model_dump_json())
-    problems = [
-        Problem(path, f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name")
+def _occupied(config: Config, folder: Path) -> list[Problem]:
+    """What there is to say when a run that begins finds another in its folder."""
+    if not (folder / "config.toml").exists():
+        return []
+    if not (folder / "weights" / f"{config.name}.safetensors").exists():
+        return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
+    steps = stored_config(folder).steps
+    what = f"{folder} holds a finished run; add --resume --set steps=N to train it beyond {steps} steps, {ANOTHER_NAME}"
+    return [_at_name(what)]
+
+
+def _at_name(what: str) -> Problem:
+    return Problem("name", what, ("name", "output"))
+
+
+def _changed(config: Config, stored: Config) -> list[Problem]:
+    """What is not as it was when the run began and must be."""
+    before, after = json.loads(stored.model_dump_json()), json.loads(config.model_dump_json())
+    return [
+        Problem(path, _change(old, new), (path, *_decided_by(path)))
         for path, old, new in differences(before, after)
         if not path.startswith(CHANGEABLE)
     ]
-    if problems:
-        raise UserError(f"--resume {folder}", problems)
 
 
-def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
-    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong.
+def _change(old: Any, new: Any) -> str:
+    return f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name"
 
-    decode: read every pixel of every picture. fetch: get a model named by a hub id that is not in the local cache.
+
+def _decided_by(setting: str) -> tuple[str, ...]:
+    """Settings that others follow from where they are not set themselves."""
+    if setting.startswith("optimizer."):
+        return ("optimizer.preset", "method.kind", *(["steps"] if setting == "optimizer.prodigy_steps" else []))
+    return ("method.kind",) if setting.startswith("method.") else ()
+
+
+def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
+    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong with the run.
+
+    What depends on a setting that is wrong is left out; all else is looked at. decode: read every pixel of every
+    picture. fetch: get a model named by a hub id that is not in the local cache, once nothing else is wrong.
     """
-    if fetch:
-        fetch_if_missing(config.model)
-    facts, problems = inspect_model(config.model)
+    examples, problems = _scan(draft, decode=decode)
+    draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
+    if fetch and draft.is_sound:
+        fetch_if_missing(draft.config.model)
+    facts = None
+    if draft.knows("model.path", "model.variant", "model.components") and not (
+        fetch and not draft.is_sound and is_missing(draft.config.model)
+    ):
+        facts, problems = inspect_model(draft.config.model)
+        draft = draft.with_new_problems(problems)
     if facts is not None:
-        problems = [*problems, *size_problems(config, facts), *_network_problems(config, facts)]
-    examples, data_problems = scan_folders(config.data, decode=decode)
-    problems = [*problems, *data_problems]
-    if problems or facts is None:
-        raise UserError(source, problems)
+        draft = draft.with_new_problems([*size_problems(draft.config, facts), *_network_problems(draft.config, facts)])
+    draft.require_sound()
+    assert facts is not None, "a model that nothing can be said of has a problem"
     return facts, examples
+
+
+def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+    """The pictures of those folders whose paths are known, and what is wrong with them."""
+    folders = draft.config.data.folder
+    known = [draft.knows(f"data.folder[{index}].path") for index in range(len(folders))]
+    lenient = [
+        folder
+        if draft.knows(f"data.folder[{index}].missing_captions")
+        else folder.model_copy(update={"missing_captions": "empty"})
+        for index, folder in enumerate(folders)
+    ]
+    data = draft.config.data.model_copy(update={"folder": lenient})
+    skip = [index for index, is_known in enumerate(known) if not is_known]
+    examples, problems = scan_folders(data, decode=decode, skip=skip)
+    return examples, [
+        problem if problem.where.startswith("data.folder[") else replace(problem, settings=("data.folder",))
+        for problem in problems
+    ]
+
+
+def _warm_start_problems(config: Config) -> list[Problem]:
+    """What keeps the LoRA file to start from from being opened; whether it fits is seen beside the networks."""
+    if not isinstance(config.method, LoraConfig) or not config.method.init_from:
+        return []
+    try:
+        read_header(Path(config.method.init_from).expanduser())
+    except UserError as error:
+        return [Problem("method.init_from", explain(error))]
+    return []
 
 
 def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
@@ -118,7 +179,7 @@ def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
         "preview.height_px": config.preview.height_px or config.data.resolution_px,
     }
     return [
-        Problem(where, f"{size} is not a multiple of {step}, which this model needs")
+        Problem(where, f"{size} is not a multiple of {step}, which this model needs", (where, "data.resolution_px"))
         for where, size in sizes.items()
         if size % step
     ]

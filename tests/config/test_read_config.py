@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdtrain.config.foreign_settings import REFUSED
+from sdtrain.config.mistakes import all_settings
 from sdtrain.config.presets import preset_values
-from sdtrain.config.read import all_settings, differences, override_table, read_config, resolve
+from sdtrain.config.read import differences, overridden, read_config, resolve
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import UserError
@@ -130,17 +131,17 @@ def test_presets_freeze_within_the_run(preset: Any, steps: int) -> None:
     [("steps=7", 7), ('name="x"', "x"), ("name=cats", "cats"), ("preview.seeds=[1, 2]", [1, 2]), ("a.b.c=true", True)],
 )
 def test_overrides_are_toml_values_or_bare_words(override: str, value: Any) -> None:
-    table: dict[str, Any] = {}
-    override_table(table, [override])
+    table: Any = overridden({}, "test", [override]).table
     for name in override.partition("=")[0].split("."):
         table = table[name]
     assert table == value
 
 
 def test_all_bad_overrides_are_told() -> None:
+    given = ["steps", "steps.more=1", "=3"]
     with pytest.raises(UserError) as caught:
-        override_table({"steps": 3}, ["steps", "steps.more=1", "=3"])
-    assert len(caught.value.problems) == 3
+        resolve(small(), "test", given)
+    assert [problem.where for problem in caught.value.problems] == ["--set steps", "--set steps.more=1", "--set =3"]
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_every_setting_is_described() -> None:
                 assert field.description, f"{model.__name__}.{name}"
 
     walk(Config)
-    assert "data.folder.path" in all_settings()
+    assert "data.folder[0].path" in all_settings()
 
 
 def test_differences_name_the_setting() -> None:

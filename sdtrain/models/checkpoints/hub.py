@@ -73,9 +73,18 @@ def _weight_names() -> list[tuple[str, str]]:
 
 def fetch_if_missing(config: ModelConfig) -> None:
     """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
-    for path in (config.path, config.vae):
-        if path and is_hub_id(path) and cached_model(path, config.variant) is None:
-            fetch_model(path, config.variant)
+    for path in _missing(config):
+        fetch_model(path, config.variant)
+
+
+def is_missing(config: ModelConfig) -> bool:
+    """Whether something of a model is named by a hub id and not in the local cache."""
+    return bool(_missing(config))
+
+
+def _missing(config: ModelConfig) -> list[str]:
+    paths = [path for path in (config.path, config.vae) if path and is_hub_id(path)]
+    return [path for path in paths if cached_model(path, config.variant) is None]
 
 
 def fetch_model(repository: str, variant: str) -> Path:

@@ -54,16 +54,24 @@ def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]
         "model.path", problems, lambda: open_checkpoint(locate(config.path, config.variant), config.variant)
     )
     if checkpoint is None:
+        _look_for_others(config, problems)
         return None, problems
     problems += _part_problems(config, checkpoint)
     _attempt("model.components", problems, lambda: find_tokenizers(checkpoint, config.components))
-    if problems:
-        return None, problems
-    facts = _attempt("model.path", problems, lambda: _facts(config, checkpoint))
+    facts = None if problems else _attempt("model.path", problems, lambda: _facts(config, checkpoint))
     if facts is None:
-        return None, problems
+        stated = _attempt("model.path", [], lambda: markers_of(checkpoint)) or Markers()
+        return None, [*problems, *_contradictions(config, stated)]
     stated = _attempt("model.path", problems, lambda: markers_of(checkpoint)) or Markers()
     return facts, [*problems, *_conflicts(config, facts, stated)]
+
+
+def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
+    """Whether the other files that the settings name are there; all that can be told while the model itself is not."""
+    if config.vae:
+        _attempt("model.vae", problems, lambda: locate(config.vae, config.variant))
+    if config.components:
+        _attempt("model.components", problems, lambda: locate(config.components, "", weights=False))
 
 
 def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) -> Result | None:
@@ -136,7 +144,7 @@ def network_config(checkpoint: Checkpoint, component: Component, components: str
             return read_json(Path(path) / component / "config.json")
 
 
-def _conflicts(config: ModelConfig, facts: ModelFacts, stated: Markers) -> list[Problem]:
+def _contradictions(config: ModelConfig, stated: Markers) -> list[Problem]:
     """Settings that contradict what the model says; what it does not say is the user's to decide."""
     problems = []
     if stated.prediction and config.prediction not in ("auto", stated.prediction):
@@ -154,6 +162,12 @@ def _conflicts(config: ModelConfig, facts: ModelFacts, stated: Markers) -> list[
                 f"off, but the model was trained with it ({stated.zero_source}); leave it at `auto`",
             )
         )
+    return problems
+
+
+def _conflicts(config: ModelConfig, facts: ModelFacts, stated: Markers) -> list[Problem]:
+    """Settings that contradict what the model says, or that leave nothing to learn together with it."""
+    problems = _contradictions(config, stated)
     prediction = facts.prediction if config.prediction == "auto" else config.prediction
     zero = facts.zero_terminal_snr if config.zero_terminal_snr == "auto" else config.zero_terminal_snr == "on"
     if zero and prediction == "epsilon" and not problems:

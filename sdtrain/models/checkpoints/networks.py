@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never
@@ -76,39 +76,44 @@ def empty_network(component: Component, config: dict[str, Any]) -> nn.Module:
 
     Raises UserError for a configuration that makes no network.
     """
+    build = _builder(component)
     try:
-        with torch.device("meta"):
-            return _build(component, config)
+        with torch.device("meta"):  # for the building alone: an import makes tensors that must be real
+            return build(config)
     except (TypeError, ValueError) as error:
         raise user_error(component, "config.json", f"describes no network that can be built: {error}") from None
 
 
-def _build(component: Component, config: dict[str, Any]) -> nn.Module:
+def _builder(component: Component) -> Callable[[dict[str, Any]], nn.Module]:
     # The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
-    network: nn.Module
+    builder: Callable[[dict[str, Any]], nn.Module]
     match component:
         case "unet":
             from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-            network = UNet2DConditionModel.from_config(config)
+            builder = UNet2DConditionModel.from_config
         case "vae":
             from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-            network = AutoencoderKL.from_config(config)
+            builder = AutoencoderKL.from_config
         case "text_encoder" | "text_encoder_2":
-            network = _empty_text_encoder(config, with_projection=component == "text_encoder_2")
+            builder = _text_encoder_builder(with_projection=component == "text_encoder_2")
         case _:
             assert_never(component)
-    return network
+    return builder
 
 
-def _empty_text_encoder(config: dict[str, Any], *, with_projection: bool) -> nn.Module:
+def _text_encoder_builder(*, with_projection: bool) -> Callable[[dict[str, Any]], nn.Module]:
     from transformers.models.clip.configuration_clip import CLIPTextConfig
     from transformers.models.clip.modeling_clip import CLIPTextModel, CLIPTextModelWithProjection
 
-    kind = CLIPTextModelWithProjection if with_projection else CLIPTextModel
-    network: nn.Module = kind(CLIPTextConfig.from_dict(config))
-    return network
+    network = CLIPTextModelWithProjection if with_projection else CLIPTextModel
+
+    def build(config: dict[str, Any]) -> nn.Module:
+        built: nn.Module = network(CLIPTextConfig.from_dict(config))
+        return built
+
+    return build
 
 
 def _fill_buffers(network: nn.Module) -> None:

@@ -1,0 +1,182 @@
+"""A config read as far as it goes, so that one mistake does not hide the next.
+
+What is wrong is told, and put out of the way: an unknown setting is left out, a wrong value gives way to its default or
+to a stand-in. So there is always a Config to go on with, beside a list of those settings that are not to be believed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+
+from sdtrain.config.mistakes import Mistake, Table, mistakes_in
+from sdtrain.config.overrides import Override, responsible
+from sdtrain.config.paths import Location, begins_with, location_of, order_in, path_text
+from sdtrain.config.presets import with_preset
+from sdtrain.config.rules import broken_rules
+from sdtrain.config.schema import Config
+from sdtrain.errors import Problem, UserError
+
+STAND_INS: dict[Location, Any] = {
+    ("name",): "unnamed",
+    ("steps",): 1,
+    ("model",): {"path": ""},
+    ("model", "path"): "",
+    ("method",): {"kind": "lora"},
+    ("method", "kind"): "lora",  # a full fine-tune has no setting that a LoRA has not: nothing is refused for it
+    ("data",): {"folder": [{"path": ""}]},
+    ("data", "folder"): [{"path": ""}],
+    ("data", "folder", 0): {"path": ""},
+    ("data", "folder", 0, "path"): "",
+}
+"""Values of settings without a default; 0 stands for any place in a list."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """A plain table as a person wrote it.
+
+    source: where it was read from. plain: as it stands there. table: with the overrides put in. problems: of overrides
+    that could not be.
+    """
+
+    source: str
+    plain: Table
+    table: Table
+    overrides: tuple[Override, ...] = ()
+    problems: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A config that may be wrong. doubtful: settings whose value in `config` is not what the user meant."""
+
+    written: Written
+    config: Config
+    doubtful: tuple[Location, ...]
+    problems: tuple[Problem, ...]
+
+    def knows(self, *settings: str) -> bool:
+        """Whether all of these settings, and what is in them, are as the user meant them."""
+        places = [location_of(setting) for setting in settings]
+        return not any(
+            begins_with(place, doubt) or begins_with(doubt, place) for place in places for doubt in self.doubtful
+        )
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing wrong has been found so far."""
+        return not self.problems and not self.written.problems
+
+    def with_problems(self, problems: Iterable[Problem]) -> Draft:
+        """The draft with more problems."""
+        return replace(self, problems=(*self.problems, *problems))
+
+    def with_new_problems(self, problems: Iterable[Problem]) -> Draft:
+        """The draft with more problems, but for those that only follow from what is known to be wrong.
+
+        A place has the problems of whoever complained about it first.
+        """
+        taken = {problem.where for problem in self.problems}
+        return self.with_problems(
+            problem for problem in problems if problem.where not in taken and self.knows(*_settings(problem))
+        )
+
+    def require_sound(self) -> Config:
+        """The config. Raises UserError with everything that is wrong."""
+        if not self.is_sound:
+            raise told(self.written, self.problems)
+        return self.config
+
+
+def draft_of(written: Written) -> Draft:
+    """The draft of what was written: checked against the schema, then by each rule whose settings are known."""
+    config, mistakes = _checked(written.table)
+    wrong = [mistake.meant if mistake.unknown else mistake.setting for mistake in mistakes]
+    draft = Draft(
+        written=written,
+        config=config,
+        doubtful=tuple(location for location in wrong if location is not None),
+        problems=tuple(Problem(path_text(mistake.setting), mistake.what) for mistake in mistakes),
+    )
+    return draft.with_problems(broken_rules(config, draft.knows))
+
+
+def draft_of_config(config: Config, source: str) -> Draft:
+    """The draft of a config that is right in itself. source: what it was read from, named in what the user is told."""
+    table = config.model_dump(mode="python")
+    return Draft(Written(source, table, table), config, (), ())
+
+
+def told(written: Written, problems: Sequence[Problem]) -> UserError:
+    """The error that tells problems of what was written: the file's in its order, then those of the command line."""
+    own: list[tuple[tuple[float, ...], Problem]] = []
+    given: list[tuple[int, Problem]] = []
+    for problem in problems:
+        override = _override_of(written, problem)
+        if override is None:
+            own.append((order_in(written.plain, location_of(_settings(problem)[0])), problem))
+        else:
+            given.append((written.overrides.index(override), _at_override(problem, override)))
+    own.sort(key=lambda pair: pair[0])
+    given.sort(key=lambda pair: pair[0])
+    ordered = [*(problem for _, problem in own), *(problem for _, problem in given), *written.problems]
+    return UserError(written.source if own else "--set", ordered)
+
+
+def _settings(problem: Problem) -> tuple[str, ...]:
+    return problem.settings or (problem.where,)
+
+
+def _override_of(written: Written, problem: Problem) -> Override | None:
+    """The override a problem comes from; the place itself counts before the other settings it follows from."""
+    settings = _settings(problem)
+    if not begins_with(location_of(settings[0]), location_of(problem.where)):
+        return None  # the place is a file, which is what has to be mended
+    for setting in settings:
+        if override := responsible(written.overrides, written.plain, location_of(setting)):
+            return override
+    return None
+
+
+def _at_override(problem: Problem, override: Override) -> Problem:
+    """The problem with the override as its place; the setting is named where it is another than the override's."""
+    same = location_of(problem.where) == override.setting
+    return Problem(override.place, problem.what if same else f"{problem.where}: {problem.what}")
+
+
+def _checked(table: Table) -> tuple[Config, list[Mistake]]:
+    """The config in a table, as far as it can be told, and what is wrong with the table."""
+    try:
+        return Config.model_validate(with_preset(table)), []
+    except ValidationError as error:
+        mistakes = mistakes_in(error.errors(include_url=False), table)
+    mended = deepcopy(table)
+    for mistake in mistakes:
+        _mend(mended, mistake)
+    config, more = _checked(mended)  # what hid behind them, such as the settings of a method without a kind
+    return config, [*mistakes, *more]
+
+
+def _mend(table: Table, mistake: Mistake) -> None:
+    """Take a mistake out of a table, in place."""
+    setting = mistake.setting
+    pattern = tuple(0 if isinstance(part, int) else part for part in setting)
+    if mistake.unknown or pattern not in STAND_INS:
+        if not mistake.unknown:
+            setting = setting[:4] if pattern[:3] == ("data", "folder", 0) else setting[:2]  # the whole of a setting
+        _inner(table, setting).pop(setting[-1], None)
+    else:
+        _inner(table, setting)[setting[-1]] = deepcopy(STAND_INS[pattern])
+
+
+def _inner(table: Table, setting: Location) -> Any:
+    """The table or list that a setting stands in."""
+    value: Any = table
+    for part in setting[:-1]:
+        value = value[part]
+    return value

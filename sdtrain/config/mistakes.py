@@ -1,0 +1,154 @@
+"""What the schema finds wrong in a plain table, in words for the person who wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from sdtrain.config.foreign_settings import REFUSED
+from sdtrain.config.paths import Location, begins_with, holds, location_of
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
+
+Table = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What is wrong at a setting.
+
+    unknown: whether there is no such setting. meant: the setting that a misspelt one most likely stands for; what it
+    was to be is not known then.
+    """
+
+    setting: Location
+    what: str
+    unknown: bool = False
+    meant: Location | None = None
+
+
+def mistakes_in(errors: Sequence[ErrorDetails], table: Table) -> list[Mistake]:
+    """One mistake per place, from what pydantic says of a table."""
+    return _one_each([_mistake(details, table) for details in errors])
+
+
+def all_settings() -> list[str]:
+    """Paths of every setting as errors print them; of a list's tables those of the first: `data.folder[0].path`."""
+    return [*_settings_below(Config, ""), *(f"method.{name}" for name in FullConfig.model_fields)]
+
+
+def _mistake(details: ErrorDetails, table: Table) -> Mistake:
+    setting = _setting(details, table)
+    match details["type"]:
+        case "extra_forbidden":
+            what, meant = _unknown(setting, table)
+            return Mistake(setting, what, unknown=True, meant=meant)
+        case "missing" if isinstance(setting[-1], int):
+            return Mistake(setting[:-1], f"found {_shown(details['input'])}, which has too few entries")
+        case "missing":
+            return Mistake(setting, "is missing and has no default")
+        case "union_tag_not_found":
+            return Mistake((*setting, "kind"), 'is missing; write kind = "lora" or kind = "full"')
+        case "union_tag_invalid":
+            found = details["input"].get("kind")
+            return Mistake((*setting, "kind"), f'{found!r} is not known; allowed: "lora", "full"')
+        case _:
+            message = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            return Mistake(setting, f"found {_shown(details['input'])}; allowed: {message}")
+
+
+def _setting(details: ErrorDetails, table: Table) -> Location:
+    """Where in the table an error lies: pydantic's location without its own labels for the members of unions."""
+    labelled = details["loc"]
+    if len(labelled) > 1 and labelled[0] == "method":
+        labelled = ("method", *labelled[2:])  # the second is the kind of method
+    setting: list[str | int] = []
+    value: Any = table
+    for position, part in enumerate(labelled):
+        inside = part < len(value) if isinstance(part, int) and isinstance(value, list) else False
+        inside = inside or (isinstance(value, dict) and part in value)
+        if inside:
+            value = value[part]
+        if inside or (details["type"] == "missing" and position == len(labelled) - 1):
+            setting.append(part)
+    return tuple(setting)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(setting: Location, table: Table) -> tuple[str, Location | None]:
+    """What to say of a setting that does not exist, and the one that is meant."""
+    key = str(setting[-1])
+    if key in REFUSED:
+        return REFUSED[key], None
+    fields = set(_fields_at(setting[:-1], table))
+    near = get_close_matches(key, fields, n=1, cutoff=0.6)
+    if near:
+        meant = (*setting[:-1], near[0])
+        return f"unknown setting; did you mean `{near[0]}`?", None if holds(table, meant) else meant
+    elsewhere = [path for path in all_settings() if path.rpartition(".")[2] == key]
+    if elsewhere:
+        meant = location_of(elsewhere[0])
+        return f"unknown setting here; did you mean `{elsewhere[0]}`?", None if holds(table, meant) else meant
+    return f"unknown setting; known here: {', '.join(sorted(fields))}", None
+
+
+def _fields_at(location: Location, table: Table) -> Iterator[str]:
+    model: type[BaseModel] = Config
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            inner = _model_in(model.model_fields[part].annotation, _kind(table))
+            model = inner or model
+    yield from model.model_fields
+
+
+def _kind(table: Table) -> str:
+    method = table.get("method")
+    return str(method.get("kind")) if isinstance(method, dict) else "lora"
+
+
+def _model_in(annotation: Any, kind: str) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType) and LoraConfig in get_args(annotation):
+        return FullConfig if kind == "full" else LoraConfig
+    for argument in get_args(annotation):
+        if get_origin(annotation) is not Literal and (found := _model_in(argument, kind)):
+            return found
+    return None
+
+
+def _settings_below(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        inner = _model_in(field.annotation, "lora")
+        if inner is None:
+            yield prefix + name
+        else:
+            entry = "[0]" if get_origin(field.annotation) is list else ""
+            yield from _settings_below(inner, f"{prefix}{name}{entry}.")
+
+
+def _one_each(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """Unions report a value once per member: the first of each place is kept, with what the others allow.
+
+    Where one member accepts a list and only an entry of it is wrong, that the whole is no other member says nothing.
+    """
+    merged: dict[Location, Mistake] = {}
+    for mistake in mistakes:
+        first = merged.setdefault(mistake.setting, mistake)
+        if "allowed: " in mistake.what and mistake.what != first.what:
+            allowed = mistake.what.partition("allowed: ")[2]
+            merged[mistake.setting] = Mistake(first.setting, f"{first.what} or {allowed}", first.unknown, first.meant)
+    return [
+        mistake
+        for place, mistake in merged.items()
+        if not any(other != place and begins_with(other, place) for other in merged)
+    ]

@@ -1,0 +1,106 @@
+"""A setting's name in writing, `data.folder[0].path`, and as a location, ("data", "folder", 0, "path")."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Location = tuple[str | int, ...]
+
+_BARE = re.compile(r"[A-Za-z0-9_-]+")
+_KEY = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^.\[\]=]+)\s*""")
+_INDEX = re.compile(r"\[([0-9]{1,9})\]\s*")
+
+
+def path_text(location: Location) -> str:
+    """A location as errors print it and `--set` reads it; keys with odd characters stand in quotes, as in TOML."""
+    text = ""
+    for part in location:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{toml_key(part)}" if text else toml_key(part)
+    return text or "config"
+
+
+def split_path(text: str) -> tuple[Location, str] | None:
+    """The location that a text begins with, and what follows it; None when it does not begin with one.
+
+    Keys without quotes may hold anything but dots, brackets and `=`, so that `method.ranks.*attn2*` needs none.
+    """
+    location: list[str | int] = []
+    position = 0
+    while match := _KEY.match(text, position):
+        key = _plain_key(match[1])
+        if key is None:
+            return None
+        location.append(key)
+        position = match.end()
+        while index := _INDEX.match(text, position):
+            location.append(int(index[1]))
+            position = index.end()
+        if text[position : position + 1] != ".":
+            return tuple(location), text[position:]
+        position += 1
+    return None
+
+
+def location_of(where: str) -> Location:
+    """The location that an error's place names; of a place that is no setting, such as a file, one of a single key."""
+    found = split_path(where)
+    return found[0] if found and not found[1] else (where,)
+
+
+def begins_with(location: Location, start: Location) -> bool:
+    """Whether a location is another one or lies in it."""
+    return location[: len(start)] == start
+
+
+def holds(table: Mapping[str, Any], location: Location) -> bool:
+    """Whether a plain table has something at a location."""
+    value: Any = table
+    for part in location:
+        if isinstance(part, int):
+            if not isinstance(value, list) or part >= len(value):
+                return False
+        elif not isinstance(value, Mapping) or part not in value:
+            return False
+        value = value[part]
+    return True
+
+
+def order_in(table: Mapping[str, Any], location: Location) -> tuple[float, ...]:
+    """Sorts locations as they stand in a table; what is missing comes last in its section, a whole after its parts."""
+    order: list[float] = []
+    value: Any = table
+    for part in location:
+        if isinstance(part, int) and isinstance(value, Sequence) and part < len(value):
+            order.append(part)
+        elif isinstance(value, Mapping) and part in value:
+            order.append(list(value).index(part))
+        else:
+            break
+        value = value[part]
+    return (*order, float("inf"))
+
+
+def toml_key(key: str) -> str:
+    """A key as TOML writes it, quoted where it must be."""
+    return key if _BARE.fullmatch(key) else toml_string(key)
+
+
+def toml_string(text: str) -> str:
+    """A basic string of TOML, with its quotes."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _plain_key(written: str) -> str | None:
+    if written[0] not in "\"'" or len(written) < 2 or written[-1] != written[0]:
+        return written.strip() or None
+    try:
+        return next(iter(tomllib.loads(f"{written} = 0")))
+    except tomllib.TOMLDecodeError:
+        return None
