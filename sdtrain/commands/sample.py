@@ -10,12 +10,12 @@ from typing import assert_never
 
 from rich.console import Console
 
-from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.config.read import override_table, resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
+from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
 from sdtrain.training.export import CONFIG_KEY, STEP_KEY
 from sdtrain.training.prepare import load

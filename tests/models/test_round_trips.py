@@ -167,10 +167,10 @@ def test_a_full_disk_is_found_before_anything_is_written(
 ) -> None:
     from collections import namedtuple
 
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 2**26 + 1000)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr("sdtrain.files.writer.shutil.disk_usage", lambda folder: usage)
     for write, name in ((write_single_file, "new.safetensors"), (write_folder, "folder")):
-        with pytest.raises(UserError, match=r"disk space.*GiB are needed"):
+        with pytest.raises(UserError, match=r"disk space.*bytes are needed and 1,000 bytes free"):
             write(tiny, tmp_path / "deep" / name, DESCRIPTION)
     assert list(tmp_path.iterdir()) == []
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from optim import GroupMetrics
+from sdtrain.files.writer import write_text
 from sdtrain.training.watching.text import duration
 
 SMOOTHING = 0.98
@@ -149,4 +150,4 @@ def _drop_records_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the line that was being written when the run was killed
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
