@@ -15,6 +15,8 @@ from sdtrain.errors import Problem, UserError, user_error
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
+LARGEST = 2**56
+"""Numbers in a tensor; more cannot be counted in bytes, even where a side of none makes it empty."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SETTINGS = ("model.path", "model.vae", "model.components")
 BITS = {
@@ -139,6 +141,8 @@ def _entry(name: str, value: dict[str, Any], data_start: int) -> Entry:
     for number in (start, end, *shape):
         if type(number) is not int or number < 0:  # True is an int to isinstance
             raise ValueError(f"`{name}` has {number!r} where only a whole number from 0 on can stand")
+    if math.prod(max(1, size) for size in shape) > LARGEST:
+        raise ValueError(f"`{name}` has a shape that no tensor can have")
     return Entry(_printable(dtype), tuple(shape), data_start + start, data_start + end)
 
 
