@@ -111,7 +111,7 @@ def write_model(path: Path, dtype: torch.dtype) -> None:
             size = (sum(math.prod(weight.shape) for weight in weights.values()), len(weights))
             assert size == UNET_SIZE, f"the U-Net has {size} parameters and tensors, not {UNET_SIZE}"
         tensors |= original_tensors("sdxl", component, weights, dtype)
-    description = Description(title="random weights of SDXL's size", resolution_px=1024)
+    description = Description(title="random weights of SDXL's size", resolution_px=(1024, 1024))
     write_safetensors(
         path, tensors, {"format": "pt", **spec_metadata(description, "sdxl", SCHEDULER)}, finite_only=True
     )
@@ -172,7 +172,7 @@ def load(folder: Path) -> None:
     print(f"the networks are {num_bytes / 2**30:.2f} GiB in memory (bfloat16, the VAE float32)")
     print(f"peak resident memory {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} GiB before the load", flush=True)
     again = folder / "again.safetensors"
-    description = Description(title="the same again", resolution_px=1024)
+    description = Description(title="the same again", resolution_px=(1024, 1024))
     timed("exported", lambda: print(write_single_file(components, again, description)))
     timed("compared", lambda: compare(folder / "model.safetensors", again))
     again.unlink()

@@ -15,9 +15,9 @@ from sdtrain.adapters.merge import merge_into
 from sdtrain.config.read import override_table, resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
+from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
-from sdtrain.training.export import CONFIG_KEY, STEP_KEY
 from sdtrain.training.prepare import load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
@@ -45,8 +45,7 @@ def sample(
     for index, pictures in enumerate(rows):
         for seed, picture in zip(seeds, pictures, strict=True):
             save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
-    step = metadata.get(STEP_KEY) or metadata.get("ss_steps", "?")
-    grid = labelled_grid(rows, prompts, seeds, f"{config.name}, step {step}")
+    grid = labelled_grid(rows, prompts, seeds, f"{config.name}, step {steps_of(metadata) or '?'}")
     save_picture(grid, folder / "grid.png")
     console.print(
         f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}", soft_wrap=True

@@ -57,7 +57,7 @@ def tiny() -> Components:
 
 
 def description(number: int) -> Description:
-    return Description(title=f"number {number}", resolution_px=128, date="2026-01-01T00:00:00Z")
+    return Description(title=f"number {number}", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 
 
 def write_a_lora(tiny: Components, path: Path, number: int) -> None:

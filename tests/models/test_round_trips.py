@@ -23,7 +23,7 @@ from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, copy_tokenizer, load_tokenizer
 
 BUILTIN = "builtin:tiny-sdxl"
-DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 
 
 def assert_same_networks(one: Components, other: Components) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import Header, read_header, read_scalars
 
 NETWORKS = {
@@ -78,7 +79,7 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         date=said.get("modelspec.date", ""),
         base_model=said.get("ss_sd_model_name", said.get("ss_base_model_version", "")),
         prediction=said.get("modelspec.prediction_type", ""),
-        steps=_whole(said.get("ss_steps", "")),
+        steps=steps_of(said),
         num_images=_whole(said.get("ss_num_train_images", "")),
         d={str(name): float(value) for name, value in _table(said, D_KEY).items()},
         top_tags=_top_tags(said, num_tags),
