@@ -13,7 +13,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from sdtrain.adapters.formats.describe import describe_file
@@ -23,6 +23,7 @@ from sdtrain.adapters.kinds import Adapters, LoraWeights
 from sdtrain.adapters.targets import select_modules
 from sdtrain.errors import UserError
 from sdtrain.files.header import read_header
+from sdtrain.files.tensors import planned, write_safetensors
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
 FACTS = FileFacts(
@@ -111,6 +112,16 @@ def test_hashes_are_those_that_readers_compute(file: Path) -> None:
     data = hashlib.sha256(raw[8 + int.from_bytes(raw[:8], "little") :]).hexdigest()
     assert said["sshs_model_hash"] == data
     assert said["modelspec.hash_sha256"] == "0x" + data
+
+
+def test_the_legacy_hash_is_of_the_file_with_training_notes_alone(tmp_path: Path) -> None:
+    tensors = {"a": torch.randn(500_000), "b": torch.randn(70_000).half()}
+    said = {"ss_steps": "5", "modelspec.title": "not counted"}
+    path = tmp_path / "a.safetensors"
+    found = write_safetensors(path, planned(tensors), said, seal=lambda hashes: {"legacy": hashes.legacy})
+    raw = save(tensors, {"ss_steps": "5"})
+    assert found.legacy == hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    assert read_header(path).metadata["legacy"] == found.legacy
 
 
 def test_the_header_says_what_other_tools_ask_for(file: Path) -> None:
