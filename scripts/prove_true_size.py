@@ -31,7 +31,7 @@ from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SC
 from sdtrain.families.words import COMPONENTS, Component
 from sdtrain.files.header import read_header
 from sdtrain.files.locations import BUILTIN_FOLDER
-from sdtrain.files.writer import Planned, check_space, write_safetensors
+from sdtrain.files.tensors import Planned, write_safetensors
 from sdtrain.models.checkpoints.networks import empty_network
 from sdtrain.models.checkpoints.single_file import Weight, original_tensors, write_single_file
 
@@ -111,9 +111,10 @@ def write_model(path: Path, dtype: torch.dtype) -> None:
             size = (sum(math.prod(weight.shape) for weight in weights.values()), len(weights))
             assert size == UNET_SIZE, f"the U-Net has {size} parameters and tensors, not {UNET_SIZE}"
         tensors |= original_tensors("sdxl", component, weights, dtype)
-    check_space(path, sum(tensor.num_bytes for tensor in tensors.values()))
-    description = Description(title="random weights of SDXL's size", resolution_px=1024)
-    write_safetensors(path, tensors, {"format": "pt", **spec_metadata(description, "sdxl", SCHEDULER)})
+    description = Description(title="random weights of SDXL's size", resolution_px=(1024, 1024))
+    write_safetensors(
+        path, tensors, {"format": "pt", **spec_metadata(description, "sdxl", SCHEDULER)}, finite_only=True
+    )
     print(f"{path}: {path.stat().st_size / 1e9:.2f} GB in {len(tensors)} tensors", flush=True)
 
 
@@ -171,7 +172,7 @@ def load(folder: Path) -> None:
     print(f"the networks are {num_bytes / 2**30:.2f} GiB in memory (bfloat16, the VAE float32)")
     print(f"peak resident memory {peak / 2**20:.2f} GiB, of which {before / 2**20:.2f} GiB before the load", flush=True)
     again = folder / "again.safetensors"
-    description = Description(title="the same again", resolution_px=1024)
+    description = Description(title="the same again", resolution_px=(1024, 1024))
     timed("exported", lambda: print(write_single_file(components, again, description)))
     timed("compared", lambda: compare(folder / "model.safetensors", again))
     again.unlink()

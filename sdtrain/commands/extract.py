@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast, get_args
 
 from sdtrain.adapters.formats.lora_file import LoraFile, read_lora, write_lora
-from sdtrain.adapters.formats.metadata import CONFIG_KEY, FileFacts
+from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.low_rank import RankRule, extract, resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
-from sdtrain.commands.merge import open_model
+from sdtrain.commands.merge import open_model, trained_size
 from sdtrain.errors import user_error
+from sdtrain.families.metadata import CONFIG_KEY, now, resolution_of, steps_of
 from sdtrain.models.model import Model
 
 
@@ -40,8 +40,10 @@ def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: st
 def _write(out: Path, adapters: Adapters, model: Model, base: str, said: Mapping[str, str]) -> None:
     facts = FileFacts(
         title=out.stem,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=now(),
         prediction=model.prediction,
+        resolution_px=resolution_of(said) or trained_size(base, model),
+        steps=steps_of(said),
         base_model=Path(base).name,
         config_toml=said.get(CONFIG_KEY, ""),
     )

@@ -11,15 +11,15 @@ from typing import assert_never
 from PIL import Image
 from rich.console import Console
 
-from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
+from sdtrain.families.metadata import CONFIG_KEY, steps_of
+from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
-from sdtrain.training.export import CONFIG_KEY, STEP_KEY
 from sdtrain.training.prepare import load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
@@ -94,8 +94,7 @@ def draw(source: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: 
     model = load_with_weights(run, weights)
     model.move_encoders(device, text=True)
     rows = render(model, prepare_prompts(model, config, trains_text=False), seeds, sampling_settings(config))
-    step = metadata.get(STEP_KEY) or metadata.get("ss_steps", "?")
-    return Pictures(rows, f"{config.name}, step {step}")
+    return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
 
 
 def _weights_file(source: Path) -> Path:

@@ -7,21 +7,20 @@ looked up under another name. Files appear whole or not at all, so that several 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdtrain.data.buckets import Placement
 from sdtrain.data.pixels import PIXELS_VERSION
-from sdtrain.errors import user_error
+from sdtrain.errors import UserError, user_error
+from sdtrain.files.header import read_header
+from sdtrain.files.tensors import planned, read_tensors, write_safetensors
+from sdtrain.files.writer import reason
 
 FORMAT_VERSION = 1
 HELD_BYTES = 1 << 30  # up to this much is held in memory; more is read at every use
@@ -44,34 +43,22 @@ def caption_path(cache: Path, caption: str, text_fingerprint: str) -> Path:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes an entry under a temporary name and renames it. Raises UserError if there is no room or no permission."""
-    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    content = safetensors.torch.save(whole, metadata={_CHECKSUM: _checksum(whole)})
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    """Writes an entry, whole or not at all. Raises UserError if there is no room or no permission."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        what = (
-            f"cannot write to the cache: {error.strerror or error}; free some space or set data.cache to another folder"
-        )
+        write_safetensors(path, planned(tensors), {_CHECKSUM: _checksum(tensors)})
+    except UserError as error:
+        what = f"cannot write to the cache: {reason(error)}; free some space or set data.cache to another folder"
         raise user_error(str(path.parents[2]), "data.cache", what) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path: Path) -> dict[str, Tensor]:
     """The tensors of an entry, as they were written. Raises DamagedError, also if there is no file."""
     try:
-        # Bytes rather than a memory map: another run may replace the file, or a user delete the folder.
-        content = path.read_bytes()
-        tensors = safetensors.torch.load(content)
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise DamagedError(f"{path}: {error}") from error
-    if metadata.get(_CHECKSUM) != _checksum(tensors):
+        header = read_header(path)
+        tensors = read_tensors(header)
+    except UserError as error:
+        raise DamagedError(str(error)) from error
+    if header.metadata.get(_CHECKSUM) != _checksum(tensors):
         raise DamagedError(f"{path}: the content does not match its checksum")
     return tensors
 
@@ -82,9 +69,8 @@ def is_whole(path: Path, *, thorough: bool) -> bool:
         if thorough:
             read(path)
         else:
-            with safe_open(path, framework="pt") as file:
-                file.keys()
-    except (OSError, SafetensorError, DamagedError):
+            read_header(path)
+    except (UserError, DamagedError):
         return False
     return True
 

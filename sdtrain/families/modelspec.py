@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import Any, assert_never
 
+from sdtrain.families.metadata import Resolution, now, resolution_entry
 from sdtrain.families.words import Family
 
 
@@ -15,7 +15,7 @@ class Description:
     """What people should read about a file. resolution_px: the size of pictures it was trained on; date: ISO 8601."""
 
     title: str
-    resolution_px: int
+    resolution_px: Resolution
     date: str = ""
     author: str = ""
     text: str = ""
@@ -24,22 +24,16 @@ class Description:
     """Further header entries as they are, such as the run's settings."""
 
 
-def now() -> str:
-    """The time in UTC as the specification wants it."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
 def spec_metadata(description: Description, family: Family, scheduler: Mapping[str, Any]) -> dict[str, str]:
     """Header entries of a whole checkpoint. The hash is added by the writer, which alone knows the bytes."""
     predicts_v = scheduler.get("prediction_type") == "v_prediction"
-    size = f"{description.resolution_px}x{description.resolution_px}"
     entries = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture(family, predicts_v=predicts_v, resolution_px=description.resolution_px),
         "modelspec.implementation": implementation(family),
         "modelspec.title": description.title,
         "modelspec.date": description.date or now(),
-        "modelspec.resolution": size,
+        **resolution_entry(description.resolution_px),
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
         "modelspec.predict_key": "v" if predicts_v else "epsilon",  # ComfyUI's name for the same
         "modelspec.author": description.author,
@@ -49,7 +43,7 @@ def spec_metadata(description: Description, family: Family, scheduler: Mapping[s
     return {**description.more, **{key: value for key, value in entries.items() if value}}
 
 
-def architecture(family: Family, *, predicts_v: bool, resolution_px: int) -> str:
+def architecture(family: Family, *, predicts_v: bool, resolution_px: Resolution) -> str:
     """The specification's name of a family."""
     match family:
         case "sdxl":
@@ -57,7 +51,7 @@ def architecture(family: Family, *, predicts_v: bool, resolution_px: int) -> str
         case "sd1":
             return "stable-diffusion-v1"
         case "sd2":
-            return "stable-diffusion-v2-768-v" if predicts_v and resolution_px > 512 else "stable-diffusion-v2-512"
+            return "stable-diffusion-v2-768-v" if predicts_v and max(resolution_px) > 512 else "stable-diffusion-v2-512"
         case _:
             assert_never(family)
 

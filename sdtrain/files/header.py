@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import stat
+import struct
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from sdtrain.errors import Problem, UserError, user_error
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
+LARGEST = 2**56
+"""Numbers in a tensor; more cannot be counted in bytes, even where a side of none makes it empty."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SETTINGS = ("model.path", "model.vae", "model.components")
 BITS = {
@@ -20,6 +25,13 @@ BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
 }
+SCALARS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "BOOL": "?"} | {
+    "U64": "Q",
+    "U32": "I",
+    "U16": "H",
+    "U8": "B",
+}
+"""Types of single numbers, as the module `struct` spells them."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,7 @@ def read_header(path: Path) -> Header:
             "is a pickle, which can run any code when it is read; get or convert it to .safetensors",
         )
     try:
+        _require_file(path)
         with path.open("rb") as file:
             file_bytes = path.stat().st_size
             start = file.read(LENGTH_BYTES)
@@ -65,6 +78,15 @@ def read_header(path: Path) -> Header:
     except OSError as error:
         raise user_error(str(path), path.name, f"cannot be read: {error.strerror}") from None
     return _parse(path, text, LENGTH_BYTES + length, file_bytes)
+
+
+def _require_file(path: Path) -> None:
+    """Opening a pipe would wait for ever, and a device has no size."""
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise user_error(str(path), path.name, "is a folder, not a safetensors file; name the file in it")
+    if not stat.S_ISREG(mode):
+        raise user_error(str(path), path.name, "is a device or a pipe, not a safetensors file; name a file")
 
 
 def _not_safetensors(start: bytes, file_bytes: int) -> str:
@@ -81,20 +103,47 @@ def _not_safetensors(start: bytes, file_bytes: int) -> str:
 
 def _parse(path: Path, text: bytes, data_start: int, file_bytes: int) -> Header:
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
+        if not isinstance(content, dict):
+            raise TypeError("it is no JSON table")
         metadata = content.pop("__metadata__", None) or {}
-        entries = {name: _entry(value, data_start) for name, value in content.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        entries = {_printable(name): _entry(name, value, data_start) for name, value in content.items()}
+        said = {_printable(str(key)): _printable(str(value)) for key, value in metadata.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise user_error(str(path), path.name, f"has a damaged safetensors header ({error}); fetch it again") from None
     problem = _size_problem(entries, data_start, file_bytes)
     if problem:
         raise user_error(str(path), path.name, problem)
-    return Header(path, entries, {str(key): str(value) for key, value in metadata.items()})
+    return Header(path, entries, said)
 
 
-def _entry(value: dict[str, Any], data_start: int) -> Entry:
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON table; readers do not agree which of two equal names counts."""
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"`{double}` stands in it twice")
+    return table
+
+
+def _printable(text: str) -> str:
+    """The text itself. Raises ValueError for halves of characters, which JSON can spell and no screen can show."""
+    text.encode("utf-8")
+    return text
+
+
+def _entry(name: str, value: dict[str, Any], data_start: int) -> Entry:
     start, end = value["data_offsets"]
-    return Entry(value["dtype"], tuple(int(size) for size in value["shape"]), data_start + start, data_start + end)
+    shape, dtype = value["shape"], value["dtype"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise TypeError(f"`{name}` has no type or no shape")
+    for number in (start, end, *shape):
+        if type(number) is not int or number < 0:  # True is an int to isinstance
+            raise ValueError(f"`{name}` has {number!r} where only a whole number from 0 on can stand")
+    if math.prod(max(1, size) for size in shape) > LARGEST:
+        raise ValueError(f"`{name}` has a shape that no tensor can have")
+    return Entry(_printable(dtype), tuple(shape), data_start + start, data_start + end)
 
 
 def _size_problem(entries: dict[str, Entry], data_start: int, file_bytes: int) -> str:
@@ -112,6 +161,47 @@ def _size_problem(entries: dict[str, Entry], data_start: int, file_bytes: int) -
     if file_bytes > expected:
         return f"has {file_bytes - expected} bytes more than its header accounts for; fetch it again"
     return ""
+
+
+def read_scalars(header: Header, suffix: str) -> dict[str, float]:
+    """Values of the one-element tensors whose names end in `suffix`, by name; types that are no numbers are left out.
+
+    Raises UserError when the file changed since its header was read.
+    """
+    values = {}
+    try:
+        with header.path.open("rb") as file:
+            for name, entry in header.entries.items():
+                known = entry.dtype in SCALARS or entry.dtype == "BF16"
+                if name.endswith(suffix) and math.prod(entry.shape) == 1 and known:
+                    file.seek(entry.start)
+                    values[name] = _number(entry.dtype, file.read(entry.end - entry.start))
+    except (OSError, struct.error):
+        raise user_error(str(header.path), header.path.name, "changed while it was read; try again") from None
+    return values
+
+
+def _number(dtype: str, raw: bytes) -> float:
+    if dtype == "BF16":  # the upper half of a float32
+        return float(struct.unpack("<f", b"\0\0" + raw)[0])
+    return float(struct.unpack("<" + SCALARS[dtype], raw)[0])
+
+
+def header_bytes(shapes: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a safetensors file, padded with blanks to a multiple of eight bytes.
+
+    shapes: type and shape of every tensor, in the order their bytes will follow. Metadata is sorted, so that the same
+    content gives the same bytes.
+    """
+    content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    start = 0
+    for name, (dtype, shape) in shapes.items():
+        end = start + math.prod(shape) * BITS[dtype] // 8
+        content[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
 def explain(error: UserError) -> str:

@@ -1,161 +1,204 @@
-"""Safetensors files written tensor by tensor: whole or not at all, never a second copy of the model in memory."""
+"""Everything the program writes is written here, under one contract.
+
+- Whole or not at all: a crash, a kill or a full disk at any moment leaves what was there before, or the new content.
+- It is on the disk when the call returns, in a power cut too: the file before it gets its name, its folder after that.
+- Room is looked for before the first byte, where the size is known.
+- What the operating system refuses is told as a sentence: a UserError that says what to do.
+- Only a regular file takes the place of a file and only a folder that of a folder; a link stays, what it means is
+  written.
+- What a killed process left under a temporary name is removed by the next writer in that folder (`temporary`).
+"""
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-import torch
-from torch import Tensor
+from sdtrain.errors import UserError, user_error
+from sdtrain.files.temporary import remove, remove_left_overs, temporary_name
 
-from sdtrain.errors import user_error
-from sdtrain.files.header import BITS
-
-NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
-HASH_KEY = "modelspec.hash_sha256"
-NO_HASH = "0x" + "0" * 64
 SPARE_BYTES = 64 * 2**20
-"""Disk space that is left to others."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor that will be written: its type and shape now, its values when it is its turn."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    values: Callable[[], Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        """Its size in the file."""
-        return math.prod(self.shape) * BITS[NAMES[self.dtype]] // 8
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> str:
-    """Write a file; returns the sha256 of its tensor data as `0x...`, which also stands in it as modelspec's hash.
-
-    Raises UserError when a value is not finite in its type; the file is then as it was before.
-    """
-    # The widest types first, as the format advises, so that every tensor is aligned to its type.
-    order = sorted(tensors, key=lambda name: (-BITS[NAMES[tensors[name].dtype]], name))
-    with atomic_file(path) as partial, partial.open("wb") as file:
-        header = header_bytes(tensors, order, {**metadata, HASH_KEY: NO_HASH})
-        file.write(header)
-        digest = hashlib.sha256()
-        for name in order:
-            data = _bytes_of(path, name, tensors[name])
-            digest.update(data)
-            file.write(data)
-        final = "0x" + digest.hexdigest()
-        file.seek(0)
-        file.write(header_bytes(tensors, order, {**metadata, HASH_KEY: final}))
-        file.flush()
-        os.fsync(file.fileno())
-    return final
-
-
-def header_bytes(tensors: Mapping[str, Planned], order: Sequence[str], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON header of a safetensors file, padded with blanks to a multiple of eight bytes."""
-    content: dict[str, object] = {"__metadata__": dict(metadata)}
-    start = 0
-    for name in order:
-        tensor = tensors[name]
-        end = start + tensor.num_bytes
-        content[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes_of(path: Path, name: str, planned: Planned) -> memoryview:
-    values = planned.values()
-    tensor = values.detach().to("cpu", planned.dtype).contiguous()
-    assert tuple(tensor.shape) == planned.shape, f"{name} has shape {tuple(tensor.shape)}, not {planned.shape}"
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        raise user_error(str(path), name, _not_finite(values, planned.dtype))
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-def _not_finite(values: Tensor, dtype: torch.dtype) -> str:
-    if torch.isfinite(values).all():
-        return f"has values too large for {NAMES[dtype]}; export in bf16 or fp32"
-    return "has values that are not finite: the model is broken and was not written"
+"""At most this much disk space is left to others, and no more than a hundredth of what is written."""
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and is gone when it does not.
+def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[BinaryIO]:
+    """An open file whose content is that of `path` once the block has ended well; else nothing has changed.
 
-    The temporary name is always the same, so that what a killed process left is overwritten by the next.
+    num_bytes: how much will be written, as far as it is known. Raises UserError when there is no room for it, when
+    `path` is no place for a file, and when the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with _told(path):
+        place = _prepared(path, stat.S_ISREG, num_bytes)
+        partial = temporary_name(place, "partial")
+        try:
+            with partial.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(place)
+        finally:
+            partial.unlink(missing_ok=True)
+    _sync_names(place.parent)
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` that takes its place when the block ends well, and is gone when it does not.
+def atomic_folder(path: Path, num_bytes: int = 0) -> Iterator[Path]:
+    """A new folder that becomes `path` once the block has ended well; else nothing has changed.
 
-    A folder that is there already is moved aside, not deleted, before the new one has its name: a kill between the two
-    renames leaves it whole as `.NAME.old`.
+    A folder that is there already is moved aside, not deleted, before the new one has its name: after a kill between
+    the two renames the next writer gives it its name back. Raises UserError as `atomic_file` does.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (path.with_name(f".{path.name}.{end}") for end in ("partial", "old"))
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    with _told(path):
+        place = _prepared(path, stat.S_ISDIR, num_bytes)
+        partial = temporary_name(place, "partial")
+        try:
+            partial.mkdir()
+            yield partial
+            for inner in (*partial.rglob("*"), partial):
+                sync(inner)
+            old = _take_place(partial, place)
+        finally:
+            remove(partial)
+    _sync_names(place.parent)
+    if old is not None:
+        remove_folder(old)
+
+
+def _take_place(partial: Path, place: Path) -> Path | None:
+    """Rename a finished folder over another, which no file system does in one step; where the other is now, if any."""
+    if not place.exists():
+        partial.rename(place)
+        return None
+    old = temporary_name(place, "old")
     try:
-        yield partial
+        place.rename(old)
+        partial.rename(place)
     except BaseException:
-        shutil.rmtree(partial)
+        if old.exists() and not place.exists():
+            old.rename(place)
         raise
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    partial.rename(path)
-    sync_folder(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is gone in one step; what a kill leaves of it is removed by the next writer."""
+    doomed = temporary_name(path, "partial")
+    path.rename(doomed)
+    remove(doomed)
+
+
+def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Path:
+    """Where the content belongs: `path`, or what a link means. Its folder is there, without what was left over in it.
+
+    is_right: whether what is there already, told by its mode, may be replaced. Raises UserError when it may not, and
+    when there is no room for so many bytes.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and not is_right(mode):
+        raise user_error(str(path), path.name, _wrong_place(mode))
+    place = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if place.parent.is_dir():
+        remove_left_overs(place.parent)
+    check_space(place, num_bytes)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _wrong_place(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "is a folder, which no file can replace; name a file in it"
+    if stat.S_ISREG(mode):
+        return "is a file, which no folder can replace; move it away or choose another name"
+    return "is a device or a pipe, which is never replaced; name a file"
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """What the operating system refuses becomes a UserError about `path`; its cause is the OSError."""
+    try:
+        yield
+    except OSError as error:
+        what = f"could not be written: {error.strerror or error}; nothing was changed; {_advice(error)}"
+        raise user_error(str(path), path.name, what) from error
+
+
+def _advice(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "make room or choose another folder, and try again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "choose a folder you may write to"
+        case errno.ENAMETOOLONG:
+            return "choose a shorter name"
+        case errno.ENOTDIR | errno.EEXIST:
+            return "a file is in the place of one of its folders: move it away or choose another folder"
+        case _:
+            return "look at the disk, or choose another folder"
+
+
+def check_space(path: Path, num_bytes: int) -> None:
+    """Raise UserError when `num_bytes` do not fit onto the disk that `path` will be on."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if num_bytes + min(SPARE_BYTES, num_bytes // 100) > free:
+        what = f"{_size(num_bytes)} are needed and {_size(free)} free; make room or choose another folder"
+        raise user_error(str(path), "disk space", what) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes:,} bytes"
+
+
+def _sync_names(folder: Path) -> None:
+    try:
+        sync(folder)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems have no such call for folders
+            what = f"was written, but the disk does not confirm it: {error.strerror}; look at the disk"
+            raise user_error(str(folder), folder.name, what) from error
+
+
+def sync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, outlive a power cut."""
+    if os.name != "posix":
+        return  # elsewhere a folder cannot be opened, and a rename needs no help
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def check_space(path: Path, num_bytes: int) -> None:
-    """Raise UserError when `num_bytes` do not fit onto the disk that `path` will be on."""
-    folder = path
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free - SPARE_BYTES
-    if num_bytes > free:
-        raise user_error(
-            str(path),
-            "disk space",
-            f"{num_bytes / 2**30:.2f} GiB are needed and {max(0, free) / 2**30:.2f} GiB free; make room or choose "
-            "another folder",
-        )
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises UserError as `atomic_file` does."""
+    with atomic_file(path, len(content)) as file:
+        file.write(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file whole or not at all. Raises UserError as `atomic_file` does."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write a JSON file as the libraries write theirs, whole or not at all. Raises UserError as `atomic_file` does."""
+    write_text(path, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")
+
+
+def reason(error: UserError) -> str:
+    """What the operating system said when a file could not be written, for those who have advice of their own."""
+    cause = error.__cause__
+    return cause.strerror or str(cause) if isinstance(cause, OSError) else error.problems[0].what

@@ -6,7 +6,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -22,14 +21,13 @@ from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
+from sdtrain.families.metadata import CONFIG_KEY, Resolution, now, steps_entry
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import Component
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Model
 
 Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
-STEP_KEY = "sdtrain.step"
-CONFIG_KEY = "sdtrain.config"
 
 
 def format_of(config: Config) -> Format:
@@ -64,10 +62,10 @@ def export_weights(
         case "single-file" | "folder":
             description = Description(
                 title=config.name,
-                resolution_px=config.data.resolution_px,
+                resolution_px=trained_size(config),
                 more={
                     CONFIG_KEY: config_to_toml(config),
-                    STEP_KEY: str(step),
+                    **steps_entry(step),
                     "ss_tag_frequency": json.dumps(tag_counts(examples)),
                 },
             )
@@ -127,12 +125,11 @@ def file_facts(
 ) -> FileFacts:
     """What other tools and a later run want to know about an adapter file."""
     images = config.data.batch_size * config.data.gradient_accumulation * step
-    side = config.data.resolution_px
     return FileFacts(
         title=config.name,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        date=now(),
         prediction=model.prediction,
-        resolution_px=(side, side),
+        resolution_px=trained_size(config),
         steps=step,
         num_images=len(examples),
         num_epochs=math.ceil(images / max(1, sum(example.repeats for example in examples))),
@@ -142,6 +139,11 @@ def file_facts(
         config_toml=config_to_toml(config),
         d={group.name: group.d for group in groups},
     )
+
+
+def trained_size(config: Config) -> Resolution:
+    """The size of the pictures of a run: that of a square, whose area all its buckets have."""
+    return (config.data.resolution_px, config.data.resolution_px)
 
 
 def tag_counts(examples: Sequence[Example]) -> Mapping[str, Mapping[str, int]]:

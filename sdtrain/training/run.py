@@ -12,6 +12,7 @@ from torch import Generator
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import user_error
+from sdtrain.files.writer import write_text
 from sdtrain.training.start import run_folder
 
 
@@ -70,12 +71,4 @@ def open_run(config: Config) -> Run:
 
 def write_resolved_config(run: Run) -> None:
     """Make the run's folder and put the resolved config into it, before anything else is done."""
-    run.folder.mkdir(parents=True, exist_ok=True)
     write_text(run.folder / "config.toml", config_to_toml(run.config))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

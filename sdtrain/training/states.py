@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optim import ProdigyPlusScheduleFree, flatten_state, unflatten_state
-from sdtrain.errors import user_error
+from sdtrain.errors import UserError, user_error
+from sdtrain.files.header import read_header
+from sdtrain.files.tensors import planned, read_tensors, write_safetensors
+from sdtrain.files.writer import atomic_folder, remove_folder, write_text
 from sdtrain.training.parameters import Trainable
 
 VERSION = 1
+INDEX = "state.json"
 
 
 @dataclass(frozen=True)
@@ -32,48 +33,36 @@ class SavedState:
 def save_state(folder: Path, step: int, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, keep: int) -> Path:
     """Write the state after `step` steps under `folder`, then drop all but the newest `keep`. Returns its folder.
 
-    It is written beside and renamed when it is complete, so that a kill at any moment leaves whole states only.
+    It is written beside and renamed when it is complete, so that a kill at any moment leaves whole states only. Raises
+    UserError when it cannot be written, for example because the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    target, partial = folder / f"step-{step:06d}", folder / f".step-{step:06d}.partial"
-    if target.exists():
+    target = folder / f"step-{step:06d}"
+    if (target / INDEX).exists():
         return target  # a step has one state: it was saved a moment ago
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    parameters = {name: value.detach().contiguous() for name, value in trainable.named_parameters().items()}
-    tensors, metadata = flatten_state(optimizer.state_dict())
-    save_file(parameters, partial / "parameters.safetensors")
-    save_file(tensors, partial / "optimizer.safetensors", metadata=metadata)
-    (partial / "state.json").write_text(json.dumps({"version": VERSION, "step": step}), encoding="utf-8")
-    for path in partial.iterdir():
-        _flush(path)
-    partial.rename(target)
-    _flush(folder)
+    state, metadata = flatten_state(optimizer.state_dict())
+    parameters, tensors = planned(trainable.named_parameters()), planned(state)
+    num_bytes = sum(tensor.num_bytes for tensor in (*parameters.values(), *tensors.values()))
+    with atomic_folder(target, num_bytes) as partial:
+        write_safetensors(partial / "parameters.safetensors", parameters, {})
+        write_safetensors(partial / "optimizer.safetensors", tensors, metadata)
+        write_text(partial / INDEX, json.dumps({"version": VERSION, "step": step}))
     for old in saved_states(folder)[:-keep]:
-        shutil.rmtree(old.folder)
+        remove_folder(old.folder)
     return target
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def saved_states(folder: Path) -> list[SavedState]:
     """The complete states under a folder, oldest first."""
     found = []
     for entry in folder.glob("step-*"):
-        if (entry / "state.json").exists():
+        if re.fullmatch(r"step-\d+", entry.name) and (entry / INDEX).exists():  # a user's copy has another name
             found.append(SavedState(entry, int(entry.name.removeprefix("step-"))))
     return sorted(found, key=lambda state: state.step)
 
 
 def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
     """Put a saved state back, bit for bit; returns its step. Raises UserError if it is damaged or not ours."""
-    version = json.loads((state.folder / "state.json").read_text(encoding="utf-8"))["version"]
+    version = json.loads((state.folder / INDEX).read_text(encoding="utf-8"))["version"]
     if version != VERSION:
         raise user_error(str(state.folder), "version", f"found {version}, this sdtrain reads {VERSION}")
     parameters, _ = _read(state.folder / "parameters.safetensors")
@@ -88,12 +77,12 @@ def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusSc
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise user_error(
-            str(path), "training state", f"cannot be read ({error}); delete its folder to resume from the one before"
-        ) from None
+        header = read_header(path)
+        return read_tensors(header), header.metadata
+    except UserError as error:
+        found = "; ".join(f"{problem.where} {problem.what}" for problem in error.problems)
+        what = f"cannot be read ({found}); delete its folder to resume from the one before"
+        raise user_error(str(path), "training state", what) from None
 
 
 def _require_same_names(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> None:

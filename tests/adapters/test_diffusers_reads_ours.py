@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 import sdtrain
-from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats.lora_file import write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.formats.tensor_names import Names
 from sdtrain.adapters.kinds import Adapters, LoraWeights
 from sdtrain.adapters.targets import select_modules
+from sdtrain.files.header import read_header
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
 FACTS = FileFacts(title="test", date="2026-11-22T15:00:00+00:00")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -73,10 +74,10 @@ def test_a_failed_write_leaves_the_old_entry_and_says_what_to_do(
 ) -> None:
     store.write(entry(tmp_path), {"a": torch.zeros(3)})
 
-    def full(_: Path, __: bytes) -> int:
+    def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"No space left on device.*data\.cache"):
         store.write(entry(tmp_path), {"a": torch.ones(3)})
     assert torch.equal(store.read(entry(tmp_path))["a"], torch.zeros(3))

@@ -14,7 +14,7 @@ from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.single_file import write_single_file
 
 BUILTIN = "builtin:tiny-sdxl"
-DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 
 
 @pytest.fixture(scope="module", autouse=True)

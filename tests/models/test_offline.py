@@ -64,7 +64,7 @@ def test_local_models_are_checked_loaded_and_written_without_network(single_file
         read = load_components(config, torch.bfloat16)
         assert read.unet.dtype == read.text_encoder_2.dtype == torch.bfloat16
         assert read.vae.dtype == torch.float32
-        description = Description(title="tiny", resolution_px=128)
+        description = Description(title="tiny", resolution_px=(128, 128))
         write_single_file(read, tmp_path / "out.safetensors", description)
         write_folder(read, tmp_path / "out", description)
 

@@ -16,7 +16,7 @@ from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
 
 TINY = BUILTIN_FOLDER / "tiny-sdxl"
-DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 
 
 def assert_same_parts(tiny: Components, pipeline: object) -> None:

@@ -23,7 +23,7 @@ from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, copy_tokenizer, load_tokenizer
 
 BUILTIN = "builtin:tiny-sdxl"
-DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 
 
 def assert_same_networks(one: Components, other: Components) -> None:
@@ -167,10 +167,10 @@ def test_a_full_disk_is_found_before_anything_is_written(
 ) -> None:
     from collections import namedtuple
 
-    usage = namedtuple("usage", "total used free")(10**9, 10**9, 2**26 + 1000)
+    usage = namedtuple("usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr("sdtrain.files.writer.shutil.disk_usage", lambda folder: usage)
     for write, name in ((write_single_file, "new.safetensors"), (write_folder, "folder")):
-        with pytest.raises(UserError, match=r"disk space.*GiB are needed"):
+        with pytest.raises(UserError, match=r"disk space.*bytes are needed and 1,000 bytes free"):
             write(tiny, tmp_path / "deep" / name, DESCRIPTION)
     assert list(tmp_path.iterdir()) == []
 

@@ -26,7 +26,7 @@ from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sd import SD
 from sdtrain.models.sdxl import SDXL
 
-DESCRIPTION = Description(title="small", resolution_px=64, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="small", resolution_px=(64, 64), date="2026-01-01T00:00:00Z")
 TOKENIZER = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer")
 CPU = torch.device("cpu")
 

@@ -105,7 +105,7 @@ def test_another_vae_is_written_with_the_model(without_vae: Path, tmp_path: Path
     vae = wide_vae()
     save_file(original(vae), tmp_path / "vae.safetensors")
     read = load(without_vae, vae=str(tmp_path / "vae.safetensors"))
-    write_single_file(read, tmp_path / "whole.safetensors", Description(title="whole", resolution_px=128))
+    write_single_file(read, tmp_path / "whole.safetensors", Description(title="whole", resolution_px=(128, 128)))
     written = load_file(tmp_path / "whole.safetensors")
     assert all(torch.equal(written[name], value) for name, value in original(vae).items())
     assert_same_vae(load(tmp_path / "whole.safetensors").vae, vae)

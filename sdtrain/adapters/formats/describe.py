@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.adapters.files import Header, read_header, read_scalars
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, CONFIG_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.families.metadata import CONFIG_KEY, steps_of
+from sdtrain.files.header import Header, read_header, read_scalars
 
 NETWORKS = {
     "lora_unet_": "unet",
@@ -71,14 +72,14 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         names=("sd-scripts" if first.startswith("lora_") else "diffusers") if layers else "",
         num_modules=Counter(component for _, component in layers),
         ranks=_ranks(header),
-        alphas=_alphas(path, header),
-        dtypes=tuple(sorted({entry.dtype for key, entry in header.tensors.items() if not key.endswith(".alpha")})),
+        alphas=_alphas(header),
+        dtypes=tuple(sorted({entry.dtype for key, entry in header.entries.items() if not key.endswith(".alpha")})),
         num_bytes=path.stat().st_size,
         title=said.get("modelspec.title", said.get("ss_output_name", "")),
         date=said.get("modelspec.date", ""),
         base_model=said.get("ss_sd_model_name", said.get("ss_base_model_version", "")),
         prediction=said.get("modelspec.prediction_type", ""),
-        steps=_whole(said.get("ss_steps", "")),
+        steps=steps_of(said),
         num_images=_whole(said.get("ss_num_train_images", "")),
         d={str(name): float(value) for name, value in _table(said, D_KEY).items()},
         top_tags=_top_tags(said, num_tags),
@@ -90,7 +91,7 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
 def _layers(header: Header) -> list[tuple[str, str]]:
     """(layer, network), each layer once, in the file's order."""
     found = {}
-    for key in header.tensors:
+    for key in header.entries:
         for prefix, component in NETWORKS.items():
             if key.startswith(prefix):
                 layer = key.split(".")[0] if prefix.startswith("lora_") else _diffusers_layer(key)
@@ -108,23 +109,23 @@ def _diffusers_layer(key: str) -> str:
 
 def _kind(header: Header) -> str:
     for part, kind in KINDS.items():
-        if any(part in key for key in header.tensors):
+        if any(part in key for key in header.entries):
             return kind
     return "lora"
 
 
 def _ranks(header: Header) -> dict[int, int]:
     ranks: dict[str, int] = {}
-    for key, entry in header.tensors.items():
+    for key, entry in header.entries.items():
         for part, axis in RANK_AXIS.items():
             if key.endswith("." + part):
                 ranks[key.removesuffix("." + part)] = entry.shape[axis]
     return dict(Counter(ranks.values()).most_common())
 
 
-def _alphas(path: Path, header: Header) -> dict[float, int]:
+def _alphas(header: Header) -> dict[float, int]:
     """From the alpha tensors; files without any say it in their metadata, and mean the rank if they do not."""
-    values = read_scalars(path, header, ".alpha")
+    values = read_scalars(header, ".alpha")
     if values:
         return dict(Counter(values.values()).most_common())
     kept = [alpha for modules in _table(header.metadata, ALPHA_KEY).values() for alpha in modules.values()]

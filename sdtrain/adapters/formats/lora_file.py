@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdtrain.adapters.files import Header, hash_tensors, read_header, read_tensors, write_tensors
 from sdtrain.adapters.formats.alphas import (
     Scaled,
     one_alpha_each,
@@ -48,6 +47,9 @@ from sdtrain.adapters.kinds import (
 from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.words import TRAINABLE_NETWORKS
+from sdtrain.files.hashes import Hashes
+from sdtrain.files.header import Header, read_header
+from sdtrain.files.tensors import planned, read_tensors, write_safetensors
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,16 @@ def write_lora(
     if names == "diffusers":
         text = peft_metadata(path, scaled.adapters)
         metadata |= {DIFFUSERS_KEY: text} if text else {}
-    metadata |= {"format": "pt"}
-    hashes = hash_tensors(tensors, metadata)
-    metadata |= {
+    write_safetensors(path, planned(tensors), {**metadata, "format": "pt"}, seal=_seal)
+
+
+def _seal(hashes: Hashes) -> dict[str, str]:
+    """The hashes by which other tools know the file."""
+    return {
         "sshs_model_hash": hashes.data,
         "sshs_legacy_hash": hashes.legacy,
         "modelspec.hash_sha256": f"0x{hashes.data}",
     }
-    write_tensors(path, tensors, metadata)
 
 
 def _check_kinds(path: Path, adapters: Adapters, names: Names) -> None:
@@ -161,7 +165,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
     weight = {component: dict(plain_modules(network)) for component, network in networks.items()}
     found: dict[str, dict[str, AdapterWeights]] = {}
     problems = []
-    for name, parts in _grouped(read_tensors(path), layers).items():
+    for name, parts in _grouped(read_tensors(header), layers).items():
         if name not in layers:
             problems.append(Problem(name, _no_such_layer(name, header)))
             continue
@@ -184,10 +188,10 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
 
 def names_of(path: Path, header: Header) -> Names:
     """The naming of an adapter file. Raises UserError for other files."""
-    first = next(iter(header.tensors), "")
-    if any(key.startswith(("lora_unet_", "lora_te")) for key in header.tensors):
+    first = next(iter(header.entries), "")
+    if any(key.startswith(("lora_unet_", "lora_te")) for key in header.entries):
         return "sd-scripts"
-    if any(key.startswith(tuple(f"{component}." for component in TRAINABLE_NETWORKS)) for key in header.tensors):
+    if any(key.startswith(tuple(f"{component}." for component in TRAINABLE_NETWORKS)) for key in header.entries):
         return "diffusers"
     if first.startswith(("model.diffusion_model.", "conditioner.", "first_stage_model.", "cond_stage_model.")):
         raise user_error(str(path), first, "is of a whole checkpoint; `sdtrain extract` makes a LoRA of two of them")
@@ -257,7 +261,7 @@ def _no_such_layer(name: str, header: Header) -> str:
     """The likely reason that a layer of the file is not in the model."""
     if name.startswith("lora_te_"):
         return "is a text encoder of SD 1.x or 2.x; this file is not for the model in use, choose one made for it"
-    widths = {header.tensors[key].shape[-1] for key in header.tensors if "attn2_to_k.lora_down" in key}
+    widths = {header.entries[key].shape[-1] for key in header.entries if "attn2_to_k.lora_down" in key}
     if widths & {768, 1024}:
         return (
             f"is not in this model; the file is for SD 1.x or 2.x (text is {min(widths)} wide), choose one made for it"

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, assert_never
 
 from sdtrain.diffusion.words import Prediction
+from sdtrain.families.metadata import CONFIG_KEY, Resolution, resolution_entry, steps_entry
 from sdtrain.families.words import Family
 
-CONFIG_KEY = "sdtrain.config"
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
@@ -26,9 +26,9 @@ class FileFacts:
 
     title: str
     date: str
-    """ISO 8601 with seconds, UTC: `2026-11-22T15:00:00+00:00`."""
+    """As `now` says it: `2026-11-22T15:00:00Z`."""
     prediction: Prediction = "epsilon"
-    resolution_px: tuple[int, int] = (1024, 1024)
+    resolution_px: Resolution = (1024, 1024)
     """Width and height."""
     steps: int = 0
     num_images: int = 0
@@ -65,14 +65,14 @@ def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
         "modelspec.title": facts.title,
         "modelspec.date": facts.date,
         "modelspec.prediction_type": "v" if facts.prediction == "v_prediction" else "epsilon",
-        "modelspec.resolution": f"{facts.resolution_px[0]}x{facts.resolution_px[1]}",
+        **resolution_entry(facts.resolution_px),
         "ss_output_name": facts.title,
         "ss_resolution": f"({facts.resolution_px[0]}, {facts.resolution_px[1]})",
         **_network_keys(shape),
     }
     optional = {
         "ss_sd_model_name": facts.base_model,
-        "ss_steps": str(facts.steps or ""),
+        **steps_entry(facts.steps),
         "ss_num_train_images": str(facts.num_images or ""),
         "ss_num_epochs": str(facts.num_epochs or ""),
         "ss_optimizer": facts.optimizer,

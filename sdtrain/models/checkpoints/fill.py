@@ -10,13 +10,14 @@ from io import FileIO
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.errors import Problem, UserError
 from sdtrain.families.original_names import Place
 from sdtrain.files.header import Entry, Header
+from sdtrain.files.tensors import DTYPES, read_tensor
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TRAINABLE = ("F64", "F32", "F16", "BF16")
 MAX_NAMED = 5
 """Problems named in full; a model of another shape would have hundreds."""
 
@@ -32,32 +33,6 @@ class Stored:
     def entry(self) -> Entry:
         """The tensor in the file; of fused ones the whole."""
         return self.header.entries[self.place.key]
-
-
-def read_tensor(file: FileIO, entry: Entry, third: int | None = None) -> Tensor:
-    """One tensor as it is stored, or a third of its rows.
-
-    Bytes are read straight into the tensor. A memory map would show the same pages a second time in the process's
-    resident size and would crash the run if the file were overwritten meanwhile.
-    """
-    rows, start, num_bytes = entry.shape, entry.start, entry.end - entry.start
-    if third is not None:
-        num_bytes //= 3
-        rows, start = (entry.shape[0] // 3, *entry.shape[1:]), start + third * num_bytes
-    tensor = torch.empty(rows, dtype=DTYPES[entry.dtype])
-    if num_bytes:
-        _read_into(file, start, memoryview(tensor.view(-1).view(torch.uint8).numpy().data))
-    return tensor
-
-
-def _read_into(file: FileIO, start: int, buffer: memoryview) -> None:
-    file.seek(start)
-    done = 0
-    while done < len(buffer):
-        count = file.readinto(buffer[done:])
-        if not count:
-            raise user_error(str(file.name), Path(str(file.name)).name, "became shorter while it was read")
-        done += count
 
 
 def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
@@ -88,7 +63,7 @@ def check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Store
     for name, parameter in parameters.items():
         where = stored[name]
         key = where.place.key
-        if where.entry.dtype not in DTYPES:
+        if where.entry.dtype not in TRAINABLE:
             problems.append(
                 Problem(key, f"is stored as {where.entry.dtype}, which cannot be trained; get fp16 or more")
             )

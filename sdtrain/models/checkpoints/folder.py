@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
@@ -15,10 +13,11 @@ from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.original_names import with_text_prefix
 from sdtrain.families.words import COMPONENTS, Component, Family
-from sdtrain.files.writer import Planned, atomic_folder, check_space, write_safetensors
+from sdtrain.files.tensors import Planned, write_safetensors
+from sdtrain.files.writer import atomic_folder, write_json
 from sdtrain.models.checkpoints.components import Components, SDComponents
 from sdtrain.models.checkpoints.locate import STEMS
-from sdtrain.models.checkpoints.single_file import Change, changed_weights, network_config
+from sdtrain.models.checkpoints.single_file import Change, changed_weights, network_config, seal
 from sdtrain.models.checkpoints.tokenizers import copy_tokenizer
 
 INDEX = "model_index.json"
@@ -44,13 +43,14 @@ def write_folder(
         component: folder_tensors(components, component, dtype or components.stored_dtypes[component], change)
         for component in COMPONENTS[family]
     }
-    check_space(path, sum(tensor.num_bytes for plan in plans.values() for tensor in plan.values()))
     metadata = {"format": "pt", **spec_metadata(description, family, components.scheduler_config)}
     metadata["modelspec.implementation"] = "diffusers"
-    with atomic_folder(path) as folder:
+    num_bytes = sum(tensor.num_bytes for plan in plans.values() for tensor in plan.values())
+    with atomic_folder(path, num_bytes) as folder:
         for component, plan in plans.items():
             (folder / component).mkdir()
-            write_safetensors(folder / component / f"{STEMS[component]}.safetensors", plan, metadata)
+            weights = folder / component / f"{STEMS[component]}.safetensors"
+            write_safetensors(weights, plan, metadata, seal=seal, finite_only=True)
             write_json(folder / component / "config.json", folder_config(components.network(component), plan))
         for source, name in zip(components.tokenizer_sources, ("tokenizer", "tokenizer_2"), strict=False):
             copy_tokenizer(source, folder / name)
@@ -114,11 +114,3 @@ def pipeline_name(family: Family) -> str:
             return "StableDiffusionPipeline"
         case _:
             assert_never(family)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file as the libraries write theirs, on the disk when this returns."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(dict(content), indent=2, sort_keys=True) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -74,6 +74,15 @@ def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
         _attempt("model.components", problems, lambda: locate(config.components, "", weights=False))
 
 
+def stated_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the header of a model's file says of it; of a folder, that of its U-Net. Raises UserError."""
+    match checkpoint:
+        case SingleFile(header):
+            return header.metadata
+        case DiffusersFolder(path, variant):
+            return read_header(weight_files(path / "unet", "unet", variant)[0]).metadata
+
+
 def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) -> Result | None:
     """The call's result, or None and one more problem at the setting that named the file."""
     try:

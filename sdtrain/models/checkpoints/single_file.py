@@ -20,8 +20,9 @@ from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.original_names import Place, constants_of, places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
 from sdtrain.families.words import COMPONENTS, Component, Family
+from sdtrain.files.hashes import Hashes
 from sdtrain.files.header import Entry, Header
-from sdtrain.files.writer import NAMES, Planned, check_space, write_safetensors
+from sdtrain.files.tensors import NAMES, Planned, write_safetensors
 from sdtrain.models.checkpoints.components import Components, SDComponents
 from sdtrain.models.checkpoints.configs_from_shapes import config_of
 from sdtrain.models.checkpoints.markers import (
@@ -62,13 +63,18 @@ def write_single_file(
         weights = changed_weights(component, components.network(component), change)
         tensors |= original_tensors(family, component, weights, dtype or components.stored_dtypes[component])
     tensors |= constant_tensors(components, dtype or components.stored_dtypes["text_encoder"])
-    check_space(path, sum(tensor.num_bytes for tensor in tensors.values()))
     metadata = {
         "format": "pt",
         **spec_metadata(description, family, components.scheduler_config),
         **configs_metadata(components, path, tensors),
     }
-    return write_safetensors(path, tensors, metadata)
+    hashes = write_safetensors(path, tensors, metadata, seal=seal, finite_only=True)
+    return f"0x{hashes.data}"
+
+
+def seal(hashes: Hashes) -> dict[str, str]:
+    """The hash of a file as the model specification wants it in the file itself."""
+    return {"modelspec.hash_sha256": f"0x{hashes.data}"}
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdtrain.errors import user_error
 from sdtrain.families.words import COMPONENTS
+from sdtrain.files.writer import write_bytes
 from sdtrain.models.checkpoints.hub import cached_file
 from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate
 
@@ -96,7 +96,7 @@ def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     for name in TOKENIZER_FILES if changed else COPIED:
         if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+            write_bytes(folder / name, (source.folder / name).read_bytes())
 
 
 def load_tokenizer(source: TokenizerSource) -> Tokenizer:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sdtrain.files.writer import write_text
 from sdtrain.training.watching.records import Record, StepRecord, Watcher
 
 
@@ -57,4 +58,4 @@ def _drop_records_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the line that was being written when the run was killed
-    path.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sdtrain.config.schema import Config
+from sdtrain.files.writer import atomic_file
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.training.run import generator_of
 
@@ -108,7 +109,5 @@ def labelled_grid(
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    picture.save(partial, format="PNG")
-    partial.replace(path)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG")

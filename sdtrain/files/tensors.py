@@ -1,0 +1,162 @@
+"""Tensors in and out of safetensors files, one at a time: never a second copy of a model in memory.
+
+The reader and the writer are our own (the format is a length, a JSON header and the tensors): a file can be gigabytes,
+so it is hashed while it is written, its size is known before the first byte, and the same tensors give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sdtrain.errors import user_error
+from sdtrain.files.hashes import NO_HASHES, Hasher, Hashes
+from sdtrain.files.header import BITS, Entry, Header, header_bytes
+from sdtrain.files.writer import atomic_file
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Seal = Callable[[Hashes], Mapping[str, str]]
+"""Metadata that follows from the hashes of the tensors; as long for one file's hashes as for another's."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that will be written: its type and shape now, its values when it is its turn."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    values: Callable[[], Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return math.prod(self.shape) * BITS[NAMES[self.dtype]] // 8
+
+
+def planned(tensors: Mapping[str, Tensor]) -> dict[str, Planned]:
+    """Tensors that are in memory already, to be written as they are."""
+    return {name: _as_it_is(tensor) for name, tensor in tensors.items()}
+
+
+def _as_it_is(tensor: Tensor) -> Planned:
+    return Planned(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Planned],
+    metadata: Mapping[str, str],
+    *,
+    seal: Seal | None = None,
+    finite_only: bool = False,
+) -> Hashes:
+    """Write a file whole or not at all. Returns the hashes of its tensors; without a seal nothing is hashed.
+
+    seal: what else stands in the header once the tensors and with them their hashes are known. finite_only: whether a
+    value that is not finite in its type is refused. Raises UserError then, and as `atomic_file` does.
+    """
+    # The widest types first, as the format advises, so that every tensor is aligned to its type.
+    order = sorted(tensors, key=lambda name: (-BITS[NAMES[tensors[name].dtype]], name))
+    shapes = {name: (NAMES[tensors[name].dtype], tensors[name].shape) for name in order}
+    training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    hasher = Hasher(len(header_bytes(shapes, training)))
+
+    def header(hashes: Hashes) -> bytes:
+        return header_bytes(shapes, {**metadata, **(seal(hashes) if seal else {})})
+
+    start = header(NO_HASHES)
+    with atomic_file(path, len(start) + sum(tensor.num_bytes for tensor in tensors.values())) as file:
+        file.write(start)
+        for name in order:
+            data = _bytes_of(path, name, tensors[name], finite_only=finite_only)
+            file.write(data)
+            if seal:
+                hasher.update(data)
+        if seal is None:
+            return NO_HASHES
+        final = header(hasher.hashes())
+        assert len(final) == len(start), "a seal must be as long for one file's hashes as for another's"
+        file.seek(0)
+        file.write(final)
+    return hasher.hashes()
+
+
+def _bytes_of(path: Path, name: str, plan: Planned, *, finite_only: bool) -> memoryview:
+    values = plan.values()
+    tensor = values.detach().to("cpu", plan.dtype).contiguous()
+    assert tuple(tensor.shape) == plan.shape, f"{name} has shape {tuple(tensor.shape)}, not {plan.shape}"
+    if finite_only and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        raise user_error(str(path), name, _not_finite(values, plan.dtype))
+    return _memory(tensor)
+
+
+def _not_finite(values: Tensor, dtype: torch.dtype) -> str:
+    if torch.isfinite(values).all():
+        return f"has values too large for {NAMES[dtype]}; export in bf16 or fp32"
+    return "has values that are not finite: the model is broken and was not written"
+
+
+def read_tensors(header: Header) -> dict[str, Tensor]:
+    """All tensors of a file, on the CPU, as stored.
+
+    Raises UserError when the file changed since its header was read.
+    """
+    try:
+        with header.path.open("rb", buffering=0) as file:
+            return {name: read_tensor(file, entry) for name, entry in header.entries.items()}
+    except OSError as error:
+        raise user_error(str(header.path), header.path.name, f"cannot be read: {error.strerror}") from None
+
+
+def read_tensor(file: FileIO, entry: Entry, third: int | None = None) -> Tensor:
+    """One tensor as it is stored, or a third of its rows.
+
+    Bytes are read straight into the tensor. A memory map would show the same pages a second time in the process's
+    resident size and would crash the run if the file were overwritten meanwhile.
+    """
+    rows, start, num_bytes = entry.shape, entry.start, entry.end - entry.start
+    if third is not None:
+        num_bytes //= 3
+        rows, start = (entry.shape[0] // 3, *entry.shape[1:]), start + third * num_bytes
+    tensor = torch.empty(rows, dtype=DTYPES[entry.dtype])
+    if num_bytes:
+        _read_into(file, start, _memory(tensor))
+    return tensor
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _read_into(file: FileIO, start: int, buffer: memoryview) -> None:
+    file.seek(start)
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])
+        if not count:
+            raise user_error(str(file.name), Path(str(file.name)).name, "became shorter while it was read")
+        done += count

@@ -1,0 +1,81 @@
+"""Dates, steps, resolution and config have one meaning, in whatever file they stand."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sdtrain.adapters.formats.describe import describe_file
+from sdtrain.adapters.low_rank import RankRule
+from sdtrain.commands.export import export_run
+from sdtrain.commands.extract import resize_lora
+from sdtrain.commands.merge import merge, open_model, trained_size
+from sdtrain.families.metadata import (
+    CONFIG_KEY,
+    native_resolution,
+    now,
+    resolution_entry,
+    resolution_of,
+    steps_entry,
+    steps_of,
+)
+from sdtrain.files.header import read_header
+
+SDTRAIN = Path(__file__).parent.parent.parent / "sdtrain"
+Train = Callable[..., tuple[Path, str]]
+
+
+def test_what_is_written_is_what_is_read() -> None:
+    assert steps_of(steps_entry(1200)) == 1200
+    assert steps_of(steps_entry(0)) == steps_of({}) == 0
+    assert resolution_of(resolution_entry((1024, 768))) == (1024, 768)
+    assert resolution_of({}) is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", now())
+
+
+def test_older_checkpoints_still_say_their_step() -> None:
+    assert steps_of({"sdtrain.step": "7"}) == 7
+
+
+@pytest.mark.parametrize("said", ["", "many", "-3", "1e3", "²", "9" * 5000])
+def test_what_others_wrote_there_is_no_number_of_steps(said: str) -> None:
+    assert steps_of({"ss_steps": said}) == 0
+
+
+@pytest.mark.parametrize("said", ["", "1024", "1024x", "(1024, 1024)", "9" * 5000 + "x1"])
+def test_what_others_wrote_there_is_no_resolution(said: str) -> None:
+    assert resolution_of({"modelspec.resolution": said}) is None
+
+
+def test_a_lora_and_a_checkpoint_of_one_run_say_the_same(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 2})
+    lora = read_header(run / "weights" / "small.safetensors").metadata
+    whole = read_header(export_run(run, "single-file", None, tmp_path / "whole.safetensors")).metadata
+    for key in ("ss_steps", "modelspec.resolution", CONFIG_KEY):
+        assert lora[key] == whole[key], key
+    assert steps_of(whole) == describe_file(tmp_path / "whole.safetensors").steps == 2
+    assert resolution_of(lora) == (96, 96)
+    for said in (lora, whole):
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", said["modelspec.date"])
+    # What is made of them says so too.
+    merge(str(tmp_path / "whole.safetensors"), [], tmp_path / "merged.safetensors", "single-file", "builtin:tiny-sdxl")
+    assert resolution_of(read_header(tmp_path / "merged.safetensors").metadata) == (96, 96)
+    resize_lora(run / "weights" / "small.safetensors", "builtin:tiny-sdxl", RankRule(1), tmp_path / "r.safetensors")
+    resized = read_header(tmp_path / "r.safetensors").metadata
+    assert (resolution_of(resized), steps_of(resized)) == ((96, 96), 2)
+
+
+def test_a_base_that_says_nothing_has_the_size_of_its_family(tmp_path: Path) -> None:
+    model = open_model("builtin:tiny-sdxl")
+    assert trained_size("builtin:tiny-sdxl", model) == native_resolution("sdxl", predicts_v=False) == (1024, 1024)
+    assert native_resolution("sd1", predicts_v=False) == native_resolution("sd2", predicts_v=False) == (512, 512)
+    assert native_resolution("sd2", predicts_v=True) == (768, 768)
+
+
+def test_the_key_of_the_config_stands_once_and_dates_are_made_in_one_place() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in SDTRAIN.rglob("*.py")}
+    for word in ('"sdtrain.config"', '"ss_steps"', "datetime.now"):
+        assert [path.name for path, text in texts.items() if word in text] == ["metadata.py"], word
