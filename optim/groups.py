@@ -8,6 +8,9 @@ from torch import Tensor
 from optim.formulas.prodigy import GroupValues, exact_dtype
 from optim.settings import GROUP_SETTINGS, check_group
 
+ON_DEVICE = (*GROUP_SETTINGS, "initial_lr")
+"""What a step needs of each group, in the order of the rows."""
+
 
 def group_ranges(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
     """Where each group's parameters stand among all parameters: (first, last + 1)."""
@@ -32,21 +35,21 @@ class GroupsOnDevice:
         Raises:
             ValueError: somebody wrote a value that is out of range.
         """
-        wanted = [tuple(group[key] for key in GROUP_SETTINGS) for group in groups]
+        wanted = [tuple(group[key] for key in ON_DEVICE) for group in groups]
         if len(wanted) != len(self._written):
-            self._values = torch.zeros(len(GROUP_SETTINGS), len(wanted), dtype=exact_dtype(device), device=device)
+            self._values = torch.zeros(len(ON_DEVICE), len(wanted), dtype=exact_dtype(device), device=device)
             self._written = [()] * len(wanted)
         for index, (new, old) in enumerate(zip(wanted, self._written, strict=True)):
             if new == old:
                 continue
-            if problems := check_group(groups[index]["name"], *new):
+            if problems := check_group(groups[index]["name"], *new[: len(GROUP_SETTINGS)]):
                 raise ValueError("; ".join(problems))
             for row, value in enumerate(new):
                 self._values[row, index].fill_(value)  # a fill, unlike a copy, does not wait for the device
             self._written[index] = new
-        return GroupValues(**dict(zip(GROUP_SETTINGS, self._values.unbind(0), strict=True)))
+        return GroupValues(**dict(zip(ON_DEVICE, self._values.unbind(0), strict=True)))
 
-    def moved(self, which: set[int], num_groups: int, device: torch.device) -> Tensor:
+    def marks(self, which: set[int], num_groups: int, device: torch.device) -> Tensor:
         """Whether each group is one of `which`, bool (groups,); remembered, for a copy to the device waits for it."""
         key = tuple(index in which for index in range(num_groups))
         if key not in self._moved:

@@ -1,7 +1,7 @@
 """`ProdigyPlusScheduleFree`: its arguments and the order of a step. What it keeps is in `state.py`."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
@@ -88,6 +88,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             )
         group = {**self.defaults, **param_group, "name": name}
         params = group["params"]
+        group.setdefault("initial_lr", group["lr"])
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
         problems = check_group(name, *(group[key] for key in GROUP_SETTINGS))
         if any(other["name"] == name for other in self.param_groups):
@@ -154,9 +155,9 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         if self.settings.fused_back_pass:
             for index in present:  # parameters without a hook: they needed no gradient when the step began
                 self._step_parameter(index)
-            current = self._current or self._begin()
+            current = self._current or self._begin(self._trainable())
         else:
-            current = self._begin()
+            current = self._begin(present)
             try:
                 self._build_missing(present)
                 self._advance(present, current)
@@ -167,24 +168,33 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._end(current)
         return loss
 
-    def _begin(self) -> StepInProgress:
+    def _begin(self, present: list[int]) -> StepInProgress:
+        """present: the parameters that take part; within a fused backward, those that are expected to."""
         if self.settings.fused_back_pass:
             self._hook_parameters()
-            self._build_missing([index for index, p in enumerate(self._kept.parameters) if p.requires_grad])
+            self._build_missing(present)
         for stack in self._kept.stacks:
             stacks.begin_stack(stack)
         self._sums.zero_()
-        coefficients = begin_step(self._now, self._values(), self.settings)
+        coefficients = begin_step(self._now, self._groups_of(present), self._values(), self.settings)
         self._kept.steps += 1
         key = rounding.signed(rounding.step_key(self._kept.seed, self._kept.steps))
         all_finite = torch.ones((), dtype=torch.bool, device=self._sums.device)
         self._current = StepInProgress(coefficients, all_finite, key, set())
         return self._current
 
+    def _trainable(self) -> list[int]:
+        return [index for index, p in enumerate(self._kept.parameters) if p.requires_grad]
+
+    def _groups_of(self, indices: Iterable[int]) -> Tensor:
+        """Whether each group has any of these parameters, bool (groups,)."""
+        which = {self._kept.group_of[index] for index in indices}
+        return self._groups.marks(which, len(self.param_groups), self._sums.device)
+
     def _step_parameter(self, index: int) -> None:
         """Makes the whole step of one parameter within a fused backward, and drops its gradient."""
         self._refuse_while_averaged("backward() with fused_back_pass")
-        current = self._current or self._begin()
+        current = self._current or self._begin(self._trainable())
         if index in current.done:
             self._kept.parameters[index].grad = None  # so that step() can still end the step
             raise RuntimeError(
@@ -213,8 +223,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         used = [stack for stack in self._kept.stacks if not current.done.isdisjoint(stack.indices)]
         sum_up(self._sums, used, self._now, self.settings, current.coefficients, current.all_finite, current.done)
         sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
-        which = {self._kept.group_of[index] for index in current.done}
-        moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
+        moved = self._groups_of(current.done)
         end_step(self._now, sums, moved, self._values(), self.settings, current.all_finite)
         self._stepper.end()
         self._current = None

@@ -6,6 +6,7 @@ rounded is rounded because the definition says so: p0, s and its sum are bfloat1
 
 import math
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -30,8 +31,13 @@ class ReferenceTensor:
     l2: float = 0.0
 
 
+CLIMB_PATIENCE = 20
+"""d is at rest, and weights hold, once it has not grown by half for so many steps."""
+
+
 class Reference:
-    """groups: lists of start values. lr: one per group; all else is as the settings say, for all groups alike."""
+    """groups: lists of start values. lr: one per group, its weight, which no schedule changes; all else is as the
+    settings say, for all groups alike."""
 
     def __init__(self, groups: list[list[Tensor]], settings: Settings, *, lr: list[float]) -> None:
         self.settings, self.lr, d0 = settings, lr, settings.d0
@@ -42,6 +48,7 @@ class Reference:
         self.W = [0.0 for _ in groups]
         self.k = 1
         self.frozen = False
+        self.climb = [(d0, 1) for _ in groups]  # d when it last grew by half, and the step of that
 
     def _start(self, value: Tensor) -> ReferenceTensor:
         value = value.detach().double()
@@ -64,34 +71,39 @@ class Reference:
             axes=axes,
         )
 
-    def applied(self) -> list[float]:
-        """D: the d that each group's step is made with."""
-        num = len(self.d)
+    def mean(self, d: list[float], active: list[bool]) -> list[float]:
+        """What each group's step is made with: its own d, or a mean over the groups that take part in it."""
         if not self.settings.split_groups:
-            return [self.d[0]] * num
+            return d
+        present = list(compress(d, active))
         match self.settings.split_groups_mean:
             case "harmonic_mean":
-                return [num / sum(1 / d for d in self.d)] * num
+                mean = len(present) / sum(1 / d for d in present)
             case "geometric_mean":
-                return [math.exp(sum(math.log(d) for d in self.d) / num)] * num
+                mean = math.exp(sum(math.log(d) for d in present) / len(present))
             case "mean":
-                return [sum(self.d) / num] * num
+                mean = sum(present) / len(present)
             case None:
-                return list(self.d)
+                return d
+        return [mean] * len(d)
 
     def step(self, gradients: list[list[Tensor]]) -> None:
-        """One step of all groups, from gradients at y."""
-        settings, applied = self.settings, self.applied()
+        """One step, from gradients at y; a group without any (an empty list) takes no part."""
+        settings, active = self.settings, [bool(grads) for grads in gradients]
         steps = settings.prodigy_steps
         self.frozen = self.frozen or (isinstance(steps, int) and 0 < steps <= self.k)
+        settled = [self.frozen or self.k - climb_k >= CLIMB_PATIENCE for _, climb_k in self.climb]
+        d = [d * settings.d_coef if rests else d for d, rests in zip(self.d, settled, strict=True)]
+        applied, pace = self.mean(d, active), self.mean(self.d, active)
         num, den = [0.0] * len(self.groups), [0.0] * len(self.groups)
         for index, (group, grads) in enumerate(zip(self.groups, gradients, strict=True)):
-            dlr, beta2 = applied[index] * self.lr[index], settings.betas[1]
-            if settings.use_bias_correction:
-                factor, beta2 = self._rectified()
-                dlr *= factor
-            self.W[index] += dlr**2
-            c = dlr**2 / self.W[index] if self.W[index] > 0 else 0.0
+            if not grads:
+                continue
+            factor, beta2 = self._rectified() if settings.use_bias_correction else (1.0, settings.betas[1])
+            dlr = applied[index] * (self.lr[index] if settled[index] else 1.0) * factor
+            counts = (pace[index] * factor) ** 2
+            self.W[index] += counts
+            c = counts / self.W[index] if self.W[index] > 0 else 0.0
             if settings.schedulefree_c > 0:
                 c = min(1.0, c * (1 - settings.betas[0]) * settings.schedulefree_c)
             for tensor, g in zip(group, grads, strict=True):
@@ -99,10 +111,12 @@ class Reference:
                 num[index] += more[0]
                 den[index] += more[1]
         if not settings.split_groups:
-            num, den = [sum(num)] * len(num), [sum(den)] * len(den)
+            num, den, active = [sum(num)] * len(num), [sum(den)] * len(den), [True] * len(den)
         if not self.frozen:
-            for index in range(len(self.groups)):
+            for index in compress(range(len(self.groups)), active):
                 self._estimate(index, num[index], den[index])
+                if self.d[index] > 1.5 * self.climb[index][0]:
+                    self.climb[index] = (self.d[index], self.k)
         self.k += 1
 
     def _rectified(self) -> tuple[float, float]:
@@ -186,14 +200,13 @@ class Reference:
         if settings.use_speed:
             if self.r[index] >= self.peak[index] and self.r[index] > 0 and before > 0:
                 growth = min(2**0.25, math.sqrt(self.r[index] / before))
-                self.d[index] = max(d, d * growth * self.settings.d_coef**0.125)
+                self.d[index] = max(d, d * growth)
             return
         if den <= 0:
             return
-        d_hat = self.r[index] / den
+        target, beta4 = self.r[index] / den, settings.decay_of_d
         if settings.d_limiter:
-            d_hat = min(d_hat, 2**0.25 * d)
-        target, beta4 = self.settings.d_coef * d_hat, settings.decay_of_d
+            target = min(target, 2**0.25 * d)
         averaged = abs(beta4) * d + (1 - abs(beta4)) * target
         if beta4 == 0:
             new = max(d, target)

@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from optim.formulas.prodigy import CLIMB_PATIENCE, Numbers
 from optim.groups import group_ranges
 from optim.ranks import gathering
 from optim.state import State
@@ -15,6 +17,8 @@ from optim.steps.stacks import Kind, Stack
 VERSION = 1
 MUST_MATCH = ("betas", "factored", "factored_fp32", "split_groups", "use_schedulefree", "use_speed")
 """Settings that give a state its meaning: they must be the same when it is loaded."""
+ROWS_BEFORE_WEIGHTS = 11
+"""Numbers per group in the states of before weights were held back while d climbs."""
 
 
 Groups = list[dict[str, Any]]
@@ -82,7 +86,7 @@ def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
     built = _build_stacks(kept, state)
     for group, old in zip(groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
-    numbers = saved["numbers"].to(kept.numbers, copy=True)
+    numbers = _completed(saved["numbers"].to(kept.numbers, copy=True), groups)
     set_aside = None
     if saved["lent"]:
         set_aside = {index: s["y"].to(numbers.device, copy=True) for index, s in state.items() if "y" in s}
@@ -111,7 +115,7 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
             problems.append(f"group {index} was {before['name']!r}, is {now['name']!r}")
         if len(before["params"]) != len(now["params"]):
             problems.append(f"group {now['name']!r} had {len(before['params'])} parameters, has {len(now['params'])}")
-    if saved["numbers"].shape != mine["numbers"].shape:
+    if saved["numbers"].shape not in (mine["numbers"].shape, (ROWS_BEFORE_WEIGHTS, len(new))):
         problems.append(f"numbers of shape {tuple(saved['numbers'].shape)}, expected {tuple(mine['numbers'].shape)}")
     for index, tensors in saved["state"].items():
         if not 0 <= index < len(kept.parameters):
@@ -125,6 +129,27 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
                     part = "" if kind.split is None else f", of which {tuple(kind.shape)} is here"
                     problems.append(f"parameter {index} had shape {tuple(shape)}, has {tuple(kind.whole)}{part}")
     return problems
+
+
+def _completed(numbers: Tensor, groups: Groups) -> Tensor:
+    """The numbers of a state of before weights were held back while d climbs, with the rows that came since.
+
+    Such a state counted the weight in W and d_coef in d, and did not say whether d was at rest when it was fixed.
+    """
+    if numbers.shape[0] > ROWS_BEFORE_WEIGHTS:
+        return numbers
+    whole = torch.cat([Numbers.start(1.0, numbers.device) for _ in groups], dim=1)
+    whole[:ROWS_BEFORE_WEIGHTS] = numbers
+    now = Numbers.of(whole)
+    lr, d0, d_coef = (torch.tensor([float(group[key]) for group in groups]).to(whole) for key in ("lr", "d0", "d_coef"))
+    now.weight_sum.div_(torch.where(lr > 0, lr**2, 1.0))
+    now.applied_lr.copy_(lr)
+    now.d.copy_(torch.maximum(now.d / d_coef, d0))
+    for estimate in (now.mark_d, now.climb_d, now.pace):
+        estimate.copy_(now.d)
+    now.climb_k.copy_(now.k - CLIMB_PATIENCE)
+    now.frozen.mul_(2.0)
+    return whole
 
 
 def _build_stacks(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> list[Stack]:

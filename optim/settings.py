@@ -24,16 +24,18 @@ class Settings:
     """How the optimizer is to work. `lr`, `weight_decay`, `d0` and `d_coef` hold for groups that set none of their own.
 
     Args:
-        lr: factor of the estimated step size; leave it at 1.
+        lr: factor of the step size that is found; 1, or the weight of a group beside others. It holds once d has
+            stopped climbing, for d is found with steps of weight 1.
         betas: beta1, the place of y between z and x; beta2, decay of the second moment.
         beta3: decay of Prodigy's sums; None: sqrt(beta2).
         weight_decay: decoupled weight decay, taken at y.
         weight_decay_by_lr: whether the decay is multiplied by the step size.
         d0: the first d; with `split_groups_mean=None` 1e-5 to 1e-4 may help.
-        d_coef: factor of the estimate of d; the one to tune, if any.
+        d_coef: factor of the estimate of d, once that has stopped climbing; the one to tune, if any.
         d_limiter: let d grow by a factor of at most 2^(1/4) per step.
         prodigy_steps: fix d from this step on and free what its estimate needs; 0: never; "auto": when d has stopped
             growing.
+        freeze_after: with prodigy_steps="auto", the first step in which d may be fixed.
         eps: None: the update is (4/pi) atan2(d g, sqrt v); > 0: it is d g / (sqrt v + d eps).
         split_groups: every group estimates its own d; False: one d for all.
         split_groups_mean: with split groups, apply this mean of the groups' d ("harmonic_mean", "geometric_mean",
@@ -68,6 +70,7 @@ class Settings:
     d_coef: float = 1.0
     d_limiter: bool = True
     prodigy_steps: int | Literal["auto"] = 0
+    freeze_after: int = 0
     eps: float | None = None
     split_groups: bool = True
     split_groups_mean: SplitGroupsMean | None = "harmonic_mean"
@@ -166,6 +169,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _range_problems(s: Settings) -> list[str]:
     problems = []
 
@@ -182,8 +189,9 @@ def _range_problems(s: Settings) -> list[str]:
     expect(s.beta4 is None or (_is_number(s.beta4) and -1 < s.beta4 < 1), "beta4", s.beta4, "None or within (-1, 1)")
     expect(s.eps is None or (_is_number(s.eps) and s.eps > 0), "eps", s.eps, "None (atan2, no epsilon) or > 0")
     steps = s.prodigy_steps
-    whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 0
-    expect(whole or steps == "auto", "prodigy_steps", steps, 'a whole number >= 0 or "auto"')
+    expect(_is_whole(steps) or steps == "auto", "prodigy_steps", steps, 'a whole number >= 0 or "auto"')
+    after = s.freeze_after
+    expect(_is_whole(after), "freeze_after", after, "a whole number >= 0")
     c = s.schedulefree_c
     expect(_is_number(c) and c >= 0, "schedulefree_c", c, "a number >= 0")
     mean = s.split_groups_mean
@@ -201,6 +209,10 @@ def _pair_problems(s: Settings) -> list[str]:
     """Settings that contradict one another are refused together, with the reason; nothing is switched off in
     silence."""
     pairs = (
+        (
+            s.prodigy_steps != "auto" and s.freeze_after != 0,
+            'freeze_after without prodigy_steps="auto": a number of prodigy_steps is the step itself',
+        ),
         (
             not s.use_schedulefree and s.schedulefree_c > 0,
             "schedulefree_c > 0 with use_schedulefree=False: there is no average to weigh",

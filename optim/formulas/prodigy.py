@@ -26,6 +26,10 @@ AUTO_PATIENCE = 100
 """... within this many steps ..."""
 AUTO_SHARE = 0.5
 """... or within this share of the steps for which it grew, whichever is more."""
+CLIMB_GROWTH = 1.5
+"""d climbs while it gains at least this factor ..."""
+CLIMB_PATIENCE = 20
+"""... within this many steps: at the limit of growth it takes three."""
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
@@ -43,10 +47,15 @@ class Numbers(NamedTuple):
     weight_sum: Tensor  # W
     weight: Tensor  # c of the last step
     applied_d: Tensor  # D of the last step
-    mark_d: Tensor  # d when it last grew by more than 2 % ("auto")
+    mark_d: Tensor  # d when it last grew by more than 2 %
     mark_k: Tensor  # and the step of that
-    frozen: Tensor  # 1 once d is fixed
+    frozen: Tensor  # 1 once d is fixed, 2 if it was still climbing then
     skipped: Tensor  # steps left out because a gradient was not finite
+    active: Tensor  # 1 if any of the group's parameters had a gradient in the last step
+    climb_d: Tensor  # d when it last grew by half
+    climb_k: Tensor  # and the step of that
+    applied_lr: Tensor  # lr of the last step: without the weight while d climbs
+    pace: Tensor  # the last step's size without weight and d_coef: what a step counts for in the average
 
     @staticmethod
     def of(buffer: Tensor) -> "Numbers":
@@ -56,7 +65,8 @@ class Numbers(NamedTuple):
     @staticmethod
     def start(d0: float, device: torch.device) -> Tensor:
         """The column (fields, 1) of a group that has taken no step."""
-        first = {"k": 1.0, "d": d0, "applied_d": d0, "mark_d": d0, "mark_k": 1.0}
+        first = dict.fromkeys(("k", "mark_k", "climb_k", "active", "applied_lr"), 1.0)
+        first |= dict.fromkeys(("d", "applied_d", "mark_d", "climb_d", "pace"), d0)
         return torch.tensor(
             [[first.get(name, 0.0)] for name in Numbers._fields], dtype=exact_dtype(device), device=device
         )
@@ -99,25 +109,33 @@ def no_op_coefficients(device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupValues:
-    """The settings of the groups on the device, each float64 (groups,)."""
+    """The settings of the groups on the device, each float64 (groups,).
+
+    `initial_lr` is the group's weight, and what `lr` was made of it by a schedule is `lr / initial_lr`.
+    """
 
     lr: Tensor
     weight_decay: Tensor
     d0: Tensor
     d_coef: Tensor
+    initial_lr: Tensor
 
 
-def mean_over_groups(d: Tensor, settings: Settings) -> Tensor:
-    """The d that is applied: each group's own, or the mean over the groups; (groups,) to (groups,)."""
+def mean_over_groups(d: Tensor, active: Tensor, settings: Settings) -> Tensor:
+    """The d that is applied: each group's own, or the mean over the groups that take part in the step.
+
+    d: (groups,). active: bool (groups,). Returns (groups,), of which only the active groups' entries have a meaning.
+    """
     if not settings.split_groups or settings.split_groups_mean is None:
         return d
+    num_active = active.sum()
     match settings.split_groups_mean:
         case "harmonic_mean":
-            mean = d.reciprocal().mean().reciprocal()
+            mean = (torch.where(active, d.reciprocal(), 0.0).sum() / num_active).reciprocal()
         case "geometric_mean":
-            mean = d.log().mean().exp()
+            mean = (torch.where(active, d.log(), 0.0).sum() / num_active).exp()
         case "mean":
-            mean = d.mean()
+            mean = torch.where(active, d, 0.0).sum() / num_active
     return mean.expand_as(d)
 
 
@@ -133,20 +151,30 @@ def rectification(k: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
 def freeze_by_count(now: Numbers, settings: Settings) -> None:
     """`prodigy_steps` as a number: d is fixed from that step on."""
     if isinstance(settings.prodigy_steps, int) and settings.prodigy_steps > 0:
-        now.frozen.copy_(torch.maximum(now.frozen, (now.k >= settings.prodigy_steps).to(now.frozen.dtype)))
+        due = (now.frozen == 0) & (now.k >= settings.prodigy_steps)
+        climbs = (now.climb_k > 1) & (now.k - now.climb_k < CLIMB_PATIENCE)
+        now.frozen.copy_(torch.where(due, torch.where(climbs, 2.0, 1.0), now.frozen))
 
 
-def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
+def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Settings) -> Tensor:
     """The coefficients of a step, from d as it stands: float32 (coefficients, groups).
 
     Of the numbers only the applied d, c and the frozen marks are written.
+
+    active: bool (groups,), which groups take part: the others are not averaged, and keep their applied d and c.
     """
     beta1 = settings.betas[0]
     freeze_by_count(now, settings)
-    applied = mean_over_groups(now.d, settings)
-    dlr, beta2_now = _step_size(now, applied, values, settings)
-    total = now.weight_sum + dlr**2
-    weight = torch.where(total > 0, dlr**2 / total, 0.0)
+    factor, beta2_now = _bias_correction(now, settings)
+    scheduled = torch.where(values.initial_lr > 0, values.lr / values.initial_lr, values.lr)
+    settled = is_settled(now)
+    lr = torch.where(settled, values.lr, scheduled)
+    d = torch.where(settled, now.d * values.d_coef, now.d)
+    applied = torch.where(active, mean_over_groups(d, active, settings), now.applied_d)
+    dlr = applied * lr * factor
+    pace = mean_over_groups(now.d, active, settings) * scheduled * factor
+    total = now.weight_sum + pace**2
+    weight = torch.where(total > 0, pace**2 / total, 0.0)
     if settings.schedulefree_c > 0:
         weight = (weight * ((1 - beta1) * settings.schedulefree_c)).clamp_max(1.0)
     learns = now.frozen == 0
@@ -167,18 +195,27 @@ def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
         d_eps=now.d * (settings.eps or 0.0),
     )
     now.applied_d.copy_(applied)
-    now.weight.copy_(weight)
+    now.weight.copy_(torch.where(active, weight, now.weight))
+    now.applied_lr.copy_(lr)
+    now.pace.copy_(pace)
     return torch.stack([value.to(torch.float32) for value in coefficients])
 
 
-def _step_size(now: Numbers, applied: Tensor, values: GroupValues, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The applied d times lr, with RAdam's factor where asked for, and the beta2 of this step."""
-    dlr = applied * values.lr
-    beta2 = torch.full_like(dlr, settings.betas[1])
+def is_settled(now: Numbers) -> Tensor:
+    """Whether each group's d has stopped climbing, so that its weight and `d_coef` hold: bool (groups,).
+
+    How large a step may be shows only in steps of that size: a network that moves in smaller ones never meets the limit
+    and d outgrows it, or d does not grow at all, for its sums take the smaller moves for a smaller distance. So d is
+    found with steps of weight 1, and only then multiplied.
+    """
+    return (now.frozen > 0) | (now.k - now.climb_k >= CLIMB_PATIENCE)
+
+
+def _bias_correction(now: Numbers, settings: Settings) -> tuple[Tensor, Tensor]:
+    """RAdam's factor of the step size, where asked for, and the beta2 of this step."""
     if settings.use_bias_correction:
-        factor, beta2 = rectification(now.k, settings.betas[1])
-        dlr = dlr * factor
-    return dlr, beta2
+        return rectification(now.k, settings.betas[1])
+    return torch.ones_like(now.d), torch.full_like(now.d, settings.betas[1])
 
 
 def end_step(
@@ -197,27 +234,27 @@ def end_step(
     else:
         moved_by_any = moved
     stepped = all_finite & moved
-    dlr, _ = _step_size(now, now.applied_d, values, settings)
-    now.weight_sum.copy_(torch.where(stepped, now.weight_sum + dlr**2, now.weight_sum))
+    now.weight_sum.copy_(torch.where(stepped, now.weight_sum + now.pace**2, now.weight_sum))
 
     learns = all_finite & moved_by_any & (now.frozen == 0)
     previous = now.numerator.clone()
     r = previous * settings.decay_of_sums + torch.where((now.d > values.d0) | (num > 0), num, 0.0)
     now.numerator.copy_(torch.where(learns, r, previous))
     now.peak.copy_(torch.where(learns, torch.maximum(now.peak, r), now.peak))
-    grown = _speed(now, previous, values) if settings.use_speed else _estimate(now, den, values, settings)
+    grown = _speed(now, previous) if settings.use_speed else _estimate(now, den, values, settings)
     now.d.copy_(torch.where(learns, grown, now.d))
+    _mark_growth(now, learns)
     _freeze_by_growth(now, settings, learns)
     now.k.add_(all_finite)
     now.skipped.add_(~all_finite)
+    now.active.copy_(moved)
 
 
 def _estimate(now: Numbers, den: Tensor, values: GroupValues, settings: Settings) -> Tensor:
     """Prodigy's d: d_hat = r / den, limited in its growth, taken over as beta4 says; never below d0."""
-    d_hat = now.numerator / den
+    target = now.numerator / den
     if settings.d_limiter:
-        d_hat = torch.minimum(d_hat, now.d * LIMIT_OF_GROWTH)
-    target = d_hat * values.d_coef
+        target = torch.minimum(target, now.d * LIMIT_OF_GROWTH)
     beta4 = settings.decay_of_d
     averaged = abs(beta4) * now.d + (1 - abs(beta4)) * target
     if beta4 == 0:
@@ -229,23 +266,31 @@ def _estimate(now: Numbers, den: Tensor, values: GroupValues, settings: Settings
     return torch.where(den > 0, torch.maximum(new, values.d0), now.d)
 
 
-def _speed(now: Numbers, previous: Tensor, values: GroupValues) -> Tensor:
+def _speed(now: Numbers, previous: Tensor) -> Tensor:
     """SPEED's d (prodigy-plus-schedule-free 2.0.1): grows with the square root of r's growth while r is at its peak."""
     growth = (now.numerator / previous).clamp_min(0).sqrt().clamp_max(LIMIT_OF_GROWTH)
     rises = (now.numerator >= now.peak) & (now.numerator > 0) & (previous > 0)
-    return torch.where(rises, torch.maximum(now.d, now.d * growth * values.d_coef**0.125), now.d)
+    return torch.where(rises, torch.maximum(now.d, now.d * growth), now.d)
+
+
+def _mark_growth(now: Numbers, learns: Tensor) -> None:
+    """Notes when d last grew: by 2 %, and by half."""
+    for factor, mark_d, mark_k in (
+        (AUTO_GROWTH, now.mark_d, now.mark_k),
+        (CLIMB_GROWTH, now.climb_d, now.climb_k),
+    ):
+        grew = learns & (now.d > factor * mark_d)
+        mark_d.copy_(torch.where(grew, now.d, mark_d))
+        mark_k.copy_(torch.where(grew, now.k, mark_k))
 
 
 def _freeze_by_growth(now: Numbers, settings: Settings, learns: Tensor) -> None:
-    """`prodigy_steps="auto"`: d is fixed once it has grown and then, for 100 steps and half as many as it grew for, has
-    not grown by more than 2 % (the escape velocity of arXiv 2409.20325 is reached)."""
+    """`prodigy_steps="auto"`: d is fixed, no sooner than `freeze_after`, once it has grown and then, for 100 steps and
+    half as many as it grew for, has not grown by more than 2 % (the escape velocity of arXiv 2409.20325 is reached)."""
     if settings.prodigy_steps != "auto":
         return
-    grew = learns & (now.d > AUTO_GROWTH * now.mark_d)
-    now.mark_d.copy_(torch.where(grew, now.d, now.mark_d))
-    now.mark_k.copy_(torch.where(grew, now.k, now.mark_k))
     patience = (now.mark_k * AUTO_SHARE).clamp_min(AUTO_PATIENCE)
-    resting = learns & (now.mark_k > 1) & (now.k - now.mark_k >= patience)
+    resting = learns & (now.mark_k > 1) & (now.k - now.mark_k >= patience) & (now.k >= settings.freeze_after)
     now.frozen.copy_(torch.where(resting, 1.0, now.frozen))
 
 

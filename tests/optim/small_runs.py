@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "beta4 on the way down": {"beta4": -0.9},
     "beta4 as beta2": {"beta4": None},
     "frozen": {"prodigy_steps": 12},
-    "d_coef": {"d_coef": 2.0},
+    "d_coef": {"d_coef": 2.0, "prodigy_steps": 8},
     "d0": {"d0": 1e-5},
     "no limiter": {"d_limiter": False, "d0": 1e-4},
     "eps": {"eps": 1e-3},

@@ -18,7 +18,9 @@ def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: A
     now.d.fill_(d)
     now.numerator.fill_(r)
     one = torch.ones(1, dtype=torch.float64)
-    values = GroupValues(lr=one, weight_decay=0 * one, d0=1e-6 * one, d_coef=settings.get("d_coef", 1.0) * one)
+    values = GroupValues(
+        lr=one, weight_decay=0 * one, d0=1e-6 * one, d_coef=settings.get("d_coef", 1.0) * one, initial_lr=one
+    )
     sums = torch.tensor([[num, den]], dtype=torch.float64)
     true = torch.ones((), dtype=torch.bool)
     end_step(now, sums, true.expand(1), values, optimizer.settings, true)
@@ -38,8 +40,9 @@ def test_the_limiter_holds_growth_to_the_fourth_root_of_2() -> None:
     assert after(1.0, 1.0, d_limiter=False) == pytest.approx(1.0)
 
 
-def test_d_coef_multiplies_the_limited_estimate() -> None:
-    assert after(1.0, 1.0, d_coef=2.0) == pytest.approx(2 * 2**0.25 * 1e-3)
+def test_d_coef_leaves_the_estimate_and_its_limit_as_they_are() -> None:
+    assert after(1.0, 1.0, d_coef=2.0) == pytest.approx(2**0.25 * 1e-3)
+    assert after(1.1e-3, 1.0, d_coef=0.25) == pytest.approx(1.1e-3)
 
 
 def test_positive_beta4_averages_both_ways() -> None:
@@ -134,3 +137,77 @@ def test_effective_lr_is_what_y_moves_by() -> None:
     c = float(optimizer._now.weight)
     u = (z - optimizer.state[p]["z"]) / (m.applied_d * m.lr)
     torch.testing.assert_close(p.detach(), before + c * (z - before) - m.effective_lr * u, rtol=0, atol=1e-5)
+
+
+def two_bowls(steps: int, *, stop: int = 0, **settings: Any) -> ProdigyPlusScheduleFree:
+    """Two networks of equal bowls; the second one is no longer trained after `stop` steps."""
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(20, 60, generator=generator)) for _ in range(2)]
+    groups = [{"params": [params[0]], "name": "unet"}, {"params": [params[1]], "name": "text"}]
+    optimizer = ProdigyPlusScheduleFree(groups, **settings)
+    for step in range(steps):
+        for p in params if not stop or step < stop else params[:1]:
+            p.grad = p.detach() - 2
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("mean", ["harmonic_mean", "geometric_mean", "mean"])
+def test_a_group_that_is_no_longer_trained_leaves_the_mean_and_is_shown_as_inactive(mean: Any) -> None:
+    unet, text = two_bowls(60, stop=5, split_groups_mean=mean).metrics()
+    assert unet.active and not text.active
+    assert text.effective_lr == 0.0 and text.d < 1e-5
+    assert unet.applied_d == pytest.approx(unet.d, rel=0.2), "only its own d is left to average"
+    assert unet.d > 1e-2
+
+
+def test_the_state_of_an_inactive_group_stays_when_nobody_takes_part() -> None:
+    optimizer = two_bowls(10)
+    before = optimizer._now.applied_d.clone()
+    optimizer.step()
+    assert torch.equal(optimizer._now.applied_d, before)
+    assert [now.active for now in optimizer.metrics()] == [False, False]
+
+
+@pytest.mark.parametrize("setting", ["lr", "d_coef"])
+@pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
+@pytest.mark.parametrize("mean", ["harmonic_mean", None])
+def test_lr_and_d_coef_multiply_the_step_that_is_found_without_them(setting: str, factor: float, mean: Any) -> None:
+    one = two_bowls(100, split_groups_mean=mean).metrics()
+    weighed = two_bowls(100, split_groups_mean=mean, **{setting: factor}).metrics()
+    for before, after_it in zip(one, weighed, strict=True):
+        assert before.d > 1e-2 and not before.climbing
+        assert after_it.effective_lr == pytest.approx(factor * before.effective_lr, rel=0.25)
+        assert after_it.d == pytest.approx((factor if setting == "d_coef" else 1) * before.d, rel=0.25)
+
+
+def test_a_weight_does_not_change_what_a_step_counts_for_in_the_average() -> None:
+    one, weighed = two_bowls(100), two_bowls(100, lr=0.1)
+    assert weighed._now.weight.tolist() == pytest.approx(one._now.weight.tolist(), rel=0.25)
+
+
+def test_a_schedule_of_lr_holds_while_d_climbs_too() -> None:
+    p = nn.Parameter(torch.ones(4, 40))
+    optimizer = ProdigyPlusScheduleFree([p], lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 4)
+    seen = []
+    for _ in range(3):
+        p.grad = torch.ones(4, 40)
+        optimizer.step()
+        schedule.step()
+        seen.append(float(optimizer._now.applied_lr))
+    assert seen == [0.25, 0.5, 0.75], "the schedule's share, without the weight of 0.5"
+
+
+def test_auto_freezes_no_sooner_than_told() -> None:
+    _, _, seen = bowl(300, prodigy_steps="auto", freeze_after=250)
+    first = next(step for step, (_, frozen) in enumerate(seen) if frozen)
+    assert first == 249
+
+
+def test_a_d_that_is_fixed_while_it_climbs_says_so() -> None:
+    _, climbing, _ = bowl(30, prodigy_steps=12)
+    _, resting, _ = bowl(200, prodigy_steps=180)
+    assert climbing.metrics()[0].frozen and climbing.metrics()[0].climbing
+    assert resting.metrics()[0].frozen and not resting.metrics()[0].climbing
