@@ -152,7 +152,7 @@ def test_more_steps_keep_the_preset_of_the_run(table: dict[str, Any]) -> None:
     path.write_text(text.replace("prodigy_steps = 77\n", ""), encoding="utf-8")
     assert sdtrain.fit(path, overrides=["steps=4"]).finished
     assert sdtrain.fit(path, overrides=["steps=5"], resume=True).steps == 5
-    assert read_config(Path(table["output"]) / "small" / "config.toml").optimizer.prodigy_steps == 1
+    assert read_config(Path(table["output"]) / "small" / "config.toml").optimizer.prodigy_steps == "auto"
 
 
 def test_samples_are_those_of_the_command_and_nothing_is_written(train: Train, tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_the_preset_table_is_what_the_presets_say() -> None:
     described = {row[0]: row[1:] for row in rows if row[0] in str(OptimizerConfig.model_fields["preset"].annotation)}
     assert len(described) == 6
     for preset, (steps, d0, mean) in described.items():
-        values = OptimizerConfig(**preset_values(preset, 400))  # type: ignore[arg-type]
-        assert {"steps / 4": 100, "auto": "auto", "0": 0}[steps.strip()] == values.prodigy_steps, preset
+        values = OptimizerConfig(**preset_values(preset))  # type: ignore[arg-type]
+        freezes = {"at rest, from a quarter on": ("auto", 0.25), "at rest": ("auto", 0.0), "never": (0, 0.0)}
+        assert freezes[steps.strip()] == (values.prodigy_steps, values.freeze_share), preset
         assert float(d0) == values.d0, preset
         assert mean.strip().replace(" ", "_") == values.split_groups_mean, preset

@@ -107,6 +107,16 @@ def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
         )
 
 
+def _share_of_auto(config: Config) -> Iterator[Problem]:
+    prodigy_steps, share = config.optimizer.prodigy_steps, config.optimizer.freeze_share
+    if prodigy_steps != "auto" and share > 0:
+        yield Problem(
+            "optimizer.freeze_share",
+            f"{share:g}, but prodigy_steps = {prodigy_steps} is the step itself; leave it out, or set prodigy_steps to "
+            "auto",
+        )
+
+
 def _mean_of_one(config: Config) -> Iterator[Problem]:
     optimizer = config.optimizer
     if not optimizer.split_groups and optimizer.split_groups_mean != "off":
@@ -146,6 +156,7 @@ RULES = (
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
+    Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),
     Rule(("optimizer.betas",), _betas),
     Rule(("preview.width_px",), _preview_width),

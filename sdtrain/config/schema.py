@@ -139,6 +139,9 @@ class OptimizerConfig(Settings):
     prodigy_steps: Whole | Literal["auto"] = Field(
         default=0, description="Step at which d is frozen; 0: never; `auto`: once it has stopped growing."
     )
+    freeze_share: Share = Field(
+        default=0.0, description="Share of the planned steps that must be done before `auto` freezes d."
+    )
     eps: Annotated[float, Field(ge=0)] = Field(default=0.0, description="0: atan2 update, no epsilon; else Adam's.")
     split_groups: bool = Field(default=True, description="Each network estimates its own d.")
     split_groups_mean: Literal["harmonic_mean", "geometric_mean", "mean", "off"] = Field(

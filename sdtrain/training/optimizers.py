@@ -31,6 +31,7 @@ def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusSchedule
         d_coef=settings.d_coef,
         d_limiter=settings.d_limiter,
         prodigy_steps=settings.prodigy_steps,
+        freeze_after=round(settings.freeze_share * config.steps),
         eps=settings.eps or None,
         split_groups=settings.split_groups,
         split_groups_mean=None if settings.split_groups_mean == "off" else settings.split_groups_mean,
@@ -55,6 +56,8 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
             applied_d=now.applied_d,
             effective_lr=now.effective_lr,
             frozen=now.frozen,
+            stopped=not now.active,
+            climbing=now.climbing,
             start_d=float((group if optimizer.settings.split_groups else groups[0])["d0"]),
         )
         for now, group in zip(optimizer.metrics(), groups, strict=True)

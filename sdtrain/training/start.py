@@ -17,8 +17,11 @@ from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
 
-CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
-"""Settings a resumed run may change: none of them changes what a step computes."""
+CHANGEABLE = (
+    *("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache"),
+    *("optimizer.prodigy_steps", "optimizer.freeze_share"),
+)
+"""Settings a resumed run may change: none of them changes what was computed before."""
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
 
@@ -107,7 +110,7 @@ def _change(old: Any, new: Any) -> str:
 def _decided_by(setting: str) -> tuple[str, ...]:
     """Settings that others follow from where they are not set themselves."""
     if setting.startswith("optimizer."):
-        return ("optimizer.preset", "method.kind", *(["steps"] if setting == "optimizer.prodigy_steps" else []))
+        return ("optimizer.preset", "method.kind")
     return ("method.kind",) if setting.startswith("method.") else ()
 
 
@@ -128,7 +131,10 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Mod
         facts, problems = inspect_model(draft.config.model)
         draft = draft.with_new_problems(problems)
     if facts is not None:
-        draft = draft.with_new_problems([*size_problems(draft.config, facts), *_network_problems(draft.config, facts)])
+        config = draft.config
+        draft = draft.with_new_problems(
+            [*size_problems(config, facts), *_network_problems(config, facts), *_timestep_problems(config, facts)]
+        )
     draft.require_sound()
     assert facts is not None, "a model that nothing can be said of has a problem"
     return facts, examples
@@ -168,6 +174,15 @@ def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
     if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
         return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
     return []
+
+
+def _timestep_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+    last, highest = config.timesteps.last, facts.num_timesteps - 1
+    if last <= highest:
+        return []
+    found = f"{last} is beyond the model's noise schedule, whose {highest + 1} timesteps are 0 to {highest}"
+    habit = "; 1000 in other trainers counts them, 999 is the last" if last == highest + 1 == 1000 else ""
+    return [Problem("timesteps.last", found + habit)]
 
 
 def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:

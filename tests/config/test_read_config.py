@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from sdtrain.config.foreign_settings import REFUSED
 from sdtrain.config.mistakes import all_settings
-from sdtrain.config.presets import preset_values
 from sdtrain.config.read import differences, overridden, read_config, resolve
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
@@ -113,17 +112,18 @@ def test_bad_values_are_named_with_what_was_found_and_what_is_allowed(
     assert what in problems(small(**changes))[where]
 
 
-def test_the_preset_fills_in_a_quarter_of_the_steps_and_the_user_wins() -> None:
-    assert resolve(small(), "test").optimizer.prodigy_steps == 25
-    assert resolve(small(optimizer={"prodigy_steps": 7}), "test").optimizer.prodigy_steps == 7
+def test_the_preset_freezes_at_rest_from_a_quarter_of_the_steps_on_and_the_user_wins() -> None:
+    optimizer = resolve(small(), "test").optimizer
+    assert (optimizer.prodigy_steps, optimizer.freeze_share) == ("auto", 0.25)
+    optimizer = resolve(small(optimizer={"prodigy_steps": 7}), "test").optimizer
+    assert (optimizer.prodigy_steps, optimizer.freeze_share) == (7, 0.0)
     assert resolve(small(optimizer={"preset": "auto-freeze"}), "test").optimizer.prodigy_steps == "auto"
     assert resolve(small(method={"kind": "full"}), "test").optimizer.preset == "full"
 
 
-@pytest.mark.parametrize("preset", ["lora", "lora-text-encoders", "full", "full-text-encoders"])
-@given(steps=st.integers(1, 10**6))
-def test_presets_freeze_within_the_run(preset: Any, steps: int) -> None:
-    assert 1 <= preset_values(preset, steps)["prodigy_steps"] <= max(1, steps)
+def test_a_share_beside_a_step_is_refused() -> None:
+    found = problems(small(optimizer={"prodigy_steps": 7, "freeze_share": 0.5}))
+    assert "prodigy_steps = 7 is the step itself" in found["optimizer.freeze_share"]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,8 @@ class ModelFacts:
     latent_step_px: int
     """Widths and heights of pictures must be multiples of this, or the U-Net's halvings do not fit."""
     family: Family = "sdxl"
+    num_timesteps: int = 1000
+    """Timesteps of the noise schedule, counted from 0."""
 
     @property
     def networks(self) -> tuple[Component, ...]:
@@ -128,6 +130,7 @@ def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
     return ModelFacts(
         prediction="v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
         zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
+        num_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
         latent_step_px=pixels * halvings,
         family=checkpoint.family,
     )

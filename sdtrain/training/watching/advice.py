@@ -39,6 +39,25 @@ def stuck_at_stored_d(run: RunRecord, step: StepRecord) -> str | None:
     )
 
 
+def still_climbing(run: RunRecord, step: StepRecord) -> str | None:
+    """Networks whose d was not yet what it was going to be when the run ended, or when `prodigy_steps` fixed it."""
+    climbing = [group for group in step.groups if group.climbing and not group.stopped]
+    fixed = [group for group in climbing if group.frozen]
+    if fixed:
+        values = ", ".join(f"{group.name} ({group.d:.1e})" for group in fixed)
+        return (
+            f"note: d was still climbing when optimizer.prodigy_steps froze it: {values}. It learns too slowly; leave "
+            "prodigy_steps to the preset, which freezes d at rest (`--resume --set optimizer.prodigy_steps=auto`)."
+        )
+    if not climbing or step.step < run.steps:
+        return None
+    values = ", ".join(f"{group.name} ({group.d:.1e})" for group in climbing)
+    return (
+        f"note: d was still climbing when the run ended: {values}. {run.steps} steps are too few to find it; go on "
+        "with more steps, or start from a larger optimizer.d0."
+    )
+
+
 def _unmoved(run: RunRecord, step: StepRecord) -> list[GroupRecord]:
     """Networks whose d may grow and did not, since they started; none before enough steps were seen."""
     if step.step < run.first_step + STUCK_STEPS:
@@ -47,7 +66,7 @@ def _unmoved(run: RunRecord, step: StepRecord) -> list[GroupRecord]:
 
 
 Advice: TypeAlias = Callable[[RunRecord, StepRecord], str | None]
-ADVICE: tuple[Advice, ...] = (stuck_at_d0, stuck_at_stored_d)
+ADVICE: tuple[Advice, ...] = (stuck_at_d0, stuck_at_stored_d, still_climbing)
 
 
 class Adviser:

@@ -34,6 +34,7 @@ def log_line(record: StepRecord) -> str:
             "applied_d": group.applied_d,
             "effective_lr": group.effective_lr,
             "frozen": group.frozen,
+            **({"stopped": True} if group.stopped else {}),
         }
         for group in record.groups
     }

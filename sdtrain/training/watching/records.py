@@ -43,6 +43,10 @@ class GroupRecord:
     """Whether d no longer changes."""
     start_d: float
     """The d that the network started from: the settings' d0, or the d stored in `method.init_from`."""
+    stopped: bool = False
+    """Whether it took no part in the step (`method.stop`): it holds its weights, and its effective_lr is 0."""
+    climbing: bool = False
+    """Whether d has just grown by half, or had when it was frozen: it is not yet what it is going to be."""
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,9 @@ class Screen:
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * record.loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         smoothed = self._smoothed / self._weight if self._weight else float("nan")
-        rates = "  ".join(f"{group.name} {group.effective_lr:.1e}" for group in record.groups)
+        rates = "  ".join(
+            f"{group.name} {'stopped' if group.stopped else f'{group.effective_lr:.1e}'}" for group in record.groups
+        )
         text = f"loss {smoothed:.4f}  {record.images_per_s:.1f} images/s  effective_lr {rates}"
         step, steps = record.step, self._run.steps
         if self._console.is_terminal:

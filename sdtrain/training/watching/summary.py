@@ -47,7 +47,8 @@ def _optimizer(config: Config) -> str:
     settings = config.optimizer
     steps = settings.prodigy_steps
     if steps == "auto":
-        freeze = "d freezes when it has stopped growing"
+        after = round(settings.freeze_share * config.steps)
+        freeze = "d freezes when it has stopped growing" + (f", from step {after} on" if after else "")
     else:
         freeze = f"d freezes at step {steps}" if steps else "d never freezes"
     return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
@@ -61,7 +62,8 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
         rows["previews"] = f"{previews[0]} ... {previews[-1].name}" if len(previews) > 1 else str(previews[0])
     rows["log"] = str(run.folder / "log.jsonl")
     for group in optimizer.metrics():
-        rows[f"d of {group.name}"] = f"{group.d:.2e}, effective_lr {group.effective_lr:.2e}"
+        rate = f"effective_lr {group.effective_lr:.2e}" if group.active else "stopped"
+        rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
     rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
     rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
     title = f"done: {run.config.steps} steps in {duration(seconds)}"
