@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from optim.formulas.prodigy import CLIMB_PATIENCE, Numbers
+from optim.formulas.prodigy import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED, Numbers
 from optim.settings import Settings
 
 
@@ -41,7 +41,7 @@ def metrics_of(groups: list[dict[str, Any]], buffer: Tensor, settings: Settings)
         now = dict(zip(Numbers._fields, column, strict=True))
         share = 1 - settings.betas[0] * (1 - now["weight"]) if settings.use_schedulefree else 1.0
         settled = bool(now["frozen"]) or now["k"] - now["climb_k"] >= CLIMB_PATIENCE
-        climbing = now["frozen"] == 2 or (not settled and now["climb_k"] > 1)
+        climbing = now["frozen"] == FROZEN_WHILE_IT_CLIMBED or (not settled and now["climb_k"] > 1)
         result.append(
             GroupMetrics(
                 name=group["name"],

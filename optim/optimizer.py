@@ -261,6 +261,17 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._current = None
         self._stepper.changed()
 
+    def thaw(self) -> list[str]:
+        """Estimates d again in groups whose d is fixed and would not be under these settings; returns their names.
+
+        For a run that goes on with another `prodigy_steps`, after `load_state_dict`. Under "auto" these are the groups
+        whose d was fixed while it climbed. The estimate starts anew from where the weights are now, d from what it is.
+        """
+        due = self._kept.thaw()
+        if due:
+            self._stepper.changed()
+        return [self.param_groups[group]["name"] for group in due]
+
     # ------------------------------------------------------------------ the average
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import CLIMB_PATIENCE, Numbers
+from optim.formulas.prodigy import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED, Numbers
 from optim.groups import group_ranges
 from optim.ranks import gathering
 from optim.state import State
@@ -148,7 +148,7 @@ def _completed(numbers: Tensor, groups: Groups) -> Tensor:
     for estimate in (now.mark_d, now.climb_d, now.pace):
         estimate.copy_(now.d)
     now.climb_k.copy_(now.k - CLIMB_PATIENCE)
-    now.frozen.mul_(2.0)
+    now.frozen.mul_(FROZEN_WHILE_IT_CLIMBED)
     return whole
 
 

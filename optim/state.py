@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.formulas import rounding
-from optim.formulas.prodigy import Numbers
+from optim.formulas.prodigy import FROZEN_WHILE_IT_CLIMBED, Numbers
 from optim.formulas.schedule_free import average
 from optim.formulas.second_moment import factored_axes
 from optim.ranks import sharding
@@ -120,6 +120,26 @@ class State:
                 stack.free_prodigy_state()
                 self._show(stack)
         return bool(due)
+
+    def thaw(self) -> list[int]:
+        """Starts the estimate of d anew in the groups whose d is fixed and would not be under these settings."""
+        now, fix_at = Numbers.of(self.numbers), self.settings.prodigy_steps
+        due = []
+        for group, (frozen, k) in enumerate(zip(now.frozen.tolist(), now.k.tolist(), strict=True)):
+            if frozen and (frozen == FROZEN_WHILE_IT_CLIMBED if fix_at == "auto" else fix_at == 0 or k < fix_at):
+                due.append(group)
+        for group in due:
+            for value in (now.frozen, now.numerator, now.peak):
+                value[group] = 0.0
+            for mark_d, mark_k in ((now.mark_d, now.mark_k), (now.climb_d, now.climb_k)):
+                mark_d[group], mark_k[group] = now.d[group], now.k[group]
+        self.freed -= set(due)
+        for stack in self.stacks:
+            if stack.kind.group in due:
+                parts = [sharding.local_part(self.parameters[index]).detach() for index in stack.indices]
+                stack.begin_estimate(stack.z if self.settings.use_schedulefree else torch.stack(parts), self.settings)
+                self._show(stack)
+        return due
 
     def replace(
         self, built: list[Stack], *, numbers: Tensor, steps: int, seed: int, set_aside: dict[int, Tensor] | None

@@ -31,6 +31,9 @@ CLIMB_GROWTH = 1.5
 CLIMB_PATIENCE = 20
 """... within this many steps: at the limit of growth it takes three."""
 
+FROZEN_WHILE_IT_CLIMBED = 2
+"""The mark of a group whose d was fixed, by a number of steps, while it climbed; 1 is that of all others."""
+
 
 def exact_dtype(device: torch.device) -> torch.dtype:
     """The dtype of a group's numbers and sums: float64, or float32 on MPS, which has no float64."""
@@ -49,7 +52,7 @@ class Numbers(NamedTuple):
     applied_d: Tensor  # D of the last step
     mark_d: Tensor  # d when it last grew by more than 2 %
     mark_k: Tensor  # and the step of that
-    frozen: Tensor  # 1 once d is fixed, 2 if it was still climbing then
+    frozen: Tensor  # 1 once d is fixed, or FROZEN_WHILE_IT_CLIMBED
     skipped: Tensor  # steps left out because a gradient was not finite
     active: Tensor  # 1 if any of the group's parameters had a gradient in the last step
     climb_d: Tensor  # d when it last grew by half
@@ -153,7 +156,7 @@ def freeze_by_count(now: Numbers, settings: Settings) -> None:
     if isinstance(settings.prodigy_steps, int) and settings.prodigy_steps > 0:
         due = (now.frozen == 0) & (now.k >= settings.prodigy_steps)
         climbs = (now.climb_k > 1) & (now.k - now.climb_k < CLIMB_PATIENCE)
-        now.frozen.copy_(torch.where(due, torch.where(climbs, 2.0, 1.0), now.frozen))
+        now.frozen.copy_(torch.where(due, torch.where(climbs, float(FROZEN_WHILE_IT_CLIMBED), 1.0), now.frozen))
 
 
 def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Settings) -> Tensor:

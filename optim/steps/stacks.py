@@ -116,6 +116,15 @@ class Stack:
         """Drops what is not needed once d is frozen."""
         self.p0 = self.s = self.norms = None
 
+    def begin_estimate(self, start: Tensor, settings: Settings) -> None:
+        """Makes what estimating d needs, as at the first step, with `start`, (n, *shape), as the start values."""
+        self.kind = self.kind._replace(starts_at_zero=False)
+        self.p0 = self.kind.sliced(start.reshape(len(self.indices), -1)).to(torch.bfloat16)
+        if settings.use_speed:
+            self.norms = torch.zeros_like(self.sums)
+        else:
+            self.s = torch.zeros_like(self.p0)
+
 
 def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[Tensor], settings: Settings) -> Stack:
     """A stack at its start: z and p0 are the weights (or the first moment is 0), everything else is 0."""

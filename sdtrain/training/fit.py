@@ -68,7 +68,7 @@ def fit(
     optimizer = build_optimizer(trainable, config)
     write_resolved_config(run)
     training = Training(run, model, trainable, optimizer, data)
-    first_step = _resumed_step(training) if resume else 0
+    first_step = _resumed_step(training, console) if resume else 0
     console.print(banner(run, trainable, data.batches, first_step))
     with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
         step = train(training, first_step, everybody, stop)
@@ -159,14 +159,18 @@ def export(training: Training, step: int, watchers: Watchers) -> None:
     watchers.tell(SavedRecord(step, run.weights_path, "weights"))
 
 
-def _resumed_step(training: Training) -> int:
+def _resumed_step(training: Training, console: Console) -> int:
+    """The steps that are done, with everything as it was then; a d that is estimated again is told of."""
     states = saved_states(training.run.folder / "checkpoints")
     if not states:
         return 0
     if states[-1].step > training.run.config.steps:
         what = f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
         raise user_error(f"--resume {training.run.folder}", "steps", what)
-    return load_state(states[-1], training.trainable, training.optimizer)
+    step = load_state(states[-1], training.trainable, training.optimizer)
+    if thawed := training.optimizer.thaw():
+        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
+    return step
 
 
 def _record_of(run: Run, first_step: int) -> RunRecord:

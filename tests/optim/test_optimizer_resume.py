@@ -230,3 +230,41 @@ def test_the_state_of_another_optimizer_is_refused() -> None:
 def test_text_without_our_key_is_refused() -> None:
     with pytest.raises(ValueError, match="metadata has"):
         unflatten_state({}, {"format": "pt"})
+
+
+def resumed_with(state: dict[str, Any], **settings: Any) -> tuple[list[nn.Parameter], ProdigyPlusScheduleFree]:
+    params = model(torch.float32)
+    optimizer = build(params, **settings)
+    optimizer.load_state_dict(state)
+    return params, optimizer
+
+
+def test_a_d_that_was_fixed_while_it_climbed_climbs_on_when_the_settings_are_changed() -> None:
+    params = model(torch.float32)
+    optimizer = build(params, prodigy_steps=8)
+    steps(params, optimizer, 0, 12)
+    before = [m.d for m in optimizer.metrics()]
+    assert all(m.climbing and m.frozen for m in optimizer.metrics())
+    for settings in ({"prodigy_steps": "auto"}, {"prodigy_steps": 0}, {"prodigy_steps": 60}):
+        again, resumed = resumed_with(optimizer.state_dict(), **settings)
+        assert resumed.thaw() == ["unet", "text_encoder"]
+        assert [m.d for m in resumed.metrics()] == before and not any(m.frozen for m in resumed.metrics())
+        steps(again, resumed, 12, 40)
+        assert all(m.d > 1.5 * d for m, d in zip(resumed.metrics(), before, strict=True))
+        # and its state continues bit for bit
+        copied, last = resumed_with(resumed.state_dict(), **settings)
+        for p, q in zip(copied, again, strict=True):
+            p.data.copy_(q.detach())
+        assert last.thaw() == []
+        steps(again, resumed, 40, 45)
+        steps(copied, last, 40, 45)
+        assert all(torch.equal(p, q) for p, q in zip(copied, again, strict=True))
+
+
+def test_nothing_is_thawed_where_nothing_was_changed_or_d_was_at_rest() -> None:
+    params = model(torch.float32)
+    optimizer = build(params, prodigy_steps=8)
+    steps(params, optimizer, 0, 12)
+    assert resumed_with(optimizer.state_dict(), prodigy_steps=8)[1].thaw() == []
+    optimizer._now.frozen.fill_(1.0)
+    assert resumed_with(optimizer.state_dict(), prodigy_steps="auto")[1].thaw() == []
