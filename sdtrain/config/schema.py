@@ -134,7 +134,9 @@ class OptimizerConfig(Settings):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
     d0: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="First guess of the step size d.")
-    d_coef: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Factor on the estimate of d.")
+    d_coef: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Factor on the d that is found; holds once d has stopped climbing."
+    )
     d_limiter: bool = Field(default=True, description="Let d grow by at most 2^(1/4) a step.")
     prodigy_steps: Whole | Literal["auto"] = Field(
         default=0, description="Step at which d is frozen; 0: never; `auto`: once it has stopped growing."

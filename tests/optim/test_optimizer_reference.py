@@ -34,6 +34,23 @@ def test_the_plain_path_follows_the_reference(settings: dict[str, Any]) -> None:
         torch.testing.assert_close(z, tensor.z, rtol=1e-6, atol=1e-2 * max(moved, tensor.z.abs().max().item()) + 1e-6)
 
 
+@pytest.mark.parametrize("mean", ["harmonic_mean", "geometric_mean", "mean", None])
+def test_the_plain_path_follows_the_reference_when_a_group_is_stopped(mean: Any) -> None:
+    values = starts()
+    params, optimizer = build(values, False, split_groups_mean=mean)
+    reference = Reference([values[:5], values[5:]], optimizer.settings, lr=[1.0, 0.5])
+    for step in range(25):
+        grads = [gradient(p.detach(), step, index) for index, p in enumerate(params)]
+        count = 5 if step >= 8 else len(params)
+        for index, (p, g) in enumerate(zip(params, grads, strict=True)):
+            p.grad = g.clone() if index < count else None
+        optimizer.step()
+        reference.step([grads[:5], grads[5:count]])
+    torch.testing.assert_close(optimizer._now.d, torch.tensor(reference.d, dtype=torch.float64), rtol=2e-3, atol=0)
+    for p, tensor in zip(params, [tensor for group in reference.groups for tensor in group], strict=True):
+        torch.testing.assert_close(p.detach().double(), tensor.y, rtol=1e-4, atol=1e-5)
+
+
 def test_every_setting_changes_something() -> None:
     """A setting that did nothing would give another's weights. (For beta4 on the way down see
     test_optimizer_step_size.)"""

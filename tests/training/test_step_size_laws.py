@@ -52,6 +52,9 @@ def test_the_lr_of_a_network_weighs_its_step_on_the_quickstarts_pictures(train: 
     one = end_of(train, "one", 120, settings)
     for weight in (0.1, 0.5, 2.0):
         weighed = end_of(train, f"{weight}", 120, settings | {"method.lr": {"text_encoder": weight}})
+        if mean == "off":  # each its own d, which may grow once more after 100 steps: in one of three runs it did
+            weighed = {"text_encoder": weighed["text_encoder"]}
+            one = {"text_encoder": one["text_encoder"]}
         require_weight(one, weighed, "text_encoder", weight)
 
 
