@@ -12,14 +12,14 @@ from sdtrain.adapters.formats.metadata import CONFIG_KEY, FileFacts
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.low_rank import RankRule, extract, resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
-from sdtrain.commands.merge import open_model
+from sdtrain.commands.merge import read_model
 from sdtrain.errors import user_error
 from sdtrain.models.model import Model
 
 
 def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "") -> int:
     """Write the LoRA that makes `tuned` of `base`, as near as its rank allows; how many layers it has."""
-    before, after = open_model(base, components), open_model(tuned, components)
+    before, after = read_model(base, components), read_model(tuned, components)
     meant = cast(TargetPreset, targets) if targets in get_args(TargetPreset) else [targets]
     modules = select_targets(before.networks, meant, unused=before.unused_layers)
     adapters = extract(before.networks, after.networks, rule, modules=modules)
@@ -31,7 +31,7 @@ def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path,
 
 def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: str = "") -> LoraFile:
     """Write a LoRA file with another rank, as near as that allows; what was read. Raises UserError."""
-    model = open_model(base, components)
+    model = read_model(base, components)
     read = read_lora(file, model.networks)
     _write(out, resize(read.adapters, rule), model, base, read.metadata)
     return read

@@ -24,8 +24,8 @@ def fit_settings(config: Config, source: str, console: Console, *, resume: bool,
     id and not in the local cache.
     """
     require_own_folder(config, resume=resume)
-    _, examples = inspect_run(config, source, decode=False, fetch=fetch)
+    opened, examples = inspect_run(config, source, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit  # what can be told without torch has been told
 
-    return fit(config, examples, console, resume=resume)
+    return fit(config, opened, examples, console, resume=resume)

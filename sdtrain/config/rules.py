@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
+from sdtrain.families.words import LATENT_FACTOR_PX
+
+NOT_A_MULTIPLE = f"is not a multiple of {LATENT_FACTOR_PX}, the VAE's factor"
 
 
 def impossible_pairs(config: Config) -> list[Problem]:
@@ -56,8 +59,8 @@ def _method(config: Config) -> Iterator[Problem]:
 
 
 def _data(config: Config) -> Iterator[Problem]:
-    if config.data.bucket_step_px % 8:
-        yield Problem("data.bucket_step_px", f"{config.data.bucket_step_px} is not a multiple of 8, the VAE's factor")
+    if config.data.bucket_step_px % LATENT_FACTOR_PX:
+        yield Problem("data.bucket_step_px", f"{config.data.bucket_step_px} {NOT_A_MULTIPLE}")
     if config.data.bucket_step_px > config.data.resolution_px:
         yield Problem(
             "data.bucket_step_px",
@@ -84,5 +87,5 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 def _preview(config: Config) -> Iterator[Problem]:
     for side in ("width_px", "height_px"):
         size = config.preview.width_px if side == "width_px" else config.preview.height_px
-        if size % 8:
-            yield Problem(f"preview.{side}", f"{size} is not a multiple of 8, the VAE's factor")
+        if size % LATENT_FACTOR_PX:
+            yield Problem(f"preview.{side}", f"{size} {NOT_A_MULTIPLE}")

@@ -14,6 +14,7 @@ from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
+from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
@@ -40,14 +41,18 @@ class Training:
     data: Prepared
 
 
-def fit(config: Config, examples: list[Example], console: Console, *, resume: bool = False) -> bool:
-    """Train what the config says on pictures that were scanned; True when the planned steps are done, else False.
+def fit(
+    config: Config, opened: OpenedModel, examples: list[Example], console: Console, *, resume: bool = False
+) -> bool:
+    """Train what the config says on a model that was opened and pictures that were scanned.
+
+    True when the planned steps are done, else False.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known.
     """
     started = time.monotonic()
     run = open_run(config)
-    model = load(run)
+    model = load(run, opened)
     data = encode_everything(model, run, examples, console)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)

@@ -12,7 +12,7 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.models.checkpoints.hub import fetch_if_missing
-from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
+from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 
 CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache")
 """Settings a resumed run may change: none of them changes what a step computes."""
@@ -22,9 +22,7 @@ def read_run_config(path: Path, overrides: Sequence[str], *, resume: bool) -> Co
     """The config of a run. Raises UserError with everything that is wrong with it."""
     table = read_table(path, overrides)
     if resume:
-        table = keep_stored_optimizer(
-            table, stored_table(run_folder(str(table.get("output", "runs")), str(table.get("name"))))
-        )
+        table = keep_stored(table, stored_table(run_folder(str(table.get("output", "runs")), str(table.get("name")))))
     return resolve(table, str(path))
 
 
@@ -38,7 +36,7 @@ def stored_table(folder: Path) -> dict[str, Any]:
     path = folder / "config.toml"
     if not path.exists():
         raise user_error(str(folder), "run", "there is no run in this folder; start one with `sdtrain fit CONFIG`")
-    return read_table(path)
+    return as_it_began(read_table(path))
 
 
 def stored_config(folder: Path) -> Config:
@@ -46,15 +44,34 @@ def stored_config(folder: Path) -> Config:
     return resolve(stored_table(folder), str(folder / "config.toml"))
 
 
-def keep_stored_optimizer(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the optimizer values the run resolved when it began, unless the user sets them now.
+def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what the run resolved when it began, unless the user sets it now.
 
     A preset means numbers that follow from the planned steps; more steps later must not move what already happened.
+    What no caption is must not change in the middle of a run either.
     """
+    kept = dict(table)
+    model = table.get("model", {})
+    if isinstance(model, Mapping) and "no_caption" in stored["model"]:
+        kept["model"] = {"no_caption": stored["model"]["no_caption"], **model}
     optimizer = table.get("optimizer", {})
-    if not isinstance(optimizer, Mapping) or optimizer.get("preset") not in (None, stored["optimizer"]["preset"]):
-        return dict(table)
-    return {**table, "optimizer": {**stored["optimizer"], **optimizer}}
+    if isinstance(optimizer, Mapping) and optimizer.get("preset") in (None, stored["optimizer"]["preset"]):
+        kept["optimizer"] = {**stored["optimizer"], **optimizer}
+    return kept
+
+
+def as_it_began(stored: dict[str, Any]) -> dict[str, Any]:
+    """The table of a run that may be older than `model.no_caption`.
+
+    Such a run trained dropped and missing captions as the encoded empty string, whatever the model said; it goes on so.
+    """
+    model, data = stored.get("model"), stored.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict) or "no_caption" in model:
+        return stored
+    empty = [folder.get("missing_captions") == "empty" for folder in data.get("folder", [])]
+    if data.get("caption_dropout") or any(empty):
+        model["no_caption"] = "empty-text"
+    return stored
 
 
 def require_own_folder(config: Config, *, resume: bool) -> None:
@@ -82,8 +99,8 @@ def _require_same(config: Config, folder: Path) -> None:
         raise UserError(f"--resume {folder}", problems)
 
 
-def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
-    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong.
+def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:
+    """The model, opened, and the pictures. Raises UserError with everything that is wrong.
 
     decode: read every pixel of every picture. fetch: get a model named by a hub id that is not in the local cache.
     """
@@ -99,13 +116,15 @@ def inspect_run(config: Config, source: str, *, decode: bool, fetch: bool = Fals
     return facts, examples
 
 
-def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
-    if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
-        return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
-    return []
+def _network_problems(config: Config, facts: OpenedModel) -> list[Problem]:
+    return [
+        Problem("method.train", f"names {network}, which {facts.family.title} does not have")
+        for network in config.method.train
+        if network not in facts.family.components
+    ]
 
 
-def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+def size_problems(config: Config, facts: OpenedModel) -> list[Problem]:
     """Picture sizes that the model's halvings do not fit."""
     step = facts.latent_step_px
     sizes = {

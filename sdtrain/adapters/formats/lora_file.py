@@ -47,7 +47,7 @@ from sdtrain.adapters.kinds import (
 )
 from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.words import TRAINABLE_NETWORKS
+from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
 
 
 @dataclass(frozen=True)
@@ -209,8 +209,8 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
         tables = [short, proper]
     else:
         proper = sd_scripts_names(networks)
-        flat = {module: "lora_unet_" + module.replace(".", "_") for module in proper.get("unet", {})}
-        tables = [{"unet": flat}, proper]
+        flat = {module: LORA_UNET_PREFIX + module.replace(".", "_") for module in proper.get(DENOISER, {})}
+        tables = [{DENOISER: flat}, proper]
     return {
         name: (component, module)
         for table in tables
