@@ -1,29 +1,32 @@
-"""Lending the model the averaged weights, and taking them back."""
+"""A context in which the model holds the averaged weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
 
-class Lends(Protocol):
+class Averaging(Protocol):
     """What `averaged` needs of an optimizer."""
 
     @property
-    def lent(self) -> bool: ...
+    def holds_average(self) -> bool:
+        """Whether the model holds x."""
 
-    def eval(self) -> None: ...
+    def eval(self) -> None:
+        """Gives the model x."""
 
-    def train(self) -> None: ...
+    def train(self) -> None:
+        """Gives the model y."""
 
 
 @contextmanager
-def averaged(optimizer: Lends) -> Iterator[None]:
+def averaged(optimizer: Averaging) -> Iterator[None]:
     """Within the block the model holds x, the averaged weights: sample, validate and save there.
 
     Afterwards it holds y again, bit for bit, also if the block raised. Within another such block it changes nothing.
     While it lasts a copy of y is kept, `step()` raises RuntimeError, and changes to the weights are lost at its end.
     """
-    if optimizer.lent:
+    if optimizer.holds_average:
         yield
         return
     optimizer.eval()

@@ -10,7 +10,7 @@ from optim.settings import GROUP_SETTINGS, check_group
 
 
 def group_ranges(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
-    """The places (first, last + 1) of each group's parameters among all parameters."""
+    """Where each group's parameters stand among all parameters: (first, last + 1)."""
     ranges, start = [], 0
     for group in groups:
         ranges.append((start, start + len(group["params"])))
@@ -19,11 +19,11 @@ def group_ranges(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
 
 
 class GroupsOnDevice:
-    """Copies of what the groups say, written only when somebody (a schedule) changed it."""
+    """The settings of the groups on the device, written only when somebody (a schedule) changed one."""
 
     def __init__(self) -> None:
         self._written: list[tuple[float, ...]] = []
-        self._table = torch.empty(0)  # float64 [settings, groups]
+        self._values = torch.empty(0)  # float64 (settings, groups)
         self._moved: dict[tuple[bool, ...], Tensor] = {}
 
     def values(self, groups: list[dict[str, Any]], device: torch.device) -> GroupValues:
@@ -34,7 +34,7 @@ class GroupsOnDevice:
         """
         wanted = [tuple(group[key] for key in GROUP_SETTINGS) for group in groups]
         if len(wanted) != len(self._written):
-            self._table = torch.zeros(len(GROUP_SETTINGS), len(wanted), dtype=exact_dtype(device), device=device)
+            self._values = torch.zeros(len(GROUP_SETTINGS), len(wanted), dtype=exact_dtype(device), device=device)
             self._written = [()] * len(wanted)
         for index, (new, old) in enumerate(zip(wanted, self._written, strict=True)):
             if new == old:
@@ -42,12 +42,12 @@ class GroupsOnDevice:
             if problems := check_group(groups[index]["name"], *new):
                 raise ValueError("; ".join(problems))
             for row, value in enumerate(new):
-                self._table[row, index].fill_(value)  # a fill, unlike a copy, does not wait for the device
+                self._values[row, index].fill_(value)  # a fill, unlike a copy, does not wait for the device
             self._written[index] = new
-        return GroupValues(**dict(zip(GROUP_SETTINGS, self._table.unbind(0), strict=True)))
+        return GroupValues(**dict(zip(GROUP_SETTINGS, self._values.unbind(0), strict=True)))
 
     def moved(self, which: set[int], num_groups: int, device: torch.device) -> Tensor:
-        """bool [groups]: whether each group is one of `which`; kept, for a copy to the device waits for it."""
+        """Whether each group is one of `which`, bool (groups,); remembered, for a copy to the device waits for it."""
         key = tuple(index in which for index in range(num_groups))
         if key not in self._moved:
             self._moved[key] = torch.tensor(key, device=device)

@@ -30,7 +30,7 @@ class GroupMetrics:
 
 
 def metrics_of(groups: list[dict[str, Any]], buffer: Tensor, settings: Settings) -> list[GroupMetrics]:
-    """One entry a group, from the numbers of all groups, [fields, groups]; waits for the device, once."""
+    """One entry per group, from the numbers of all groups (fields, groups); waits for the device, once."""
     result = []
     for group, column in zip(groups, buffer.T.tolist(), strict=True):
         now = dict(zip(Numbers._fields, column, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from optim import saving
 from optim.formulas import rounding
-from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, neutral_table
+from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, no_op_coefficients
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
@@ -25,10 +25,10 @@ from optim.sums import sum_up
 class StepInProgress:
     """What a step needs from its first parameter to its last."""
 
-    table: Tensor  # float32 [coefficients, groups]
-    sound: Tensor  # bool, 0-dim: no gradient so far was anything but finite
-    key: int
-    done: set[int]
+    coefficients: Tensor  # float32 (coefficients, groups)
+    all_finite: Tensor  # bool, 0-dim: whether all gradients so far were
+    key: int  # for the rounding
+    done: set[int]  # the parameters that have moved
 
 
 class ProdigyPlusScheduleFree(torch.optim.Optimizer):
@@ -71,8 +71,13 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     # ------------------------------------------------------------------ groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; its d starts at its d0, or at the joint d without `split_groups`."""
-        if self.lent or self._current is not None:
+        """Adds a group; its d starts at its d0, or at the joint d without `split_groups`.
+
+        Raises:
+            RuntimeError: in the middle of a step, or while the model holds the averaged weights.
+            ValueError: a setting, a name or a parameter of the group cannot be used.
+        """
+        if self.holds_average or self._current is not None:
             raise RuntimeError("add_param_group() in the middle of a step or while the averaged weights are lent")
         known = {"params", "name", "initial_lr", *GROUP_SETTINGS}
         name = str(param_group.get("name", f"group_{len(self.param_groups)}"))
@@ -94,7 +99,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._kept.add_group(group["params"], group["d0"])
         self._lists.append(group["params"])
         device = self._kept.numbers.device
-        self._neutral = neutral_table(device)
+        self._no_op = no_op_coefficients(device)
         self._sums = torch.zeros(
             len(self._kept.parameters), stacks.NUM_SUMS, dtype=self._kept.numbers.dtype, device=device
         )
@@ -102,7 +107,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
             self._hook_parameters()
 
     def _follow_groups(self) -> None:
-        """Before the first step a wrapper may put other parameters into the groups, as accelerate does under FSDP2."""
+        """Takes over parameters that a wrapper put into the groups before the first step, as under FSDP2."""
         if all(group["params"] is known for group, known in zip(self.param_groups, self._lists, strict=True)):
             return
         if self._kept.steps:
@@ -136,14 +141,14 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         are, and is counted in the metrics; within a fused backward the parameter that has it is left out.
 
         Raises:
-            RuntimeError: the averaged weights are lent, or a group's parameters were replaced after the first step.
+            RuntimeError: the model holds the averaged weights, or a group has other parameters than at the first step.
             ValueError: a gradient is sparse, or of another shape or device than its parameter.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refuse_while_lent("step()")
+        self._refuse_while_averaged("step()")
         self._follow_groups()
         present = [index for index, p in enumerate(self._kept.parameters) if p.grad is not None]
         if self.settings.fused_back_pass:
@@ -169,16 +174,16 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         for stack in self._kept.stacks:
             stacks.begin_stack(stack)
         self._sums.zero_()
-        table = begin_step(self._now, self._values(), self.settings)
+        coefficients = begin_step(self._now, self._values(), self.settings)
         self._kept.steps += 1
         key = rounding.signed(rounding.step_key(self._kept.seed, self._kept.steps))
-        sound = torch.ones((), dtype=torch.bool, device=self._sums.device)
-        self._current = StepInProgress(table, sound, key, set())
+        all_finite = torch.ones((), dtype=torch.bool, device=self._sums.device)
+        self._current = StepInProgress(coefficients, all_finite, key, set())
         return self._current
 
     def _step_parameter(self, index: int) -> None:
-        """Within a fused backward: the whole step of one parameter, whose gradient is dropped then."""
-        self._refuse_while_lent("backward() with fused_back_pass")
+        """Makes the whole step of one parameter within a fused backward, and drops its gradient."""
+        self._refuse_while_averaged("backward() with fused_back_pass")
         current = self._current or self._begin()
         if index in current.done:
             self._kept.parameters[index].grad = None  # so that step() can still end the step
@@ -200,17 +205,17 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def _advance(self, present: list[int], current: StepInProgress) -> None:
         current.done.update(present)
-        sound = self._stepper.step(present, current.table, self._neutral, current.key)
-        current.sound = current.sound & sound
+        all_finite = self._stepper.step(present, current.coefficients, self._no_op, current.key)
+        current.all_finite = current.all_finite & all_finite
 
     def _end(self, current: StepInProgress) -> None:
-        """The sums of all parameters become those of the groups, and d moves."""
+        """Adds the sums of the parameters up to those of the groups, and moves d."""
         used = [stack for stack in self._kept.stacks if not current.done.isdisjoint(stack.indices)]
-        sum_up(self._sums, used, self._now, self.settings, current.table, current.sound, current.done)
+        sum_up(self._sums, used, self._now, self.settings, current.coefficients, current.all_finite, current.done)
         sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
         which = {self._kept.group_of[index] for index in current.done}
         moved = self._groups.moved(which, len(self.param_groups), self._sums.device)
-        end_step(self._now, sums, moved, self._values(), self.settings, current.sound)
+        end_step(self._now, sums, moved, self._values(), self.settings, current.all_finite)
         self._stepper.end()
         self._current = None
         if self._kept.free_frozen():
@@ -219,11 +224,10 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     # ------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything a run needs to continue bit for bit: tensors are views of the state in their own dtypes, not
-        copies.
+        """Everything a run needs to continue bit for bit, in views of the state, not copies.
 
         Besides torch's "state" and "param_groups" it has "version", "settings", "numbers", "steps", "seed" and "lent".
-        While the averaged weights are lent, y is part of it. Under FSDP2 it is this rank's part.
+        While the model holds the averaged weights ("lent"), y is part of it. Under FSDP2 it is this rank's part.
         """
         return saving.pack(self._kept, self.param_groups)
 
@@ -235,41 +239,42 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         return saving.pack_whole(self._kept, self.param_groups, keep=keep)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continues from a `state_dict()` or a `whole_state_dict()`, bit for bit. If it was taken while x was lent, the
-        model must hold that x.
+        """Continues from a `state_dict()` or a `whole_state_dict()`, bit for bit.
+
+        If it was taken while the model held x, the model must hold that x.
 
         Raises:
             ValueError: the state is of another version, other groups, other parameters, or settings that change its
-            meaning.
+                meaning.
         """
         self._follow_groups()
         saving.unpack(self._kept, self.param_groups, state_dict)
         self._current = None
         self._stepper.changed()
 
-    # ------------------------------------------------------------------ lending
+    # ------------------------------------------------------------------ the average
 
     @property
-    def lent(self) -> bool:
+    def holds_average(self) -> bool:
         """Whether the model holds x, the averaged weights."""
-        return self._kept.lent is not None
+        return self._kept.set_aside is not None
 
     @torch.no_grad()
     def eval(self) -> None:
         """The model holds x from here on; a copy of y is kept for `train()`. Nothing if it does already."""
         if self._current is not None:
             raise RuntimeError("eval() between a fused backward and its step(): call step() first")
-        if not self.lent:
-            self._kept.lend()
+        if not self.holds_average:
+            self._kept.swap_in_average()
 
     @torch.no_grad()
     def train(self) -> None:
         """The model holds y again, with the bits it had. Nothing if it does already."""
-        if self.lent:
-            self._kept.take_back()
+        if self.holds_average:
+            self._kept.restore()
 
-    def _refuse_while_lent(self, what: str) -> None:
-        if self.lent:
+    def _refuse_while_averaged(self, what: str) -> None:
+        if self.holds_average:
             raise RuntimeError(
                 f"{what} while the model holds the averaged weights: leave the `averaged(optimizer)` block, or call "
                 "optimizer.train(), first"
@@ -278,7 +283,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     # ------------------------------------------------------------------ what people see
 
     def metrics(self) -> list[GroupMetrics]:
-        """One entry a group. Waits for the device, once."""
+        """What each group is doing, one entry per group. Waits for the device, once."""
         return metrics_of(self.param_groups, self._kept.numbers, self.settings)
 
     # ------------------------------------------------------------------ fused backward

@@ -10,7 +10,7 @@ FLOATING = (torch.float32, torch.bfloat16)
 
 
 def parameter_problems(name: str, params: list[object], known: list[Tensor], settings: Settings) -> list[str]:
-    """What is wrong with the parameters of group `name`, as sentences; `known` are those of the groups before it."""
+    """What is wrong with the parameters of group `name`, as sentences. known: those of earlier groups."""
     if not params:
         return [f"group {name!r} holds no parameters"]
     problems = []

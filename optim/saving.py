@@ -13,27 +13,27 @@ from optim.state import State
 from optim.steps.stacks import Kind, Stack
 
 VERSION = 1
-MEANING = ("betas", "factored", "factored_fp32", "split_groups", "use_schedulefree", "use_speed")
-"""Settings without which a state would mean something else: they must be the same when it is loaded."""
+MUST_MATCH = ("betas", "factored", "factored_fp32", "split_groups", "use_schedulefree", "use_speed")
+"""Settings that give a state its meaning: they must be the same when it is loaded."""
 
 
 Groups = list[dict[str, Any]]
 
 
 def pack(kept: State, groups: Groups) -> dict[str, Any]:
-    """See `ProdigyPlusScheduleFree.state_dict`."""
+    """The state as tensors by parameter, and everything else a run needs: see `ProdigyPlusScheduleFree.state_dict`."""
     state: dict[int, dict[str, Tensor]] = {}
-    for index, (stack, place) in sorted(kept.place.items()):
-        state[index] = stack.state_of(place)
-        if kept.lent is not None and index in kept.lent:
-            state[index]["y"] = kept.lent[index]
+    for index, (stack, slot) in sorted(kept.slots.items()):
+        state[index] = stack.state_of(slot)
+        if kept.set_aside is not None and index in kept.set_aside:
+            state[index]["y"] = kept.set_aside[index]
     saved_groups = []
     for group, (start, stop) in zip(groups, group_ranges(groups), strict=True):
         saved_groups.append(
             {**{key: value for key, value in group.items() if key != "params"}, "params": list(range(start, stop))}
         )
     chosen = asdict(kept.settings)
-    settings = {key: list(value) if isinstance(value := chosen[key], tuple) else value for key in MEANING}
+    settings = {key: list(value) if isinstance(value := chosen[key], tuple) else value for key in MUST_MATCH}
     return {
         "state": state,
         "param_groups": saved_groups,
@@ -42,16 +42,16 @@ def pack(kept: State, groups: Groups) -> dict[str, Any]:
         "numbers": kept.numbers.clone(),
         "steps": kept.steps,
         "seed": kept.seed,
-        "lent": kept.lent is not None,
+        "lent": kept.set_aside is not None,
     }
 
 
 def pack_whole(kept: State, groups: Groups, *, keep: bool) -> dict[str, Any] | None:
-    """See `ProdigyPlusScheduleFree.whole_state_dict`."""
+    """The same of whole parameters, from all ranks: see `ProdigyPlusScheduleFree.whole_state_dict`."""
     mine = pack(kept, groups)
     whole: dict[int, dict[str, Tensor]] = {}
     for index, tensors in mine["state"].items():
-        kind = kept.place[index][0].kind
+        kind = kept.slots[index][0].kind
         for name, part in tensors.items():
             tensor = gathering.gathered(name, part, kind)
             if keep:
@@ -71,7 +71,11 @@ def _parts_here(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> dict[
 
 
 def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
-    """See `ProdigyPlusScheduleFree.load_state_dict`."""
+    """Takes a saved state over, or refuses it and changes nothing.
+
+    Raises:
+        ValueError: the state does not belong to this optimizer; everything that does not fit is named.
+    """
     if problems := _problems(kept, groups, saved):
         raise ValueError("this state does not belong to this optimizer: " + "; ".join(problems))
     state = _parts_here(kept, saved["state"])
@@ -79,10 +83,10 @@ def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
     for group, old in zip(groups, saved["param_groups"], strict=True):
         group.update({key: value for key, value in old.items() if key != "params"})
     numbers = saved["numbers"].to(kept.numbers, copy=True)
-    lent = None
+    set_aside = None
     if saved["lent"]:
-        lent = {index: s["y"].to(numbers.device, copy=True) for index, s in state.items() if "y" in s}
-    kept.replace(built, numbers=numbers, steps=saved["steps"], seed=saved["seed"], lent=lent)
+        set_aside = {index: s["y"].to(numbers.device, copy=True) for index, s in state.items() if "y" in s}
+    kept.replace(built, numbers=numbers, steps=saved["steps"], seed=saved["seed"], set_aside=set_aside)
 
 
 def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str]:
@@ -135,15 +139,15 @@ def _build_stacks(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> lis
         if not estimating:
             stack.free_prodigy_state()
         for name, target in stack.tensors().items():
-            for place, index in enumerate(indices):
+            for slot, index in enumerate(indices):
                 source = state[index].get(name)
-                if source is None or source.shape != target[place].shape or source.dtype != target.dtype:
+                if source is None or source.shape != target[slot].shape or source.dtype != target.dtype:
                     was = "nothing" if source is None else f"{tuple(source.shape)} {source.dtype}"
                     raise ValueError(
                         f"this state does not belong to this optimizer: {name!r} of parameter {index} is {was}, "
-                        f"must be {tuple(target[place].shape)} {target.dtype}"
+                        f"must be {tuple(target[slot].shape)} {target.dtype}"
                     )
-                target[place].copy_(source)
+                target[slot].copy_(source)
         built.append(stack)
     return built
 

@@ -43,7 +43,7 @@ class Settings:
         factored: keep row and column means in place of the second moment (two or more axes, one of 32 or more).
         factored_fp32: keep these means in float32 whatever the parameters are in.
         use_schedulefree: False: plain Prodigy with a first moment, for an outside schedule.
-        schedulefree_c: > 0: weight of the newest z in the average, refined averaging (6 to 12 for short noisy runs, 50
+        schedulefree_c: > 0: weight of the newest z in the average, arXiv 2507.09846 (6 to 12 for short noisy runs, 50
             to 200 for long ones); 0: the plain average.
         use_stableadamw: with eps > 0, divide the update by sqrt(max(1, its RMS)); atan2 is bounded and needs none.
         use_bias_correction: RAdam's rectified warm-up.

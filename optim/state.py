@@ -1,5 +1,5 @@
-"""What an optimizer keeps from step to step: its parameters, their state in stacks, the numbers of the groups, and what
-is lent."""
+"""What an optimizer keeps from step to step: its parameters, their state in stacks, the numbers of the groups, and y
+while the model holds the average."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -20,23 +20,23 @@ from optim.steps.stacks import Kind, Stack
 
 @dataclass(eq=False)
 class State:
-    """Everything that `state_dict()` saves. Parameters are known by their place among all parameters of all groups."""
+    """Everything that `state_dict()` saves. Parameters are known by their index among all parameters of all groups."""
 
     settings: Settings
     seed: int
     steps: int = 0
-    numbers: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # float64 [len(Numbers._fields), groups]
+    numbers: Tensor = field(default_factory=lambda: torch.empty(0, 0))  # float64 (len(Numbers._fields), groups)
     parameters: list[Tensor] = field(default_factory=list)
     group_of: list[int] = field(default_factory=list)
     stacks: list[Stack] = field(default_factory=list)
-    place: dict[int, tuple[Stack, int]] = field(default_factory=dict)
+    slots: dict[int, tuple[Stack, int]] = field(default_factory=dict)  # where in which stack a parameter's state is
     freed: set[int] = field(default_factory=set)  # groups whose d is fixed: they need no p0 and s
-    lent: dict[int, Tensor] | None = None  # y, while the model holds x
+    set_aside: dict[int, Tensor] | None = None  # y, while the model holds x
     views: defaultdict[Tensor, Any] = field(default_factory=lambda: defaultdict(dict))
     """The state by parameter, as torch's `optimizer.state` shows it."""
 
     def add_group(self, params: list[Tensor], d0: float) -> None:
-        """A column of numbers for a new group, and its parameters among all."""
+        """Gives a new group a column of numbers, and its parameters indices."""
         column, num_groups = Numbers.start(d0, params[0].device), self.numbers.shape[1]
         if num_groups and not self.settings.split_groups:
             column = self.numbers[:, :1]
@@ -45,11 +45,11 @@ class State:
         self.parameters += params
 
     def build_missing(self, wanted: list[int]) -> list[Stack]:
-        """State for those of the wanted parameters that have none yet; returns the new stacks.
+        """Builds state for those of the wanted parameters that have none yet; returns the new stacks.
 
-        The only place that asks the device: which of them start at zero.
+        It asks the device, once, which of them start at zero.
         """
-        missing = [index for index in wanted if index not in self.place]
+        missing = [index for index in wanted if index not in self.slots]
         if not missing:
             return []
         parts = [sharding.local_part(self.parameters[index]) for index in missing]
@@ -64,7 +64,7 @@ class State:
         return built
 
     def build(self, kind: Kind, indices: list[int]) -> Stack:
-        """A stack at its start, not yet among the others."""
+        """A stack at its start, which is not yet one of the state's."""
         weights = [sharding.local_part(self.parameters[index]) for index in indices]
         return stacks.build_stack(kind, indices, self._keys(indices), weights, self.settings)
 
@@ -90,15 +90,15 @@ class State:
         if stack.kind.group in self.freed:
             stack.free_prodigy_state()
         self.stacks.append(stack)
-        self.place.update({index: (stack, place) for place, index in enumerate(stack.indices)})
+        self.slots.update({index: (stack, slot) for slot, index in enumerate(stack.indices)})
         self._show(stack)
 
     def _show(self, stack: Stack) -> None:
-        for place, index in enumerate(stack.indices):
-            self.views[self.parameters[index]] = stack.state_of(place)
+        for slot, index in enumerate(stack.indices):
+            self.views[self.parameters[index]] = stack.state_of(slot)
 
     def free_frozen(self) -> bool:
-        """Once a group's d is fixed, p0 and s go; returns whether any went.
+        """Drops p0 and s of groups whose d is fixed; returns whether there were any.
 
         The device is asked rarely, and only while there is something to free.
         """
@@ -122,30 +122,28 @@ class State:
         return bool(due)
 
     def replace(
-        self, built: list[Stack], *, numbers: Tensor, steps: int, seed: int, lent: dict[int, Tensor] | None
+        self, built: list[Stack], *, numbers: Tensor, steps: int, seed: int, set_aside: dict[int, Tensor] | None
     ) -> None:
-        """Takes over a state that has been checked."""
-        self.views.clear()
-        self.stacks.clear()
-        self.place.clear()
-        self.freed.clear()
-        self.numbers, self.steps, self.seed, self.lent = numbers, steps, seed, lent
+        """Puts a state that has been checked in the place of this one."""
+        self.views.clear()  # torch's `optimizer.state` is this very object
+        self.stacks, self.slots, self.freed = [], {}, set()
+        self.numbers, self.steps, self.seed, self.set_aside = numbers, steps, seed, set_aside
         for stack in built:
             stack.keys = torch.tensor(self._keys(stack.indices), dtype=torch.int32, device=stack.keys.device)
             self._add(stack)
 
-    def lend(self) -> None:
-        """The model holds x from here on; a copy of y is kept."""
-        self.lent = {}
+    def swap_in_average(self) -> None:
+        """Writes x into the parameters, and keeps a copy of y."""
+        self.set_aside = {}
         if not self.settings.use_schedulefree:
             return
-        for index, (stack, place) in self.place.items():
+        for index, (stack, slot) in self.slots.items():
             y = sharding.local_part(self.parameters[index])
-            self.lent[index] = y.clone()
-            y.copy_(average(y, stack.z[place], self.settings.betas[0]))
+            self.set_aside[index] = y.clone()
+            y.copy_(average(y, stack.z[slot], self.settings.betas[0]))
 
-    def take_back(self) -> None:
-        """The model holds y again, with the bits it had."""
-        for index, y in (self.lent or {}).items():
+    def restore(self) -> None:
+        """Writes y into the parameters again, with the bits it had."""
+        for index, y in (self.set_aside or {}).items():
             sharding.local_part(self.parameters[index]).copy_(y)
-        self.lent = None
+        self.set_aside = None

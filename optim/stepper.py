@@ -1,7 +1,7 @@
-"""The passes of a step over the parameters: measure all gradients, and only then, if all are finite, move.
+"""Steps parameters in two passes: measure all gradients, and only then, if all are finite, move.
 
-What a compiled step knows goes to `cpu.py` (CPU) or `cuda.py` (CUDA), everything else through `plain.py` piece by
-piece.
+What a compiled step knows goes to `cpu.py` (CPU) or `cuda.py` (CUDA), everything else piece by piece to
+`plain.py`.
 """
 
 from collections.abc import Iterator
@@ -20,20 +20,21 @@ from optim.steps import cpu, cuda, plain, stacks
 from optim.steps.plain import Step
 from optim.steps.scratch import Scratch
 from optim.steps.stacks import Stack
+from optim.steps.support import Call, CompiledStep, Table
 
 CACHED_ELEMENTS = 1 << 19
 """Elements of a piece on the CPU: the scratch buffers of this size (2 MiB each, three to five) fit the last cache, and
 an operation has enough to do for two threads to be worth waking."""
 DEVICE_ELEMENTS = 1 << 24
-"""And elsewhere: 64 MiB a buffer."""
+"""Elements of a piece on other devices: 64 MiB per scratch buffer."""
 WORTH_COMPILING = 1 << 20
-"""Parameters from which a compiled step pays for its compilation."""
+"""Number of elements from which a compiled step pays for its compilation."""
 
-COMPILED = {"cpu": cpu, "cuda": cuda}
-"""By kind of device: who makes the compiled step. Both have `usable` and `Table`."""
+COMPILED: dict[str, CompiledStep] = {"cpu": cpu, "cuda": cuda}
+"""Who makes the compiled step, by the type of the device."""
 
-Call = cpu.Call | cuda.Call
 Work = tuple[Stack, slice, list[int]]
+"""A piece of a stack for the plain path, and the indices of the parameters in it."""
 
 
 class Stepper:
@@ -42,49 +43,49 @@ class Stepper:
     def __init__(self, kept: State, settings: Settings) -> None:
         self.kept = kept
         self.settings = settings
-        self.tables: list[cpu.Table | cuda.Table] | None = None
+        self.tables: list[Table] | None = None
 
     def changed(self) -> None:
-        """To be called whenever stacks come, go, or change their tensors."""
+        """Must be called whenever stacks come, go, or change their tensors."""
         self.tables = None
 
     def end(self) -> None:
-        """Gives back what only a step needs; addresses in the compiled library's tables stay good."""
+        """Frees what only a step needs, unless a compiled step has its address."""
         if not self.tables:
             for stack in self.kept.stacks:
                 stack.row_now = stack.col_now = None
 
-    def step(self, present: list[int], table: Tensor, neutral: Tensor, step_key: int) -> Tensor:
-        """The step of the parameters at `present`; returns whether all their gradients were finite (bool, 0-dim).
+    def step(self, present: list[int], coefficients: Tensor, no_op: Tensor, step_key: int) -> Tensor:
+        """Steps the parameters of these indices; returns whether all their gradients were finite (bool, 0-dim).
 
-        table: float32 [coefficients, groups]; neutral: [coefficients, 1], taken if they were not.
+        coefficients: float32 (coefficients, groups). no_op: float32 (coefficients, 1), taken if they were not.
         """
         if self.tables is None:
             self._prepare()
         grads = self._gradients(present)
         calls, rest = self._measure_compiled(present, grads)
         work = list(self._pieces(rest))
-        scratch = Scratch(table.device)
+        scratch = Scratch(coefficients.device)
         for stack, piece, indices in work:
             plain.measure(stack, piece, [grads[index] for index in indices], scratch)
         active = self._active(present)
-        sharding.reduce_measures(active)
-        sound = self._all_finite(present, active)
-        table = torch.where(sound, table, neutral)
+        sharding.reduce_squares(active)
+        all_finite = self._all_finite(present, active)
+        coefficients = torch.where(all_finite, coefficients, no_op)
         for call in calls:
-            call.advance(table, sound, step_key)
+            call.advance(coefficients, all_finite, step_key)
         if not work:
-            return sound
-        by_group = [Coefficients.of(table, group) for group in range(table.shape[1])]
-        now = Step(self.settings, by_group, _decays(table), sound, step_key, scratch)
-        known = _known_by_host(sound)
+            return all_finite
+        by_group = [Coefficients.of(coefficients, group) for group in range(coefficients.shape[1])]
+        now = Step(self.settings, by_group, _decays(coefficients), all_finite, step_key, scratch)
+        known = _known_by_host(all_finite)
         if known is not False:
-            now.sound = sound if known is None else None
+            now.all_finite = all_finite if known is None else None
             self._advance_plain(work, grads, now)
-        return sound
+        return all_finite
 
     def _prepare(self) -> None:
-        """The tables of the compiled step, where it is used."""
+        """Makes the tables of the compiled step, where it is used."""
         self.tables = []
         compiled = COMPILED.get(self.kept.parameters[0].device.type)
         if compiled is not None and self._compiles():
@@ -102,7 +103,11 @@ class Stepper:
         return self.settings.compile
 
     def _gradients(self, present: list[int]) -> dict[int, Tensor]:
-        """The gradients as they are here; what cannot be used is refused."""
+        """The gradients by index, as far as they are on this rank.
+
+        Raises:
+            ValueError: a gradient is not dense, or not in float32 or bfloat16.
+        """
         found = [grad for index in present if (grad := self.kept.parameters[index].grad) is not None]
         for layout, dtype in {(grad.layout, grad.dtype) for grad in found}:
             if layout != torch.strided:
@@ -112,7 +117,7 @@ class Stepper:
         return dict(zip(present, map(_local, found), strict=True))
 
     def _measure_compiled(self, present: list[int], grads: dict[int, Tensor]) -> tuple[list[Call], list[int]]:
-        """The first pass of the compiled step, and the parameters that are left to the plain path."""
+        """Measures what the compiled step can take; returns its calls, and the indices left to the plain path."""
         calls: list[Call] = []
         taken: set[int] = set()
         for table in self.tables or []:
@@ -128,7 +133,7 @@ class Stepper:
 
     def _active(self, present: list[int]) -> list[Stack]:
         if len(present) == 1:
-            return [self.kept.place[present[0]][0]]
+            return [self.kept.slots[present[0]][0]]
         chosen = set(present)
         return [stack for stack in self.kept.stacks if not chosen.isdisjoint(stack.indices)]
 
@@ -136,15 +141,15 @@ class Stepper:
         if not active:
             return torch.ones((), dtype=torch.bool, device=self.kept.parameters[0].device)
         if len(present) == 1:
-            stack, place = self.kept.place[present[0]]
-            return stack.totals[place].isfinite()
+            stack, slot = self.kept.slots[present[0]]
+            return stack.totals[slot].isfinite()
         return torch.cat([stack.totals for stack in active]).isfinite().all()
 
     def _pieces(self, present: list[int]) -> Iterator[Work]:
-        """Parts of stacks that fit the cache; where some parameter has no gradient, the others one by one."""
+        """Cuts stacks into parts that fit the cache; beside a parameter without gradient, one by one."""
         if len(present) == 1:
-            stack, place = self.kept.place[present[0]]
-            yield stack, slice(place, place + 1), present
+            stack, slot = self.kept.slots[present[0]]
+            yield stack, slice(slot, slot + 1), present
             return
         limit = CACHED_ELEMENTS if self.kept.parameters[0].device.type == "cpu" else DEVICE_ELEMENTS
         chosen = set(present)
@@ -155,9 +160,9 @@ class Stepper:
                 if chosen.issuperset(indices):
                     yield stack, slice(start, start + len(indices)), indices
                     continue
-                for place, index in enumerate(indices, start):
+                for slot, index in enumerate(indices, start):
                     if index in chosen:
-                        yield stack, slice(place, place + 1), [index]
+                        yield stack, slice(slot, slot + 1), [index]
 
     def _advance_plain(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> None:
         whole: dict[int, list[Work]] = {}
@@ -174,35 +179,40 @@ class Stepper:
             plain.update(stack, piece, params, [grads[index] for index in indices], now, divisor)
 
     def _divisors(self, work: list[Work], grads: dict[int, Tensor], now: Step) -> list[Tensor | None]:
-        """StableAdamW's divisors of sharded tensors, all from one reduction; None where a piece can find its own."""
+        """StableAdamW's divisors of sharded tensors, from one collective; None where a piece can find its own."""
         result: list[Tensor | None] = [None] * len(work)
         if not self.settings.scales_by_rms:
             return result
-        places, sums, ranks = [], [], []
-        for place, (stack, piece, indices) in enumerate(work):
+        numbers, sums, ranks = [], [], []
+        for number, (stack, piece, indices) in enumerate(work):
             if stack.kind.split is None:
                 continue
             mine = [grads[index] for index in indices]
-            places.append(place)
+            numbers.append(number)
             sums.append(plain.sum_of_squared_update(stack, piece, mine, now))
             ranks.append(stack.kind.split.ranks)
         sharding.reduce_together(sums, ranks)
-        for place, total in zip(places, sums, strict=True):
-            result[place] = rms_divisor(total, work[place][0].kind.whole.numel())
+        for number, total in zip(numbers, sums, strict=True):
+            result[number] = rms_divisor(total, work[number][0].kind.whole.numel())
         return result
 
 
-def _known_by_host(sound: Tensor) -> bool | None:
-    """The value of a bool that lies in the memory of the host, which saves a pass that puts zeros for gradients; None
-    where a device would have to be asked."""
-    return bool(sound) if sound.device.type == "cpu" else None
+def _known_by_host(all_finite: Tensor) -> bool | None:
+    """The value of a bool in the host's own memory; None where a device would have to be asked.
+
+    To know it saves a pass over the gradients, which puts zeros where they are not finite.
+    """
+    return bool(all_finite) if all_finite.device.type == "cpu" else None
 
 
-def _decays(table: Tensor) -> list[bool]:
-    """Whether each group's weight decay may be other than 0. table: [coefficients, groups]. A device is not asked."""
-    if table.device.type != "cpu":
-        return [True] * table.shape[1]
-    rows = Coefficients(*table.tolist())
+def _decays(coefficients: Tensor) -> list[bool]:
+    """Whether each group's weight decay may be other than 0; always True on a device, which is not asked.
+
+    coefficients: (coefficients, groups).
+    """
+    if coefficients.device.type != "cpu":
+        return [True] * coefficients.shape[1]
+    rows = Coefficients(*coefficients.tolist())
     return [decay != 0 or apart != 0 for decay, apart in zip(rows.decay, rows.decay_apart, strict=True)]
 
 

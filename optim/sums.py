@@ -10,32 +10,40 @@ from optim.steps.stacks import Stack
 
 
 def sum_up(
-    sums: Tensor, used: list[Stack], now: Numbers, settings: Settings, table: Tensor, sound: Tensor, done: set[int]
+    sums: Tensor,
+    used: list[Stack],
+    now: Numbers,
+    settings: Settings,
+    coefficients: Tensor,
+    all_finite: Tensor,
+    done: set[int],
 ) -> None:
-    """Fills `sums`, float64 [parameters, sums], zeros before, from the stacks that took part in the step.
+    """Fills `sums`, float64 (parameters, NUM_SUMS), zeros before, from the stacks that took part in the step.
 
-    table: float32 [coefficients, groups], the step's. sound: bool, 0-dim: whether all gradients were finite. done: the
-        parameters that had one.
+    coefficients: the step's, float32 (coefficients, groups). all_finite: bool, 0-dim, whether all gradients were
+        finite. done: the parameters that had a gradient.
     """
     for stack in used:
-        sums.index_copy_(0, stack.places, stack.sums)
+        sums.index_copy_(0, stack.indices_here, stack.sums)
     sharding.reduce_sums(sums, used)
     if settings.use_speed:
         for stack in used:
-            _finish_speed(sums, stack, now, table, sound, done)
+            _finish_speed(sums, stack, now, coefficients, all_finite, done)
     else:
         # as upstream, where |s|_1 of each tensor is a bfloat16
         sums[:, 1].copy_(sums[:, 1].to(torch.bfloat16))
 
 
-def _finish_speed(sums: Tensor, stack: Stack, now: Numbers, table: Tensor, sound: Tensor, done: set[int]) -> None:
+def _finish_speed(
+    sums: Tensor, stack: Stack, now: Numbers, coefficients: Tensor, all_finite: Tensor, done: set[int]
+) -> None:
     """SPEED's sums are ratios of each tensor's own averages."""
     if stack.norms is None:
         return
     group = stack.kind.group
-    moved = torch.tensor([index in done for index in stack.indices], device=stack.places.device)
-    lam = table[Coefficients._fields.index("lam"), group].to(stack.sums.dtype)
-    learns = moved & sound & (lam > 0)
-    num = speed_sums(stack.norms, sums[stack.places], now.k[group], lam, learns)
+    moved = torch.tensor([index in done for index in stack.indices], device=stack.indices_here.device)
+    lam = coefficients[Coefficients._fields.index("lam"), group].to(stack.sums.dtype)
+    learns = moved & all_finite & (lam > 0)
+    num = speed_sums(stack.norms, sums[stack.indices_here], now.k[group], lam, learns)
     entry = torch.stack((num, num.new_ones(len(stack.indices)), torch.zeros_like(num)), dim=1)
-    sums.index_copy_(0, stack.places, torch.where(learns[:, None], entry, 0.0))
+    sums.index_copy_(0, stack.indices_here, torch.where(learns[:, None], entry, 0.0))

@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sdtrain import __version__
-from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import UserError, user_error
 
 app = typer.Typer(
@@ -49,7 +48,7 @@ def fit(
     """Train what CONFIG says."""
     from sdtrain.commands.fit import fit_config
 
-    if not fit_config(config, set_ or [], Console(), resume=resume):
+    if not fit_config(config, set_ or [], Console(), resume=resume).finished:
         raise typer.Exit(130)
 
 
@@ -71,9 +70,9 @@ def sample(
 ) -> None:
     """Make pictures with the averaged weights of a run."""
     quiet_libraries()
-    from sdtrain.commands.sample import sample as run_sample
+    from sdtrain.commands.sample import SEEDS, sample_to_files
 
-    run_sample(source, prompt, seed or [0, 1, 2, 3], out, set_ or [], Console())
+    sample_to_files(source, prompt, seed or SEEDS, out, set_ or [], Console())
 
 
 @app.command()
@@ -156,16 +155,17 @@ def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> 
 
 
 def show_version(wanted: bool) -> None:
-    """`--version`."""
+    """`--version`: of sdtrain and of what it stands on, without importing any of it."""
     if wanted:
-        typer.echo(f"sdtrain {__version__}")
+        typer.echo("\n".join(versions()))
         raise typer.Exit
 
 
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Show versions."),
     ] = False,
 ) -> None:
     """Options of every command."""

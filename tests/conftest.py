@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,9 @@ def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
     """Runs a config to its end; returns the run's folder and what was printed. Keywords are dotted settings."""
 
-    def run(changes: dict[str, Any] | None = None, *, resume: bool = False) -> tuple[Path, str]:
+    def run(
+        changes: dict[str, Any] | None = None, *, resume: bool = False, watchers: Sequence[Callable[..., None]] = ()
+    ) -> tuple[Path, str]:
         from rich.console import Console
 
         from sdtrain.commands.fit import fit_settings
@@ -77,7 +79,8 @@ def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
 
         config = resolve(merged(table, changes or {}), "test config")
         text = io.StringIO()
-        fit_settings(config, "test config", Console(file=text, width=200), resume=resume, fetch=False)
+        console = Console(file=text, width=200)
+        fit_settings(config, "test config", console, resume=resume, fetch=False, watchers=watchers)
         return Path(config.output) / config.name, text.getvalue()
 
     return run

@@ -3,8 +3,8 @@
 Sources: Prodigy arXiv 2306.06101 (algorithm 1), Schedule-Free arXiv 2405.15682 (eq. 8 and the weights c), refined
 averaging arXiv 2507.09846, RAdam arXiv 1908.03265 (eq. 7), escape velocity arXiv 2409.20325 (section 4).
 
-All numbers of all groups live in one float64 tensor on the device, one column a group, so that a step asks the host
-nothing.
+All numbers of all groups live in one float64 tensor on the device, one column per group, so that the host never has to
+wait for one of them.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,22 @@ SLICE_P = 11
 """Prodigy's sums run over every 11th element of the flattened tensor."""
 
 LIMIT_OF_GROWTH = 2**0.25
+"""With `d_limiter`, d grows by at most this factor per step."""
 AUTO_GROWTH = 1.02
+"""With `prodigy_steps="auto"`, d counts as growing while it gains at least this factor ..."""
 AUTO_PATIENCE = 100
+"""... within this many steps ..."""
 AUTO_SHARE = 0.5
+"""... or within this share of the steps for which it grew, whichever is more."""
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """Of the few numbers of a step: float64, except on MPS, which has none."""
+    """The dtype of a group's numbers and sums: float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Numbers(NamedTuple):
-    """The numbers of all groups, each float64 [groups]; views of one buffer [len(Numbers._fields), groups]."""
+    """The numbers of all groups, each float64 (groups,); views of one buffer (len(Numbers._fields), groups)."""
 
     k: Tensor  # the number of the coming step, from 1
     d: Tensor
@@ -51,7 +55,7 @@ class Numbers(NamedTuple):
 
     @staticmethod
     def start(d0: float, device: torch.device) -> Tensor:
-        """One column, [fields, 1], of a group that has taken no step."""
+        """The column (fields, 1) of a group that has taken no step."""
         first = {"k": 1.0, "d": d0, "applied_d": d0, "mark_d": d0, "mark_k": 1.0}
         return torch.tensor(
             [[first.get(name, 0.0)] for name in Numbers._fields], dtype=exact_dtype(device), device=device
@@ -59,8 +63,10 @@ class Numbers(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What the elementwise part of a step multiplies by; 0-dim float32 tensors of one group, or rows over all
-    groups."""
+    """What the elementwise part of a step multiplies by: 0-dim float32 tensors of one group, or rows (groups,) of all.
+
+    The compiled steps are handed them in this order.
+    """
 
     d: Tensor
     beta1: Tensor
@@ -77,24 +83,23 @@ class Coefficients(NamedTuple):
     d_eps: Tensor
 
     @staticmethod
-    def of(table: Tensor, group: int) -> "Coefficients":
-        """Those of one group, from a table [coefficients, groups]."""
-        return Coefficients(*table[:, group].unbind(0))
+    def of(rows: Tensor, group: int) -> "Coefficients":
+        """The coefficients of one group. rows: (coefficients, groups)."""
+        return Coefficients(*rows[:, group].unbind(0))
 
 
-NEUTRAL = {"beta1": 1.0, "beta2": 1.0, "beta3": 1.0, "d": 1.0, "d_eps": 1.0, "y_share": 1.0}
-"""Coefficients (0 for the others) with which every formula gives back what it was given, bit for bit, for a gradient of
-zeros."""
+NO_OP = {"beta1": 1.0, "beta2": 1.0, "beta3": 1.0, "d": 1.0, "d_eps": 1.0, "y_share": 1.0}
+"""Coefficients (0 for the others) of a no-op step: with a gradient of zeros, y, z and all state keep their bits."""
 
 
-def neutral_table(device: torch.device) -> Tensor:
-    """float32 [coefficients, 1]: what takes the place of a step's coefficients where a gradient is not finite."""
-    return torch.tensor([[NEUTRAL.get(name, 0.0)] for name in Coefficients._fields], device=device)
+def no_op_coefficients(device: torch.device) -> Tensor:
+    """Coefficients of a no-op step, float32 (coefficients, 1), for where a gradient is not finite."""
+    return torch.tensor([[NO_OP.get(name, 0.0)] for name in Coefficients._fields], device=device)
 
 
 @dataclass(frozen=True)
 class GroupValues:
-    """The settings of the groups on the device, each float64 [groups]."""
+    """The settings of the groups on the device, each float64 (groups,)."""
 
     lr: Tensor
     weight_decay: Tensor
@@ -103,7 +108,7 @@ class GroupValues:
 
 
 def mean_over_groups(d: Tensor, settings: Settings) -> Tensor:
-    """The d that is applied: each group's own, or the mean over the groups; [groups] to [groups]."""
+    """The d that is applied: each group's own, or the mean over the groups; (groups,) to (groups,)."""
     if not settings.split_groups or settings.split_groups_mean is None:
         return d
     match settings.split_groups_mean:
@@ -117,8 +122,7 @@ def mean_over_groups(d: Tensor, settings: Settings) -> Tensor:
 
 
 def rectification(k: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
-    """RAdam's factor of the learning rate at step k, 0 in the first steps, and the beta2 of a bias-corrected
-    average."""
+    """RAdam's factor of the step size at step k, 0 in the first steps, and beta2 of a bias-corrected average."""
     longest = 2 / (1 - beta2) - 1
     power = beta2**k
     length = longest - 2 * k * power / (1 - power)
@@ -133,8 +137,10 @@ def freeze_by_count(now: Numbers, settings: Settings) -> None:
 
 
 def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
-    """The coefficients of a step, from d as it stands: float32 [coefficients, groups]. Only D, c and the frozen marks
-    are kept."""
+    """The coefficients of a step, from d as it stands: float32 (coefficients, groups).
+
+    Of the numbers only the applied d, c and the frozen marks are written.
+    """
     beta1 = settings.betas[0]
     freeze_by_count(now, settings)
     applied = mean_over_groups(now.d, settings)
@@ -166,7 +172,7 @@ def begin_step(now: Numbers, values: GroupValues, settings: Settings) -> Tensor:
 
 
 def _step_size(now: Numbers, applied: Tensor, values: GroupValues, settings: Settings) -> tuple[Tensor, Tensor]:
-    """D lr, with RAdam's factor where asked for, and the beta2 of this step."""
+    """The applied d times lr, with RAdam's factor where asked for, and the beta2 of this step."""
     dlr = applied * values.lr
     beta2 = torch.full_like(dlr, settings.betas[1])
     if settings.use_bias_correction:
@@ -175,13 +181,14 @@ def _step_size(now: Numbers, applied: Tensor, values: GroupValues, settings: Set
     return dlr, beta2
 
 
-def end_step(now: Numbers, sums: Tensor, moved: Tensor, values: GroupValues, settings: Settings, sound: Tensor) -> None:
-    """d of the next step, from the sums of this one, and the counts.
+def end_step(
+    now: Numbers, sums: Tensor, moved: Tensor, values: GroupValues, settings: Settings, all_finite: Tensor
+) -> None:
+    """Writes d of the next step, from the sums of this one, and the counts.
 
-    sums: float64 [groups, 2]: num and den of each group. moved: bool [groups]: which groups had any gradient; the
-        others keep
-    all of their numbers but the step's. sound: bool, 0-dim: whether all gradients were finite; if not, only that is
-    counted.
+    sums: float64 (groups, 2), num and den of each group. moved: bool (groups,), which groups had any gradient; a group
+        that had none keeps all of its numbers but the count of steps. all_finite: bool, 0-dim, whether all gradients
+        were finite; if not, that is counted and nothing else changes.
     """
     num, den = sums.unbind(1)
     if not settings.split_groups:
@@ -189,11 +196,11 @@ def end_step(now: Numbers, sums: Tensor, moved: Tensor, values: GroupValues, set
         moved_by_any = moved.any().expand_as(moved)
     else:
         moved_by_any = moved
-    stepped = sound & moved
+    stepped = all_finite & moved
     dlr, _ = _step_size(now, now.applied_d, values, settings)
     now.weight_sum.copy_(torch.where(stepped, now.weight_sum + dlr**2, now.weight_sum))
 
-    learns = sound & moved_by_any & (now.frozen == 0)
+    learns = all_finite & moved_by_any & (now.frozen == 0)
     previous = now.numerator.clone()
     r = previous * settings.decay_of_sums + torch.where((now.d > values.d0) | (num > 0), num, 0.0)
     now.numerator.copy_(torch.where(learns, r, previous))
@@ -201,8 +208,8 @@ def end_step(now: Numbers, sums: Tensor, moved: Tensor, values: GroupValues, set
     grown = _speed(now, previous, values) if settings.use_speed else _estimate(now, den, values, settings)
     now.d.copy_(torch.where(learns, grown, now.d))
     _freeze_by_growth(now, settings, learns)
-    now.k.add_(sound)
-    now.skipped.add_(~sound)
+    now.k.add_(all_finite)
+    now.skipped.add_(~all_finite)
 
 
 def _estimate(now: Numbers, den: Tensor, values: GroupValues, settings: Settings) -> Tensor:
@@ -243,11 +250,11 @@ def _freeze_by_growth(now: Numbers, settings: Settings, learns: Tensor) -> None:
 
 
 def speed_sums(norms: Tensor, sums: Tensor, k: Tensor, lam: Tensor, learns: Tensor) -> Tensor:
-    """SPEED: what each tensor adds to num, after its averages took in this step.
+    """What each tensor adds to num under SPEED, once its averages have taken in this step: (tensors,).
 
-    norms: float64 [tensors, 3], in place: averaged <g, p0 - z>, largest |p0 - z|_1 and |p0 - z|_2 so far.
-    sums: float64 [tensors, 3]: <g, p0 - z>, |p0 - z|_1, |p0 - z|_2 squared of this step. k, lam, learns: [tensors], of
-        their groups.
+    norms: float64 (tensors, 3), changed in place: averaged <g, p0 - z>, largest |p0 - z|_1 and |p0 - z|_2 so far.
+    sums: float64 (tensors, 3): <g, p0 - z>, |p0 - z|_1, |p0 - z|_2 squared of this step. k, lam: 0-dim, of the group.
+    learns: bool (tensors,).
     """
     dot, l1, l2 = norms.unbind(1)
     beta = 1 - k**-0.75

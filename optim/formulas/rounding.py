@@ -1,5 +1,4 @@
-"""Stochastic rounding of float32 to bfloat16, with bits that depend on (seed, step, parameter, element) and on nothing
-else.
+"""Stochastic rounding of float32 to bfloat16, with bits that are a function of (seed, step, parameter, element).
 
 A counter-based hash takes the place of a generator: there is no state to save beyond the seed and the step count, every
 rank of a run and every shard of a tensor draws the same bits, and the global generators are never touched.
@@ -42,11 +41,10 @@ def signed(value: int) -> int:
 
 
 def random_bits(keys: Tensor, offset: int, bits: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
-    """Twice 16 random bits for each element, those for y and those for z: the low and the high half of
-    `lowbias32(key + GOLDEN * element number)`.
+    """16 random bits for each element of y, and 16 for each of z: the two halves of `lowbias32(key + GOLDEN * number)`.
 
-    keys: int32 [N], one a tensor. offset: number of the first element here in the whole tensor (not 0 in a shard).
-    bits, spare: int32 [N, elements of each tensor here], overwritten and returned, with values below 2**16.
+    keys: int32 (n,), one per tensor. offset: number of the first element here in the whole tensor (not 0 in a shard).
+    bits, spare: int32 (n, elements of each tensor here), overwritten and returned, with values below 2**16.
     """
     element = torch.arange(bits.shape[1], dtype=torch.int32, device=keys.device).mul_(signed(GOLDEN))
     torch.add(element, (keys + signed(GOLDEN * offset & 0xFFFFFFFF))[:, None], out=bits)
@@ -57,16 +55,15 @@ def random_bits(keys: Tensor, offset: int, bits: Tensor, spare: Tensor) -> tuple
 
 
 def _shifted(x: Tensor, shift: int, out: Tensor) -> Tensor:
-    """x >> shift as of unsigned numbers: torch's own shift of int32 fills up with the sign."""
+    """x >> shift as if x were unsigned: torch's own shift of int32 fills up with the sign."""
     return torch.bitwise_right_shift(x, shift, out=out).bitwise_and_((1 << (32 - shift)) - 1)
 
 
 def round_stochastic_(values: Tensor, bits: Tensor) -> Tensor:
-    """float32 `values` rounded in place to a neighbouring bfloat16, up with the probability of the distance from the
-    lower one.
+    """Rounds float32 `values` in place to a neighbouring bfloat16, up as often as they are near the upper one.
 
     bits: int32, random, below 2**16. Afterwards the lower 16 bits of the values are zero: a cast to bfloat16 is exact.
-    A value that bfloat16 can hold stays as it is.
+        A value that bfloat16 can hold stays as it is.
     """
     values.view(torch.int32).add_(bits).bitwise_and_(-65536)
     return values

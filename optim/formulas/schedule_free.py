@@ -15,8 +15,8 @@ def average(y: Tensor, z: Tensor, beta1: float) -> Tensor:
 def advance(y: Tensor, z: Tensor, u: Tensor, step: Tensor, weight: Tensor, y_share: Tensor) -> None:
     """One step, in place: y moves towards z by the weight c, then both move against the update u, y by its share.
 
-    y, z, u: float32, one shape. step: what u is multiplied by, 0-dim or one a tensor. weight, y_share: 0-dim, of the
-    group.
+    y, z, u: float32, of one shape. step: what u is multiplied by, 0-dim or one per tensor. weight, y_share: 0-dim, of
+        the group.
     """
     y.lerp_(z, weight)
     z.addcmul_(u, step, value=-1)

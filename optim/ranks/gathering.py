@@ -12,8 +12,8 @@ from optim.steps.stacks import Kind
 def gathered(name: str, part: Tensor, kind: Kind) -> Tensor:
     """The whole of a tensor of state, exact to the bit, from the parts of all ranks, which must all call this.
 
-    name: of the state, such as "z". part: its part here, of one parameter. kind: of that parameter. Returns a tensor of
-        its own, on the device of `part`.
+    name: of the tensor, such as "z". part: what is here of it, for one parameter. kind: of that parameter. Returns a
+        new tensor on the device of `part`.
     """
     span = _span(name, kind)
     if span is None or kind.split is None:
@@ -27,8 +27,7 @@ def gathered(name: str, part: Tensor, kind: Kind) -> Tensor:
 
 
 def part_here(name: str, whole: Tensor, kind: Kind) -> Tensor:
-    """This rank's part of a whole tensor of state, a view; one that does not have the size of a whole is returned as
-    it is."""
+    """This rank's part of a whole tensor of state, a view; a tensor that is a part already is returned as it is."""
     span = _span(name, kind)
     if span is None or whole.dim() == 0 or whole.shape[0] != span[2]:
         return whole
@@ -36,8 +35,7 @@ def part_here(name: str, whole: Tensor, kind: Kind) -> Tensor:
 
 
 def _span(name: str, kind: Kind) -> tuple[int, int, int] | None:
-    """What is here of a tensor of state, along its first axis: (the first, how many, of how many); None if all of
-    it."""
+    """What is here of a tensor of state along its first axis: (the first, how many, of how many); None if all is."""
     if kind.split is None:
         return None
     match name:

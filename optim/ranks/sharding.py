@@ -20,7 +20,7 @@ else:  # a build of torch without torch.distributed has no DTensor either
 
 
 def local_part(t: Tensor) -> Tensor:
-    """The part of a tensor that is on this rank: all of it, or its shard; shares the memory. Scalars get an axis."""
+    """The part of a tensor that is on this rank, in the same memory: all of it, or its shard. Scalars get an axis."""
     if isinstance(t, SHARDED):
         local = t.to_local()  # type: ignore[attr-defined]
         return local.detach()  # type: ignore[no-any-return]
@@ -28,7 +28,10 @@ def local_part(t: Tensor) -> Tensor:
 
 
 def split_of(t: Tensor) -> Split | None:
-    """None for a tensor that is whole here. Rows are dealt out as by `torch.chunk`: the last ranks may have none."""
+    """How a tensor is split over ranks; None if it is whole here.
+
+    Rows are dealt out as by `torch.chunk`: the last ranks may have none.
+    """
     if not isinstance(t, SHARDED):
         return None
     assert isinstance(t, DTensor)
@@ -60,7 +63,7 @@ def problems(p: Tensor, settings: Settings) -> list[str]:
 
 
 def reduce_together(tensors: list[Tensor], ranks: list["dist.ProcessGroup"]) -> None:
-    """Sums over the ranks, in place, in one collective for each process group."""
+    """Sums tensors over their ranks, in place, in one collective for each process group."""
     for group in dict.fromkeys(ranks):
         mine = [tensor for tensor, its in zip(tensors, ranks, strict=True) if its is group]
         flat = torch.cat([tensor.reshape(-1) for tensor in mine])
@@ -69,8 +72,8 @@ def reduce_together(tensors: list[Tensor], ranks: list["dist.ProcessGroup"]) -> 
             tensor.copy_(total.view_as(tensor))
 
 
-def reduce_measures(active: list[Stack]) -> None:
-    """The column sums and the totals of g^2 of all sharded stacks: one collective."""
+def reduce_squares(active: list[Stack]) -> None:
+    """Sums the columns and totals of g^2 of all sharded stacks over the ranks, in one collective."""
     tensors, ranks = [], []
     for stack in active:
         split = stack.kind.split
@@ -85,16 +88,19 @@ def reduce_measures(active: list[Stack]) -> None:
 
 
 def reduce_sums(sums: Tensor, used: list[Stack]) -> None:
-    """Prodigy's sums of all sharded parameters: one collective. sums: [parameters, sums], in place."""
+    """Sums Prodigy's sums of all sharded parameters over the ranks, in one collective.
+
+    sums: (parameters, NUM_SUMS), changed in place.
+    """
     sharded = [(stack, split) for stack in used if (split := stack.kind.split) is not None]
-    parts = [sums[stack.places] for stack, _ in sharded]
+    parts = [sums[stack.indices_here] for stack, _ in sharded]
     reduce_together(parts, [split.ranks for _, split in sharded])
     for (stack, _), part in zip(sharded, parts, strict=True):
-        sums.index_copy_(0, stack.places, part)
+        sums.index_copy_(0, stack.indices_here, part)
 
 
 def reduce_counts(counts: Tensor, splits: list[Split | None]) -> Tensor:
-    """Counts of each tensor, [tensors], over all shards."""
+    """The counts of each tensor over all its shards, (tensors,)."""
     places = [place for place, split in enumerate(splits) if split is not None]
     parts = [counts[place].clone() for place in places]
     reduce_together(parts, [split.ranks for split in splits if split is not None])

@@ -1,41 +1,25 @@
-// The step of `stacks.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `cpu.py` on first use.
+// The step of `plain.py` for the CPU, one pass over memory: the plain path's fast twin. Compiled by `cpu.py` on first use.
 //
 // Work is cut into blocks of about 32,768 elements that stay in one core's cache, and these into tiles of 512, for which
 // `cpu_tiles.h` has the arithmetic. How a tensor is cut depends on its shape alone and sums are added up block by block,
 // so results depend neither on the number of threads nor on what else is in a call.
 
+#ifndef SDTRAIN_JOB_FIELDS
+#error "compiled by cpu.py, which hands over the names and numbers that Python knows, too"
+#endif
+
 #include "cpu_tiles.h"
 
 namespace {
 
-constexpr int SLICE_P = 11;
-
-// One parameter; the layout is that of `cpu.py`'s table of int64.
+// One parameter. `cpu.py` says the fields, their types and their order (`JOB`), and hands them to the compiler.
 struct Job {
-    void *y;
-    const void *g;
-    void *z;
-    float *row, *col;            // R [A, K] (null if A is 0) and C [B, K] (null where nothing is factored)
-    float *v;                    // full second moment [numel], or null
-    uint16_t *s;                 // bfloat16, or null once d is frozen
-    const uint16_t *p0;          // bfloat16, or null: starts at zero
-    float *row_root, *col_root;  // within the step: sums of g^2, then sqrt(R / mean R) and sqrt(C)
-    float *total;                // sum of g^2
-    double *sums;                // num, den
-    double *partial;             // [blocks, 2], then reused for |u|^2
-    float *col_partial;          // [blocks, B * K] where there is more than one block
-    int64_t A, B, K;             // axes: factored, factored, the rest
-    int64_t whole_a;             // A of the unsharded tensor
-    int64_t rows;                // rows (of B * K elements) a block
-    int64_t offset;              // number of the first element in the unsharded tensor
-    int64_t whole;               // elements of the unsharded tensor
-    int64_t group;
-    int64_t key;
+    SDTRAIN_JOB_FIELDS
 };
 
-// The order is that of `prodigy.Coefficients`.
+// As `Coefficients` in prodigy.py has them, handed over likewise.
 struct Coefficients {
-    float d, beta1, gain, beta2, square, lam, beta3, dlr, weight, y_share, decay, decay_apart, d_eps;
+    float SDTRAIN_COEFFICIENT_NAMES;
 };
 
 struct Unit { int64_t job, block; };
@@ -55,9 +39,9 @@ template <typename T> void measure_block(const Job &job, int64_t block) {
         job.partial[2 * block] = total;
         return;
     }
-    float *col = job.rows < job.A ? job.col_partial + block * width : job.col_root;
+    float *col = job.rows < job.A ? job.col_partial + block * width : job.col_now;
     std::memset(col, 0, sizeof(float) * width);
-    std::memset(job.row_root + first * job.K, 0, sizeof(float) * (last - first) * job.K);
+    std::memset(job.row_now + first * job.K, 0, sizeof(float) * (last - first) * job.K);
     int64_t together = width <= TILE ? TILE / width : 1;
     // a row of several tiles is cut where K begins anew, so that elements of one k always share a place in a tile
     int64_t tile = width <= TILE ? TILE : TILE - TILE % job.K;
@@ -70,15 +54,15 @@ template <typename T> void measure_block(const Job &job, int64_t block) {
             if (width > TILE) {
                 add(squares, col + at, n);
                 if (job.K == 1)
-                    job.row_root[a] += sum_of(squares, n);
+                    job.row_now[a] += sum_of(squares, n);
                 else
                     add(squares, by_place, n);
                 continue;
             }
             add(squares, wide, n);
-            for (int64_t r = 0; r < rows; ++r) sum_by_k(squares + r * width, width, job.K, job.row_root + (a + r) * job.K);
+            for (int64_t r = 0; r < rows; ++r) sum_by_k(squares + r * width, width, job.K, job.row_now + (a + r) * job.K);
         }
-        if (width > TILE && job.K > 1) sum_by_k(by_place, tile, job.K, job.row_root + a * job.K);
+        if (width > TILE && job.K > 1) sum_by_k(by_place, tile, job.K, job.row_now + a * job.K);
     }
     if (width <= TILE)
         for (int64_t r = 0; r < together; ++r) add(wide + r * width, col, width);
@@ -90,17 +74,17 @@ void measure_total(const Job &job) {
     double total = 0;
     if (!job.col) {
         for (int64_t b = 0; b < blocks; ++b) total += job.partial[2 * b];
-        *job.total = float(total);
+        *job.totals = float(total);
         return;
     }
     if (blocks != 1) {
-        std::memset(job.col_root, 0, sizeof(float) * width);
+        std::memset(job.col_now, 0, sizeof(float) * width);
         for (int64_t b = 0; b < blocks; ++b)
-            for (int64_t j = 0; j < width; ++j) job.col_root[j] += job.col_partial[b * width + j];
+            for (int64_t j = 0; j < width; ++j) job.col_now[j] += job.col_partial[b * width + j];
     }
 #pragma omp simd reduction(+ : total)
-    for (int64_t j = 0; j < width; ++j) total += job.col_root[j];
-    *job.total = float(total);
+    for (int64_t j = 0; j < width; ++j) total += job.col_now[j];
+    *job.totals = float(total);
 }
 
 // R and C take in this step's means; their roots take the place of the sums.
@@ -108,8 +92,8 @@ void blend(const Job &job, const Coefficients &c) {
     if (!job.col) return;
     float row_gain = c.square / float(job.B), col_gain = c.square / float(job.whole_a);
     for (int64_t j = 0; j < job.B * job.K; ++j) {
-        job.col[j] = job.col_root[j] * col_gain + job.col[j] * c.beta2;
-        job.col_root[j] = std::sqrt(job.col[j]);
+        job.col[j] = job.col_now[j] * col_gain + job.col[j] * c.beta2;
+        job.col_now[j] = std::sqrt(job.col[j]);
     }
     for (int64_t k = 0; k < job.K; ++k) {
         double mean = 0;
@@ -118,8 +102,8 @@ void blend(const Job &job, const Coefficients &c) {
         divisor = divisor > TINY ? divisor : TINY;
         for (int64_t a = 0; a < job.A; ++a) {
             int64_t i = a * job.K + k;
-            job.row[i] = job.row_root[i] * row_gain + job.row[i] * c.beta2;
-            job.row_root[i] = std::sqrt(job.row[i] / divisor);
+            job.row[i] = job.row_now[i] * row_gain + job.row[i] * c.beta2;
+            job.row_now[i] = std::sqrt(job.row[i] / divisor);
         }
     }
 }
@@ -179,14 +163,14 @@ inline void roots(const Job &job, int64_t i, int64_t n, const float *__restrict 
     int64_t width = job.B * job.K, a = i / width, at = i % width;
     for (int64_t done = 0; done < n; ++a, at = 0) {
         int64_t here = width - at < n - done ? width - at : n - done;
-        const float *__restrict col = job.col_root + at;
+        const float *__restrict col = job.col_now + at;
         if (job.K == 1) {
-            const float scale = job.row_root[a];
+            const float scale = job.row_now[a];
 #pragma omp simd
             for (int32_t j = 0; j < int32_t(here); ++j) root[done + j] = scale * col[j];
         } else {
             float scales[2 * TILE];
-            repeat(job.row_root + a * job.K, job.K, at % job.K, here, scales);
+            repeat(job.row_now + a * job.K, job.K, at % job.K, here, scales);
 #pragma omp simd
             for (int32_t j = 0; j < int32_t(here); ++j) root[done + j] = scales[j] * col[j];
         }
@@ -246,6 +230,12 @@ extern "C" {
 
 int64_t sdtrain_job_bytes() { return sizeof(Job); }
 
+#define SDTRAIN_TEXT_OF(...) #__VA_ARGS__
+#define SDTRAIN_TEXT(...) SDTRAIN_TEXT_OF(__VA_ARGS__)
+const char *sdtrain_layout() {
+    return SDTRAIN_TEXT(SDTRAIN_JOB_FIELDS) SDTRAIN_TEXT(float SDTRAIN_COEFFICIENT_NAMES;);
+}
+
 void sdtrain_measure(const Job *jobs, int64_t num_jobs, const Unit *units, int64_t num_units, int bf16, int threads) {
 #pragma omp parallel num_threads(threads) if (num_units > 1)
     {
@@ -259,19 +249,19 @@ void sdtrain_measure(const Job *jobs, int64_t num_jobs, const Unit *units, int64
     }
 }
 
-// With an unsound gradient everything stays as it is.
-void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64_t num_units, const Coefficients *table,
-                     const uint8_t *sound, int bf16, int atan, int rms, int stochastic, uint32_t step_key, int threads) {
-    if (!*sound) return;
+// With a gradient that is not finite everything stays as it is.
+void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64_t num_units, const Coefficients *coefficients,
+                     const uint8_t *all_finite, int bf16, int atan, int rms, int stochastic, uint32_t step_key, int threads) {
+    if (!*all_finite) return;
 #pragma omp parallel num_threads(threads) if (num_units > 1)
     {
 #pragma omp for schedule(dynamic, 4)
-        for (int64_t i = 0; i < num_jobs; ++i) blend(jobs[i], table[jobs[i].group]);
+        for (int64_t i = 0; i < num_jobs; ++i) blend(jobs[i], coefficients[jobs[i].group]);
         if (rms) {
 #pragma omp for schedule(dynamic, 4)
             for (int64_t i = 0; i < num_units; ++i) {
                 const Job &job = jobs[units[i].job];
-                const Coefficients &c = table[job.group];
+                const Coefficients &c = coefficients[job.group];
                 int64_t a0 = units[i].block * job.rows, a1 = a0 + job.rows < job.A ? a0 + job.rows : job.A;
                 int64_t width = job.B * job.K, first = a0 * width, last = a1 * width;
                 job.partial[2 * units[i].block] = bf16 ? squared_update<uint16_t>(job, first, last, c, atan)
@@ -290,7 +280,7 @@ void sdtrain_advance(const Job *jobs, int64_t num_jobs, const Unit *units, int64
 #pragma omp for schedule(dynamic, 4)
         for (int64_t i = 0; i < num_units; ++i) {
             const Job &job = jobs[units[i].job];
-            const Coefficients &c = table[job.group];
+            const Coefficients &c = coefficients[job.group];
             float divide = rms ? float(job.sums[2]) : 1.0f;
             if (bf16)
                 step_block<uint16_t>(job, units[i].block, divide, c, atan, stochastic, step_key);

@@ -12,7 +12,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,25 +19,75 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.formulas import rounding
+from optim.formulas.prodigy import SLICE_P, Coefficients
+from optim.formulas.second_moment import ATAN_POLYNOMIAL, TINY
 from optim.settings import Settings
-from optim.steps.stacks import Stack
+from optim.steps.stacks import Kind, Stack
 from optim.steps.support import numbered, supports, supports_stack
+from optim.steps.trial import reason_against, warn_once
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
-TILES = Path(__file__).with_name("cpu_tiles.h")
+TILES = "cpu_tiles.h"
 WIDEST = ("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()
 ARITHMETIC = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math")
-FLAGS = ("-O3", "-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
+OPTIMIZED = "-O3"
+FLAGS = ("-march=native", "-std=c++17", *ARITHMETIC, *WIDEST, "-fopenmp", "-shared", "-fPIC")
+TILE = 512
+"""Elements that stay within the registers' reach while the step is made of them."""
 BLOCK_ELEMENTS = 1 << 15
+"""Elements of a block, which stay in the cache of one core."""
 FEWEST_ROWS = 16
-"""Of a block, however wide: each block leaves a row of column sums to be added up."""
-STATE = ("y", "g", "z", "row", "col", "v", "s", "p0")
-WITHIN_THE_STEP = ("row_now", "col_now", "totals", "sums", "partial", "col_partial")
-SIZES = ("A", "B", "K", "whole_a", "rows", "offset", "whole", "group", "key")
-COLUMNS = (*STATE, *WITHIN_THE_STEP, *SIZES)
-"""The fields of `Job` in cpu.cpp, each an int64."""
+"""Smallest number of rows in a block, however wide: each block leaves a row of column sums to be added up."""
+JOB = {
+    "y": "void *",
+    "g": "const void *",
+    "z": "void *",
+    "row": "float *",  # R (A, K); null where nothing is factored, or A is 0
+    "col": "float *",  # C (B, K); null where nothing is factored
+    "v": "float *",  # full second moment (numel,), or null
+    "s": "uint16_t *",  # bfloat16; null once d is frozen
+    "p0": "const uint16_t *",  # bfloat16; null where the parameter started at zero
+    "row_now": "float *",  # within a step: sums of g^2, then sqrt(R / mean R)
+    "col_now": "float *",  # within a step: sums of g^2, then sqrt(C)
+    "totals": "float *",  # sum of g^2
+    "sums": "double *",  # num, den
+    "partial": "double *",  # (blocks, 2): what blocks find before it is added up
+    "col_partial": "float *",  # (blocks, B * K), where there is more than one block
+    "A": "int64_t ",  # rows: the length of the first factored axis
+    "B": "int64_t ",  # the length of the second
+    "K": "int64_t ",  # elements along the axes that are not factored
+    "whole_a": "int64_t ",  # A of the unsharded tensor
+    "rows": "int64_t ",  # rows (of B * K elements) per block
+    "offset": "int64_t ",  # number of the first element here in the unsharded tensor
+    "whole": "int64_t ",  # elements of the unsharded tensor
+    "group": "int64_t ",
+    "key": "int64_t ",  # for the rounding
+}
+"""The fields of a row of the table, each of 8 bytes, and their types in C++."""
+AT = {name: place for place, name in enumerate(JOB)}
 
-AT = {name: place for place, name in enumerate(COLUMNS)}
+
+def layout() -> str:
+    """The fields of a row and the coefficients, in their order."""
+    fields = " ".join(f"{kind}{name};" for name, kind in JOB.items())
+    return f"{fields} float {', '.join(Coefficients._fields)};"
+
+
+def definitions() -> list[str]:
+    """What C++ and Python must both know, as arguments of the compiler: it stands in Python alone."""
+    names = {
+        "JOB_FIELDS": " ".join(f"{kind}{name};" for name, kind in JOB.items()),
+        "COEFFICIENT_NAMES": ", ".join(Coefficients._fields),
+        "SLICE_P": f"{SLICE_P}",
+        "TILE": f"{TILE}",
+        "TINY": f"{TINY!r}f",
+        "HASH_ELEMENT": f"{rounding.GOLDEN}u",
+        "HASH_FIRST": f"{rounding.MULTIPLIERS[0]}u",
+        "HASH_SECOND": f"{rounding.MULTIPLIERS[1]}u",
+        **{f"ATAN_{place}": f"{value!r}f" for place, value in enumerate(ATAN_POLYNOMIAL)},
+    }
+    return [f"-DSDTRAIN_{name}={value}" for name, value in names.items()]
 
 
 class UnavailableError(Exception):
@@ -69,7 +118,7 @@ def _cache_folder() -> Path:
 
 
 def _machine() -> str:
-    """What the instruction set depends on: a library built for another processor must not be loaded."""
+    """The processor, as far as the library depends on it: one built for another must not be loaded."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -88,13 +137,15 @@ def library() -> ctypes.CDLL:
     compiler = next((found for name in names if name and (found := shutil.which(name))), None)
     if compiler is None:
         raise UnavailableError("no C++ compiler (g++, clang++, or $CXX) was found")
-    identity = "\n".join((SOURCE.read_text(), TILES.read_text(), *FLAGS, _run((compiler, "--version")), _machine()))
-    path = _cache_folder() / f"native-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
+    texts = (SOURCE.read_text(), SOURCE.with_name(TILES).read_text())
+    flags = (OPTIMIZED, *FLAGS, *definitions())
+    identity = "\n".join((*texts, *flags, _run((compiler, "--version")), _machine()))
+    path = _cache_folder() / f"cpu-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.so"
     if not path.exists():
         # built under another name and moved: another process never sees half of it
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             built = Path(folder) / "cpu.so"
-            _run((compiler, *FLAGS, str(SOURCE), "-o", str(built)))
+            _run((compiler, *flags, str(SOURCE), "-o", str(built)))
             built.replace(path)
     try:
         loaded = ctypes.CDLL(str(path))
@@ -107,34 +158,72 @@ def library() -> ctypes.CDLL:
     loaded.sdtrain_measure.restype = None
     loaded.sdtrain_advance.argtypes = [*lists, pointer, pointer, flag, flag, flag, flag, ctypes.c_uint32, flag]
     loaded.sdtrain_advance.restype = None
-    if loaded.sdtrain_job_bytes() != 8 * len(COLUMNS):
+    loaded.sdtrain_layout.restype = ctypes.c_char_p
+    if loaded.sdtrain_job_bytes() != 8 * len(JOB):
         raise UnavailableError("the compiler lays structures out in an unexpected way")
+    if "".join(loaded.sdtrain_layout().decode().split()) != "".join(layout().split()):
+        raise UnavailableError(f"{path} was compiled for fields in another order")
     return loaded
 
 
 @functools.cache
-def available(*, say: bool) -> bool:
-    """Whether the library works here; if not, and `say`, one warning with the reason."""
+def unavailable() -> str:
+    """Why the library cannot be had here; "" if it can."""
     try:
         library()
     except UnavailableError as reason:
-        if say:
-            warnings.warn(
-                f"the optimizer's compiled step is not available, plain torch is used: {reason}", stacklevel=2
-            )
-        return False
-    return True
+        return str(reason)
+    return ""
 
 
 def usable(stacks: list[Stack], settings: Settings) -> list[Stack]:
-    """Those of which the library makes the step; none, with a warning, where it cannot be had."""
-    if not supports(settings) or not available(say=True):
-        return []
-    return [stack for stack in stacks if supports_stack(stack, settings)]
+    """The stacks that the library supports; [] with a warning where it cannot be had, or goes wrong.
+
+    It is tried on copies of one tensor for each way in which it goes through tensors, of few rows: rows are alike.
+    """
+    fit = [stack for stack in stacks if supports_stack(stack, settings)] if supports(settings) else []
+    trials: dict[tuple[torch.dtype, bool, int, bool], Kind] = {}
+    for stack in fit:
+        kind = _with_few_rows(stack.kind.whole_here())
+        _, B, K = _axes_of(kind)
+        way = (kind.dtype, kind.axes is None, min(2, K), B * K > TILE)
+        if kind.numel > (trials[way].numel if way in trials else 0):
+            trials[way] = kind
+    reason = _reason_against(tuple(trials.values()), settings) if fit else ""
+    if reason:
+        warn_once(reason)
+    return [] if reason else fit
+
+
+@functools.cache
+def _reason_against(kinds: tuple[Kind, ...], settings: Settings) -> str:
+    """Why the library cannot be used here; "" if it can."""
+    return unavailable() or reason_against(kinds, settings, torch.device("cpu"), Table)
+
+
+def _axes_of(kind: Kind) -> tuple[int, int, int]:
+    """A, B and K; without factors there are no rows, and any cut will do."""
+    if kind.axes is None:
+        return kind.numel, 1, 1
+    return kind.shape[0], kind.shape[1], kind.shape[2:].numel()
+
+
+def _rows_of_a_block(kind: Kind) -> int:
+    _, B, K = _axes_of(kind)
+    return max(FEWEST_ROWS, BLOCK_ELEMENTS // max(1, B * K))
+
+
+def _with_few_rows(kind: Kind) -> Kind:
+    """A tensor of at most two blocks, the second with a single row."""
+    if kind.axes is None:
+        shape = torch.Size([min(kind.numel, BLOCK_ELEMENTS + 1)])
+    else:
+        shape = torch.Size([min(kind.shape[0], _rows_of_a_block(kind) + 1), *kind.shape[1:]])
+    return kind._replace(shape=shape, whole=shape)
 
 
 class Table:
-    """The addresses of parameters of one dtype and their state, a row each."""
+    """The addresses of parameters of one dtype and of their state, one row per parameter."""
 
     def __init__(self, stacks: list[Stack], settings: Settings) -> None:
         self.settings = settings
@@ -147,22 +236,14 @@ class Table:
         self._make_room()
 
     def _rows_of(self, stack: Stack) -> Tensor:
-        """Everything of a stack's rows that does not change from step to step."""
+        """What does not change from step to step in the rows of a stack, int64 (n, fields)."""
         kind, num = stack.kind, len(stack.indices)
-        rows = torch.zeros(num, len(COLUMNS), dtype=torch.int64)
+        rows = torch.zeros(num, len(JOB), dtype=torch.int64)
         for name, address in stack.addresses().items():
             rows[:, AT[name]] = address
-        if kind.axes is not None:
-            (A, B), K = kind.shape[:2], kind.shape[2:].numel()
-        else:
-            # without factors there are no rows: any cut will do
-            A, B, K = kind.numel, 1, 1
+        A, B, K = _axes_of(kind)
         sizes = {"A": A, "B": B, "K": K, "whole_a": kind.whole[0] if kind.axes is not None else A}
-        sizes |= {
-            "rows": max(FEWEST_ROWS, BLOCK_ELEMENTS // max(1, B * K)),
-            "offset": kind.offset,
-            "whole": kind.whole.numel(),
-        }
+        sizes |= {"rows": _rows_of_a_block(kind), "offset": kind.offset, "whole": kind.whole.numel()}
         for name, value in (sizes | {"group": kind.group}).items():
             rows[:, AT[name]] = value
         rows[:, AT["key"]] = stack.keys.to(torch.int64) & 0xFFFFFFFF
@@ -170,11 +251,11 @@ class Table:
 
     @staticmethod
     def _units(jobs: Tensor, blocks: Tensor) -> Tensor:
-        """int64 [units, 2]: (row, block), the largest pieces of work first come first."""
+        """The blocks of all rows, int64 (units, 2): the number of the row, the number of the block in it."""
         return torch.stack(numbered(torch.arange(len(jobs)), blocks), dim=1).contiguous()
 
     def _make_room(self) -> None:
-        """Scratch for what blocks find before it is added up."""
+        """Makes scratch for what blocks find before it is added up."""
         self.partial = torch.zeros(max(1, int(self.blocks.sum())), 2, dtype=torch.float64)
         self.jobs[:, AT["partial"]] = self.partial.data_ptr() + 16 * (torch.cumsum(self.blocks, 0) - self.blocks)
         width = self.jobs[:, AT["B"]] * self.jobs[:, AT["K"]]
@@ -186,8 +267,7 @@ class Table:
     def _chosen(
         self, present: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Jobs and units of the parameters at `present` (in the order of the table), with the addresses of this
-        step."""
+        """Jobs and units of the parameters that are present, in the order of the table, with this step's addresses."""
         if len(present) == len(self.indices):
             jobs, units = self.jobs, self.units
         else:
@@ -199,7 +279,7 @@ class Table:
         return jobs, units
 
     def measure(self, present: Sequence[int], params: Sequence[Tensor], grads: Sequence[Tensor]) -> "Call":
-        """Sums of g^2 into `stack.totals`, `row_now` and `col_now`."""
+        """See `support.Table`."""
         jobs, units = self._chosen(present, params, grads)
         library().sdtrain_measure(
             jobs.data_ptr(), len(jobs), units.data_ptr(), len(units), self.bf16, torch.get_num_threads()
@@ -213,8 +293,8 @@ class Call:
     def __init__(self, table: Table, jobs: Tensor, units: Tensor, alive: tuple[Tensor, ...]) -> None:
         self.table, self.jobs, self.units, self.alive = table, jobs, units, alive
 
-    def advance(self, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
-        """The step itself, unless `sound` (bool, 0-dim) is False. coefficients: float32 [coefficients, groups]."""
+    def advance(self, coefficients: Tensor, all_finite: Tensor, step_key: int) -> None:
+        """See `support.Call`."""
         table, settings = self.table, self.table.settings
         by_group = coefficients.t().contiguous()
         library().sdtrain_advance(
@@ -223,7 +303,7 @@ class Call:
             self.units.data_ptr(),
             len(self.units),
             by_group.data_ptr(),
-            sound.data_ptr(),
+            all_finite.data_ptr(),
             table.bf16,
             settings.eps is None,
             settings.scales_by_rms,

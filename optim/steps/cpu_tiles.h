@@ -9,8 +9,9 @@
 
 namespace {
 
-constexpr int64_t TILE = 512;
-constexpr float TINY = 1.1754943508222875e-38f;
+constexpr int SLICE_P = SDTRAIN_SLICE_P;
+constexpr int64_t TILE = SDTRAIN_TILE;
+constexpr float TINY = SDTRAIN_TINY;
 
 inline float widen(uint16_t value) {
     uint32_t bits = uint32_t(value) << 16;
@@ -57,30 +58,30 @@ inline void put_back(uint16_t *__restrict y, uint16_t *__restrict z, const float
     }
 #pragma omp simd
     for (int32_t j = 0; j < int32_t(n); ++j) {
-        uint32_t x = (element + uint32_t(j)) * 0x9E3779B9u + key;
+        uint32_t x = (element + uint32_t(j)) * SDTRAIN_HASH_ELEMENT + key;
         x ^= x >> 16;
-        x *= 0x7FEB352Du;
+        x *= SDTRAIN_HASH_FIRST;
         x ^= x >> 15;
-        x *= 0x846CA68Bu;
+        x *= SDTRAIN_HASH_SECOND;
         x ^= x >> 16;
         y[j] = uint16_t((bits_of(from_y[j]) + (x & 0xFFFFu)) >> 16);
         z[j] = uint16_t((bits_of(from_z[j]) + (x >> 16)) >> 16);
     }
 }
 
-// (4/pi) atan2(t, root) for root >= 0; a minimax polynomial of atan on [0, 1], within 2.1e-7 of the true value (of up to 2).
+// (4/pi) atan2(t, root) for root >= 0, by `ATAN_POLYNOMIAL` of second_moment.py: within 2.1e-7 of the true value (of up to 2).
 inline float atan2_update(float t, float root) {
     float a = std::fabs(t);
     float low = a < root ? a : root, high = a < root ? root : a;
     float r = low / (high > TINY ? high : TINY), q = r * r;
-    float p = -0.005162435118108988f;
-    p = p * q + 0.02783678099513054f;
-    p = p * q - 0.07118978351354599f;
-    p = p * q + 0.12276826798915863f;
-    p = p * q - 0.17709016799926758f;
-    p = p * q + 0.2539675533771515f;
-    p = p * q - 0.4243689775466919f;
-    p = p * q + 1.2732386589050293f;
+    float p = SDTRAIN_ATAN_0;
+    p = p * q + SDTRAIN_ATAN_1;
+    p = p * q + SDTRAIN_ATAN_2;
+    p = p * q + SDTRAIN_ATAN_3;
+    p = p * q + SDTRAIN_ATAN_4;
+    p = p * q + SDTRAIN_ATAN_5;
+    p = p * q + SDTRAIN_ATAN_6;
+    p = p * q + SDTRAIN_ATAN_7;
     p *= r;
     p = a > root ? 2.0f - p : p;
     return std::copysign(p, t);

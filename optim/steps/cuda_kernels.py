@@ -1,7 +1,7 @@
-"""The kernels of `cuda.py`, in Triton: the step of `stacks.py` for CUDA, a few launches for all tensors of a model.
+"""The kernels of `cuda.py`, in Triton: the step of `plain.py` for CUDA, a few launches for all tensors of a model.
 
 A program works on a unit, a few tiles of one tensor, and finds what it needs in the tensor's row of a table of numbers
-and addresses. A tensor with factors is read as [A, B * K]: the two factored axes, and the others. Sums that several
+and addresses. A tensor with factors is read as (A, B * K): the two factored axes, and the others. Sums that several
 units have a part in are added up in a fixed order by a later launch, so that results never depend on who was first.
 Imported only where Triton is (`cuda.usable`).
 """
@@ -11,6 +11,8 @@ import triton.language as tl
 
 from optim.formulas.prodigy import SLICE_P as SLICE
 from optim.formulas.prodigy import Coefficients
+from optim.formulas.rounding import GOLDEN, MULTIPLIERS
+from optim.formulas.second_moment import ATAN_POLYNOMIAL
 from optim.formulas.second_moment import TINY as SMALLEST
 
 COLUMNS = (
@@ -47,6 +49,8 @@ VECTOR = tl.constexpr(1024)
 """Elements of a unit of the kernels that work on factors."""
 SLICE_P = tl.constexpr(SLICE)
 TINY = tl.constexpr(SMALLEST)
+HASH_ELEMENT, HASH_FIRST, HASH_SECOND = (tl.constexpr(number) for number in (GOLDEN, *MULTIPLIERS))
+ATAN_0, ATAN_1, ATAN_2, ATAN_3, ATAN_4, ATAN_5, ATAN_6, ATAN_7 = (tl.constexpr(value) for value in ATAN_POLYNOMIAL)
 TOTAL_OF_SQUARES = tl.constexpr(0)
 RMS_DIVISOR = tl.constexpr(1)
 PRODIGY_SUMS = tl.constexpr(2)
@@ -58,8 +62,8 @@ def _field(jobs, job, column: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(table, group, which: tl.constexpr):
-    return tl.load(table + group * NUM_COEFFICIENTS + which)
+def _coefficient(coefficients, group, which: tl.constexpr):
+    return tl.load(coefficients + group * NUM_COEFFICIENTS + which)
 
 
 @triton.jit
@@ -173,7 +177,7 @@ def gather_factors(jobs, lists, first, scratch):
 
 
 @kernel
-def reduce_units(jobs, lists, first, exact_scratch, sound, WHAT: tl.constexpr):
+def reduce_units(jobs, lists, first, exact_scratch, all_finite, WHAT: tl.constexpr):
     """Adds up what the units of a tensor found: the sum of g^2, of u^2, or Prodigy's two sums."""
     job = tl.load(lists + first + tl.program_id(0))
     num = (_field(jobs, job, CHUNKS) * _field(jobs, job, STRIPS)).to(tl.int32)
@@ -192,32 +196,32 @@ def reduce_units(jobs, lists, first, exact_scratch, sound, WHAT: tl.constexpr):
         rms = tl.sqrt(tl.sum(one) / _field(jobs, job, WHOLE).to(tl.float64))
         tl.store(sums + 2, 1.0 / tl.sqrt(tl.maximum(rms, 1.0)))
     else:
-        counts = tl.load(sound) != 0  # if not, the units have left nothing here
+        counts = tl.load(all_finite) != 0  # if not, the units have left nothing here
         tl.store(sums, tl.where(counts, tl.sum(one), 0.0))
         tl.store(sums + 1, tl.where(counts, tl.sum(two), 0.0))
 
 
 @kernel
-def blend_columns(jobs, lists, first, table, sound):
+def blend_columns(jobs, lists, first, coefficients, all_finite):
     """C takes in the means of this step's g^2; sqrt(C) takes the place of the sums."""
-    if tl.load(sound) != 0:
+    if tl.load(all_finite) != 0:
         item = lists + (first + tl.program_id(0)) * 2
         job, tile = tl.load(item), tl.load(item + 1)
         group = _field(jobs, job, GROUP)
         at = tile * VECTOR + tl.arange(0, VECTOR)
         mask = at < (_field(jobs, job, B) * _field(jobs, job, K)).to(tl.int32)
         col, now = _floats(_field(jobs, job, COL)) + at, _floats(_field(jobs, job, COL_NOW)) + at
-        gain = _coefficient(table, group, SQUARE) / _field(jobs, job, WHOLE_A).to(tl.float32)
+        gain = _coefficient(coefficients, group, SQUARE) / _field(jobs, job, WHOLE_A).to(tl.float32)
         before = tl.load(col, mask=mask, other=0.0)
-        blended = tl.load(now, mask=mask, other=0.0) * gain + before * _coefficient(table, group, BETA2)
+        blended = tl.load(now, mask=mask, other=0.0) * gain + before * _coefficient(coefficients, group, BETA2)
         tl.store(col, blended, mask=mask)
         tl.store(now, tl.sqrt_rn(blended), mask=mask)
 
 
 @kernel
-def blend_rows(jobs, lists, first, table, sound, KP: tl.constexpr):
+def blend_rows(jobs, lists, first, coefficients, all_finite, KP: tl.constexpr):
     """R takes in its means, too; sqrt(R / mean(R)) takes the place of the sums. mean(R) is the mean of C over B."""
-    if tl.load(sound) != 0:
+    if tl.load(all_finite) != 0:
         item = lists + (first + tl.program_id(0)) * 2
         job, tile = tl.load(item), tl.load(item + 1)
         group = _field(jobs, job, GROUP)
@@ -234,34 +238,33 @@ def blend_rows(jobs, lists, first, table, sound, KP: tl.constexpr):
         a = tile * (VECTOR // KP) + tl.arange(0, VECTOR // KP)
         at, mask = a[:, None] * num_k + k[None, :], (a < num_a)[:, None] & (k < num_k)[None, :]
         row, now = _floats(_field(jobs, job, ROW)) + at, _floats(_field(jobs, job, ROW_NOW)) + at
-        gain = _coefficient(table, group, SQUARE) / num_b.to(tl.float32)
+        gain = _coefficient(coefficients, group, SQUARE) / num_b.to(tl.float32)
         before = tl.load(row, mask=mask, other=0.0)
-        blended = tl.load(now, mask=mask, other=0.0) * gain + before * _coefficient(table, group, BETA2)
+        blended = tl.load(now, mask=mask, other=0.0) * gain + before * _coefficient(coefficients, group, BETA2)
         tl.store(row, blended, mask=mask)
         tl.store(now, tl.sqrt_rn(tl.div_rn(blended, mean[None, :] + tl.zeros_like(blended))), mask=mask)
 
 
 @triton.jit
 def _atan2_update(t, root):
-    """(4/pi) atan2(t, root) for root >= 0; the polynomial of cpu_tiles.h, within 2.1e-7 of the true value (of up to
-    2)."""
+    """(4/pi) atan2(t, root) for root >= 0, by `second_moment.ATAN_POLYNOMIAL`."""
     a = tl.abs(t)
     r = tl.div_rn(tl.minimum(a, root), tl.maximum(tl.maximum(a, root), TINY))
     q = r * r
-    p = q * -0.005162435118108988 + 0.02783678099513054
-    p = p * q - 0.07118978351354599
-    p = p * q + 0.12276826798915863
-    p = p * q - 0.17709016799926758
-    p = p * q + 0.2539675533771515
-    p = p * q - 0.4243689775466919
-    p = p * q + 1.2732386589050293
+    p = q * ATAN_0 + ATAN_1
+    p = p * q + ATAN_2
+    p = p * q + ATAN_3
+    p = p * q + ATAN_4
+    p = p * q + ATAN_5
+    p = p * q + ATAN_6
+    p = p * q + ATAN_7
     p *= r
     p = tl.where(a > root, 2.0 - p, p)
     return tl.where(t < 0, -p, p)
 
 
 @triton.jit
-def _root(jobs, job, table, group, a, col, at, mask, g, FACTORED: tl.constexpr, KEEP: tl.constexpr):
+def _root(jobs, job, coefficients, group, a, col, at, mask, g, FACTORED: tl.constexpr, KEEP: tl.constexpr):
     """sqrt v of a tile; where nothing is factored, v takes in g^2 (and is kept, if KEEP)."""
     if FACTORED:
         num_k = _field(jobs, job, K).to(tl.int32)
@@ -272,30 +275,30 @@ def _root(jobs, job, table, group, a, col, at, mask, g, FACTORED: tl.constexpr, 
     else:
         v = _floats(_field(jobs, job, V)) + at
         before = tl.load(v, mask=mask, other=0.0)
-        new = before * _coefficient(table, group, BETA2) + g * _coefficient(table, group, SQUARE) * g
+        new = before * _coefficient(coefficients, group, BETA2) + g * _coefficient(coefficients, group, SQUARE) * g
         if KEEP:
             tl.store(v, new, mask=mask)
         return tl.sqrt_rn(new)
 
 
 @triton.jit
-def _update(table, group, g, root, ATAN: tl.constexpr):
+def _update(coefficients, group, g, root, ATAN: tl.constexpr):
     """u before it is scaled or decayed."""
-    numerator = g * _coefficient(table, group, D)
+    numerator = g * _coefficient(coefficients, group, D)
     if ATAN:
         return _atan2_update(numerator, root)
     else:
-        return tl.div_rn(numerator, root + _coefficient(table, group, D_EPS))
+        return tl.div_rn(numerator, root + _coefficient(coefficients, group, D_EPS))
 
 
 @kernel
 def squared_update_units(
-    jobs, addresses, units, first, table, sound, exact_scratch,
+    jobs, addresses, units, first, coefficients, all_finite, exact_scratch,
     T_A: tl.constexpr, T_W: tl.constexpr,
     FACTORED: tl.constexpr, BF16: tl.constexpr, ALIGNED: tl.constexpr, ATAN: tl.constexpr,
 ):  # fmt: skip
     """|u|^2 of a unit, for StableAdamW; nothing is changed."""
-    if tl.load(sound) != 0:
+    if tl.load(all_finite) != 0:
         unit = units + (first + tl.program_id(0)) * 3
         job, chunk, strip = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
         g_address, group = tl.load(addresses + job * 2 + 1), _field(jobs, job, GROUP)
@@ -307,15 +310,15 @@ def squared_update_units(
             a = a0 + tl.arange(0, T_A)
             at, mask = a[:, None] * width + col[None, :], (a < end)[:, None] & col_mask[None, :]
             g = _read(g_address, at, mask, BF16, ALIGNED)
-            root = _root(jobs, job, table, group, a, col, at, mask, g, FACTORED, False)
-            u = tl.where(mask, _update(table, group, g, root, ATAN), 0.0)
+            root = _root(jobs, job, coefficients, group, a, col, at, mask, g, FACTORED, False)
+            u = tl.where(mask, _update(coefficients, group, g, root, ATAN), 0.0)
             total += tl.sum(u * u, axis=0)
         place = _field(jobs, job, PARTIAL) + (chunk * _field(jobs, job, STRIPS) + strip) * 2
         tl.store(exact_scratch + place, tl.sum(total).to(tl.float64))
 
 
 @triton.jit
-def _prodigy_sums(jobs, job, table, group, at, mask, g, z, s_address):
+def _prodigy_sums(jobs, job, coefficients, group, at, mask, g, z, s_address):
     """Of every 11th element of the whole tensor: <g, p0 - z> and |s|_1; s is brought up to date."""
     shift = ((_field(jobs, job, OFFSET) % SLICE_P) * (SLICE_P - 1) % SLICE_P).to(tl.int32)  # -offset modulo 11
     since = at - shift
@@ -327,8 +330,8 @@ def _prodigy_sums(jobs, job, table, group, at, mask, g, z, s_address):
         away += _widen(tl.load(_halves(p0) + place, mask=chosen, other=0))
     s = _halves(s_address) + place
     # each of the two operations rounds to bfloat16
-    decayed = _widen(_nearest(_widen(tl.load(s, mask=chosen, other=0)) * _coefficient(table, group, BETA3)))
-    new = _nearest(decayed + g * _coefficient(table, group, LAM))
+    decayed = _widen(_nearest(_widen(tl.load(s, mask=chosen, other=0)) * _coefficient(coefficients, group, BETA3)))
+    new = _nearest(decayed + g * _coefficient(coefficients, group, LAM))
     tl.store(s, new, mask=chosen)
     num = tl.sum(tl.sum(tl.where(chosen, g * away, 0.0), axis=1), axis=0)
     den = tl.sum(tl.sum(tl.where(chosen, tl.abs(_widen(new)), 0.0), axis=1), axis=0)
@@ -339,21 +342,21 @@ def _prodigy_sums(jobs, job, table, group, at, mask, g, z, s_address):
 def _random_bits(jobs, job, step_key, at):
     """As `rounding.random_bits`."""
     key = _field(jobs, job, KEY).to(tl.uint32) ^ step_key.to(tl.uint32)
-    x = (at + _field(jobs, job, OFFSET).to(tl.int32)).to(tl.uint32) * 0x9E3779B9 + key
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
+    x = (at + _field(jobs, job, OFFSET).to(tl.int32)).to(tl.uint32) * HASH_ELEMENT + key
+    x = (x ^ (x >> 16)) * HASH_FIRST
+    x = (x ^ (x >> 15)) * HASH_SECOND
     return x ^ (x >> 16)
 
 
 @kernel
 def advance_units(
-    jobs, addresses, units, first, table, sound, exact_scratch, step_key,
+    jobs, addresses, units, first, coefficients, all_finite, exact_scratch, step_key,
     T_A: tl.constexpr, T_W: tl.constexpr,
     FACTORED: tl.constexpr, BF16: tl.constexpr, ALIGNED: tl.constexpr,
     ATAN: tl.constexpr, RMS: tl.constexpr, STOCHASTIC: tl.constexpr,
 ):  # fmt: skip
     """The step of a unit: y and z move, and Prodigy's sums are taken at the point they leave."""
-    if tl.load(sound) != 0:
+    if tl.load(all_finite) != 0:
         unit = units + (first + tl.program_id(0)) * 3
         job, chunk, strip = tl.load(unit), tl.load(unit + 1), tl.load(unit + 2)
         y_address, g_address = tl.load(addresses + job * 2), tl.load(addresses + job * 2 + 1)
@@ -361,9 +364,9 @@ def advance_units(
         width, col, col_mask = _columns(jobs, job, strip, T_W, ALIGNED)
         begin = chunk * (T_A * CHUNK)
         end = tl.minimum(begin + T_A * CHUNK, _field(jobs, job, A).to(tl.int32))
-        dlr, weight = _coefficient(table, group, DLR), _coefficient(table, group, WEIGHT)
-        share = _coefficient(table, group, Y_SHARE)
-        away = dlr * _coefficient(table, group, DECAY) + _coefficient(table, group, DECAY_APART)
+        dlr, weight = _coefficient(coefficients, group, DLR), _coefficient(coefficients, group, WEIGHT)
+        share = _coefficient(coefficients, group, Y_SHARE)
+        away = dlr * _coefficient(coefficients, group, DECAY) + _coefficient(coefficients, group, DECAY_APART)
         if RMS:
             dlr *= tl.load(_field(jobs, job, SUMS).to(tl.pointer_type(tl.float64)) + 2).to(tl.float32)
         num, den = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
@@ -374,11 +377,11 @@ def advance_units(
             y = _read(y_address, at, mask, BF16, ALIGNED)
             z = _read(z_address, at, mask, BF16, ALIGNED)
             if s_address != 0:
-                more_num, more_den = _prodigy_sums(jobs, job, table, group, at, mask, g, z, s_address)
+                more_num, more_den = _prodigy_sums(jobs, job, coefficients, group, at, mask, g, z, s_address)
                 num += more_num.to(tl.float64)
                 den += more_den.to(tl.float64)
-            root = _root(jobs, job, table, group, a, col, at, mask, g, FACTORED, True)
-            move = _update(table, group, g, root, ATAN) * dlr + away * y
+            root = _root(jobs, job, coefficients, group, a, col, at, mask, g, FACTORED, True)
+            move = _update(coefficients, group, g, root, ATAN) * dlr + away * y
             y = y + weight * (z - y) - share * move
             z = z - move
             if BF16:
@@ -394,5 +397,5 @@ def advance_units(
                 _write(y_address, at, y, mask, BF16, ALIGNED)
                 _write(z_address, at, z, mask, BF16, ALIGNED)
         place = _field(jobs, job, PARTIAL) + (chunk * _field(jobs, job, STRIPS) + strip) * 2
-        tl.store(exact_scratch + place, num * _coefficient(table, group, LAM).to(tl.float64))
+        tl.store(exact_scratch + place, num * _coefficient(coefficients, group, LAM).to(tl.float64))
         tl.store(exact_scratch + place + 1, den)

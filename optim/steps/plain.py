@@ -15,7 +15,7 @@ from optim.steps.stacks import Stack
 
 
 def measure(stack: Stack, piece: slice, grads: list[Tensor], scratch: Scratch) -> None:
-    """Sums of g^2 over a piece of the stack: what the factors and the check for finite gradients need."""
+    """Writes the sums of g^2 over a piece of the stack: what the factors and the check for finite gradients need."""
     g = stacked(grads, scratch, "g")
     if stack.kind.axes is None or stack.row_now is None or stack.col_now is None:
         stack.totals[piece] = sums_of_squares(g, scratch, "u")
@@ -33,14 +33,14 @@ class Step:
 
     settings: Settings
     by_group: list[Coefficients]
-    decays: list[bool]  # of each group; False: the host knows that its weight decay is 0
-    sound: Tensor | None  # as `masked` has it; where False, the coefficients must be neutral
+    decays: list[bool]  # per group; False: the host knows that its weight decay is 0
+    all_finite: Tensor | None  # as `masked` has it; where False, the coefficients must be those of a no-op
     key: int  # for the rounding
     scratch: Scratch
 
 
 def blend_factors(stack: Stack, piece: slice, step: Step) -> None:
-    """R and C take in the means of this step's g^2; the roots that the update divides by take the place of the sums."""
+    """Takes the means of this step's g^2 into R and C, and puts the roots that the update divides by over the sums."""
     if stack.row is None or stack.col is None or stack.kind.axes is None:
         return
     assert stack.row_now is not None and stack.col_now is not None
@@ -48,15 +48,17 @@ def blend_factors(stack: Stack, piece: slice, step: Step) -> None:
     first, second = stack.kind.axes
     row, col = stack.row[piece], stack.col[piece]
     for factor, total, axis in ((row, stack.row_now[piece], second), (col, stack.col_now[piece], first)):
-        gain = masked(total, step.sound) * (c.square / stack.kind.whole[axis])
+        gain = masked(total, step.all_finite) * (c.square / stack.kind.whole[axis])
         factor.copy_(torch.addcmul(gain, factor, c.beta2))
     stack.row_now[piece], stack.col_now[piece] = factor_roots(row.float(), col.float(), second + 1, c.d)
 
 
 @dataclass
 class Piece:
-    """A part of a stack in the middle of its step: float32 copies of what the step reads and changes, each [n,
-    *shape]; or, where one is float32 and in one part of memory already, itself."""
+    """A part of a stack in the middle of its step: what the step reads and changes, each float32 (n, *shape).
+
+    They are copies, or the very tensors where these are float32 and contiguous already.
+    """
 
     stack: Stack
     piece: slice
@@ -67,19 +69,19 @@ class Piece:
     step: Step
 
     def scratch(self, name: str) -> Tensor:
-        """The step's buffer of that name, float32 [n, *shape]."""
+        """The step's buffer of that name, float32 (n, *shape)."""
         return self.step.scratch.take(name, *self.g.shape)
 
 
 def update(
     stack: Stack, piece: slice, params: list[Tensor], grads: list[Tensor], step: Step, divisor: Tensor | None
 ) -> None:
-    """The step of a piece: u, Prodigy's sums, y and z, and everything written back.
+    """Makes the step of a piece: u, Prodigy's sums, y and z, and everything written back.
 
-    divisor: [n], StableAdamW's, where it cannot be had from this shard.
+    divisor: (n,), StableAdamW's, where it cannot be had from this shard.
     """
     scratch = step.scratch
-    y, z, g = stacked(params, scratch, "y"), stack.z[piece], masked(stacked(grads, scratch, "g"), step.sound)
+    y, z, g = stacked(params, scratch, "y"), stack.z[piece], masked(stacked(grads, scratch, "g"), step.all_finite)
     wide_z = z if z.dtype == torch.float32 else scratch.take("z", *z.shape).copy_(z)
     work = Piece(stack, piece, y, wide_z, g, step.by_group[stack.kind.group], step)
     if step.settings.use_schedulefree:
@@ -90,9 +92,9 @@ def update(
 
 
 def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], step: Step) -> Tensor:
-    """[n]: this shard's part of |u|^2, before anything is changed; for StableAdamW on sharded tensors."""
+    """This shard's part of |u|^2, (n,), before anything is changed; for StableAdamW on sharded tensors."""
     settings, c = step.settings, step.by_group[stack.kind.group]
-    g, z = masked(stacked(grads, step.scratch, "g"), step.sound), stack.z[piece].to(torch.float32, copy=True)
+    g, z = masked(stacked(grads, step.scratch, "g"), step.all_finite), stack.z[piece].to(torch.float32, copy=True)
     work = Piece(stack, piece, g, z, g, c, step)
     direction = g if settings.use_schedulefree else _moment(work) / c.d
     root, _ = _root(work)
@@ -100,8 +102,7 @@ def sum_of_squared_update(stack: Stack, piece: slice, grads: list[Tensor], step:
 
 
 def _root(work: Piece) -> tuple[Tensor, Tensor | None]:
-    """sqrt(v) / d as the update divides by it, in a scratch buffer, and the new full second moment where there is
-    one."""
+    """sqrt(v) / d in a scratch buffer, and the new full second moment where nothing is factored."""
     stack, c = work.stack, work.c
     buffer = work.scratch("u")
     if stack.row_now is not None and stack.col_now is not None:
@@ -113,10 +114,9 @@ def _root(work: Piece) -> tuple[Tensor, Tensor | None]:
 
 
 def _raw_update(direction: Tensor, work: Piece, settings: Settings) -> tuple[Tensor, float]:
-    """u before it is scaled or decayed, in a scratch buffer, and the factor that it is still to be
-    multiplied by; the full second moment, where there is one, is brought up to date.
+    """u before it is scaled or decayed, in a scratch buffer, and the factor that it is still to be multiplied by.
 
-    direction: what u is made of, over d.
+    The full second moment, where there is one, takes in this step. direction: what u is made of, divided by d.
     """
     stack = work.stack
     root, new = _root(work)
@@ -138,7 +138,7 @@ def _rms_scaled(u: Tensor, gain: float, work: Piece, settings: Settings, divisor
 
 
 def _prodigy_sums(work: Piece, at: Tensor) -> None:
-    """Each tensor's part of num and den, from g and the point it was at (z, or the weights without Schedule-Free)."""
+    """Writes each tensor's part of num and den. at: where the step starts (z, or the weights without Schedule-Free)."""
     stack, kind, c = work.stack, work.stack.kind, work.c
     if stack.s is None and stack.norms is None:
         return
@@ -161,6 +161,7 @@ def _prodigy_sums(work: Piece, at: Tensor) -> None:
 
 
 def _update_schedule_free(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
+    """Moves y and z by Schedule-Free's step."""
     y, z, c = work.y, work.z, work.c
     u, gain = _raw_update(work.g, work, settings)
     _prodigy_sums(work, z)
@@ -184,7 +185,7 @@ def _moment(work: Piece) -> Tensor:
 
 
 def _update_with_moment(work: Piece, settings: Settings, divisor: Tensor | None) -> None:
-    """Plain Prodigy: no average, the weights take the whole step; for an outside schedule."""
+    """Moves the weights by plain Prodigy's step: no average, for an outside schedule."""
     y, c = work.y, work.c
     direction = _moment(work)
     _prodigy_sums(work, y)
@@ -195,7 +196,7 @@ def _update_with_moment(work: Piece, settings: Settings, divisor: Tensor | None)
 
 
 def _write_back(work: Piece, params: list[Tensor], settings: Settings, step_key: int) -> None:
-    """y to the parameters, z to the state, rounded to their dtype, where they are not there already."""
+    """Writes y to the parameters and z to the state, rounded to their dtype, where they are not there already."""
     stack, y, z, scratch = work.stack, work.y, work.z, work.step.scratch
     if stack.kind.dtype == torch.bfloat16:
         if settings.stochastic_rounding:

@@ -15,7 +15,7 @@ class Scratch:
         self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """float32 of this shape, contiguous; holds whatever was left there."""
+        """A buffer of this shape, float32 and contiguous; holds whatever was left there."""
         view = self.views.get((name, shape))
         if view is None:
             num = math.prod(shape)
@@ -27,8 +27,10 @@ class Scratch:
 
 
 def stacked(tensors: list[Tensor], scratch: Scratch, name: str) -> Tensor:
-    """float32 [n, *shape], contiguous: in the scratch buffer of that name, or the memory of a single tensor that is so
-    already."""
+    """n tensors of one shape as one, float32 (n, *shape), contiguous.
+
+    It lies in the scratch buffer of that name, or in the memory of a single tensor that is float32 and contiguous.
+    """
     first = tensors[0]
     if len(tensors) == 1 and first.dtype == torch.float32 and first.is_contiguous():
         return first.detach().unsqueeze(0)
@@ -40,10 +42,10 @@ def stacked(tensors: list[Tensor], scratch: Scratch, name: str) -> Tensor:
 
 
 def sums_of_squares(values: Tensor, scratch: Scratch, name: str) -> Tensor:
-    """[n] from [n, ...]; the buffer of that name is used up.
+    """Sums of squares per tensor, (n, ...) to (n,); the buffer of that name is overwritten.
 
-    Two sums a tensor: torch gives a sum that stands alone to several threads, and the result would depend on how many
-    tensors are in a piece.
+    Each is made of two sums: torch gives a sum that stands alone to several threads, and the result would depend on how
+    many tensors are in a piece.
     """
     num, numel = len(values), values[0].numel()
     half = (numel + 1) // 2
@@ -54,6 +56,6 @@ def sums_of_squares(values: Tensor, scratch: Scratch, name: str) -> Tensor:
     return square.view(num, 2, half).sum(2).sum(1)
 
 
-def masked(values: Tensor, sound: Tensor | None) -> Tensor:
-    """Zeros in place of values that may not be finite. sound: bool, 0-dim; None: the host knows that they are."""
-    return values if sound is None else torch.where(sound, values, 0.0)
+def masked(values: Tensor, all_finite: Tensor | None) -> Tensor:
+    """The values, or zeros if not all are finite. all_finite: bool, 0-dim; None: the host knows that they are."""
+    return values if all_finite is None else torch.where(all_finite, values, 0.0)

@@ -16,12 +16,12 @@ from optim.formulas.prodigy import SLICE_P, exact_dtype
 from optim.settings import Settings
 
 NUM_SUMS = 3
-"""Sums of each tensor: <g, p0 - z>; |s|_1 or, with SPEED, |p0 - z|_1; and with SPEED |p0 - z|_2 squared."""
+"""Sums per tensor: <g, p0 - z>; |s|_1 or, with SPEED, |p0 - z|_1; and with SPEED |p0 - z|_2 squared."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How a tensor is split: over which ranks, and the number of the first row here."""
+    """How a tensor is split by rows: over which ranks, and the number of the first row here."""
 
     ranks: "dist.ProcessGroup"
     first_row: int
@@ -39,13 +39,17 @@ class Kind(NamedTuple):
     axes: tuple[int, int] | None  # over which the second moment is factored
     starts_at_zero: bool  # then nothing is stored for p0
 
+    def whole_here(self) -> "Kind":
+        """A tensor of the same shape that is not split, for trials; p0 is stored."""
+        return self._replace(group=0, whole=self.shape, split=None, offset=0, starts_at_zero=False)
+
     @property
     def numel(self) -> int:
         return self.shape.numel()
 
     @property
     def first_slice(self) -> int:
-        """Where, among the elements here, the first of every 11th element of the whole tensor stands."""
+        """Number of the first element here that is one of every 11th of the whole tensor."""
         return -self.offset % SLICE_P
 
     @property
@@ -53,30 +57,30 @@ class Kind(NamedTuple):
         return max(0, -(-(self.numel - self.first_slice) // SLICE_P))
 
     def sliced(self, values: Tensor) -> Tensor:
-        """Every 11th element of the whole tensors: [N, numel] to [N, num_slices], a view."""
+        """Every 11th element of the whole tensors: (n, numel) to (n, num_slices), a view."""
         return values[:, self.first_slice :: SLICE_P]
 
 
 @dataclass(eq=False)
 class Stack:
-    """N parameters of one kind and their state; `indices` are their places among all parameters of the optimizer."""
+    """n parameters of one kind and their state; `indices` are theirs among all parameters of the optimizer."""
 
     kind: Kind
     indices: list[int]
-    places: Tensor  # the same, int64 [N], on the device
-    keys: Tensor  # int32 [N]: for the rounding
-    z: Tensor  # [N, *shape], the parameter's dtype: the fast iterate, or the first moment without Schedule-Free
-    row: Tensor | None = None  # [N, ...], R: mean of g^2 over the second factored axis, size 1 there
-    col: Tensor | None = None  # [N, ...], C: mean over the first
-    v: Tensor | None = None  # [N, *shape] float32, where nothing is factored
-    s: Tensor | None = None  # [N, num_slices] bfloat16
-    p0: Tensor | None = None  # [N, num_slices] bfloat16
-    norms: Tensor | None = None  # [N, 3] float64, SPEED: averaged dot product, largest |p0 - z|_1 and |p0 - z|_2
+    indices_here: Tensor  # the same, int64 (n,), on the device
+    keys: Tensor  # int32 (n,): for the rounding
+    z: Tensor  # (n, *shape), the parameter's dtype: the fast iterate, or the first moment without Schedule-Free
+    row: Tensor | None = None  # (n, ...), R: mean of g^2 over the second factored axis, size 1 there
+    col: Tensor | None = None  # (n, ...), C: mean over the first
+    v: Tensor | None = None  # (n, *shape) float32, where nothing is factored
+    s: Tensor | None = None  # (n, num_slices) bfloat16
+    p0: Tensor | None = None  # (n, num_slices) bfloat16
+    norms: Tensor | None = None  # (n, 3) float64, SPEED: averaged dot product, largest |p0 - z|_1 and |p0 - z|_2
     # within a step only
     row_now: Tensor | None = None  # float32 like row: sums of g^2, then sqrt(R / mean(R))
     col_now: Tensor | None = None  # float32 like col: sums of g^2, then sqrt(C)
-    totals: Tensor = field(init=False)  # [N] float32, sum of g^2 here
-    sums: Tensor = field(init=False)  # [N, 3] float64
+    totals: Tensor = field(init=False)  # (n,) float32, sum of g^2 here
+    sums: Tensor = field(init=False)  # (n, 3) float64
 
     def __post_init__(self) -> None:
         device = self.z.device
@@ -96,21 +100,20 @@ class Stack:
         }
         return {name: value for name, value in named.items() if value is not None}
 
-    def state_of(self, place: int) -> dict[str, Tensor]:
-        """The state of the parameter at `place` in this stack, as views."""
-        return {name: value[place] for name, value in self.tensors().items()}
+    def state_of(self, slot: int) -> dict[str, Tensor]:
+        """The state of one parameter of this stack, as views."""
+        return {name: value[slot] for name, value in self.tensors().items()}
 
     def addresses(self) -> dict[str, Tensor]:
-        """Where each parameter's state, and what a step finds, begins in memory: int64 [N], by the names of the
-        fields."""
+        """Where in memory each parameter's state, and what a step finds, begins: int64 (n,), by field."""
         named = {**self.tensors(), "totals": self.totals, "sums": self.sums}
         if self.row_now is not None and self.col_now is not None:
             named |= {"row_now": self.row_now, "col_now": self.col_now}
-        places = torch.arange(len(self.indices))
-        return {name: t.data_ptr() + places * (t.stride(0) * t.element_size()) for name, t in named.items()}
+        slots = torch.arange(len(self.indices))
+        return {name: t.data_ptr() + slots * (t.stride(0) * t.element_size()) for name, t in named.items()}
 
     def free_prodigy_state(self) -> None:
-        """p0 and s are not needed once d is frozen."""
+        """Drops what is not needed once d is frozen."""
         self.p0 = self.s = self.norms = None
 
 
@@ -122,7 +125,7 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
     stack = Stack(
         kind=kind,
         indices=indices,
-        places=torch.tensor(indices, device=device),
+        indices_here=torch.tensor(indices, device=device),
         keys=torch.tensor(keys, dtype=torch.int32, device=device),
         z=z if settings.use_schedulefree else torch.zeros_like(z),
     )
@@ -145,7 +148,7 @@ def build_stack(kind: Kind, indices: list[int], keys: list[int], weights: list[T
 
 
 def begin_stack(stack: Stack) -> None:
-    """Room for the sums of a step."""
+    """Makes room for the sums of a step, and sets them to 0."""
     if stack.row is not None and stack.col is not None and stack.row_now is None:
         stack.row_now = torch.empty_like(stack.row, dtype=torch.float32)
         stack.col_now = torch.empty_like(stack.col, dtype=torch.float32)

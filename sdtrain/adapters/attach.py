@@ -50,18 +50,18 @@ class AdapterSettings:
     alphas: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
-        """The rank of one layer."""
+        """Return the rank of one layer."""
         return [self.rank, *(rank for pattern, rank in self.ranks.items() if fnmatchcase(module, pattern))][-1]
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of one layer."""
+        """Return the alpha of one layer."""
         return [self.alpha, *(alpha for pattern, alpha in self.alphas.items() if fnmatchcase(module, pattern))][-1]
 
 
 def attach_adapters(
     network: nn.Module, modules: Sequence[str], settings: AdapterSettings, generator: Generator
 ) -> dict[str, nn.Parameter]:
-    """Give the named modules of a network adapters and freeze the rest; the new parameters, float32, by name.
+    """Give the named modules of a network adapters and freeze the rest; return the new float32 parameters by name.
 
     Raises UserError where a layer cannot carry this kind.
     """
@@ -175,7 +175,7 @@ def _row_lengths(weight: Any) -> Tensor:
 
 
 def adapter_weights(network: nn.Module) -> dict[str, AdapterWeights]:
-    """The adapters of a network by the name of the layer they sit on; tensors are views of the parameters."""
+    """Return the adapters of a network by the name of their layer; the tensors are views of the parameters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name: _weights_of(module) for name, module in network.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -132,7 +132,7 @@ Adapters = Mapping[str, Mapping[str, AdapterWeights]]
 
 
 def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", "oft"]:
-    """The kind; a rank-stabilised LoRA is a LoRA with a larger alpha."""
+    """Return the kind of an adapter; a rank-stabilised LoRA is a LoRA with a larger alpha."""
     match weights:
         case LoraWeights():
             return "lora"

@@ -27,7 +27,10 @@ class RankRule:
     energy: float = 1.0
 
     def kept(self, values: Tensor, total: Tensor) -> int:
-        """How many of the descending singular values; at least one. `total` is the sum of all squares, (), float64."""
+        """Return how many of the descending singular values (r,) are kept, at least one.
+
+        `total` is the sum of the squares of all of them, () float64.
+        """
         most = min(self.rank, len(values))
         if self.energy >= 1:
             return most
@@ -44,7 +47,7 @@ def extract(
     modules: Mapping[str, list[str]],
     smallest: float = 1e-6,
 ) -> dict[str, dict[str, LoraWeights]]:
-    """component -> module -> LoRA of tuned - base, for the named modules; alpha is the rank.
+    """Return the LoRA of tuned - base as component -> module -> weights, for the named modules; alpha is the rank.
 
     Layers whose weights differ by less than `smallest` of their own norm are left out: they were not tuned. Raises
     UserError for networks of other shapes.
@@ -66,7 +69,10 @@ def extract(
 
 
 def approximate(change: Tensor, rule: RankRule) -> LoraWeights:
-    """The LoRA nearest to dW (out, in) or (out, in, kh, kw), float32; each factor carries the roots of the values."""
+    """Return the LoRA nearest to dW, (out, in) or (out, in, kh, kw), float32.
+
+    Each of its two factors carries the square roots of the singular values.
+    """
     flat = change.float().flatten(1)
     left, values, right = _largest(flat, rule.rank)
     kept = rule.kept(values, flat.double().square().sum())
@@ -97,7 +103,7 @@ def _largest(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.no_grad()
 def resize(adapters: Adapters, rule: RankRule) -> dict[str, dict[str, LoraWeights]]:
-    """The nearest LoRAs of the rule's rank, layer by layer; alpha keeps its ratio to the rank.
+    """Return the nearest LoRAs of the rule's rank, layer by layer; alpha keeps its ratio to the rank.
 
     Raises UserError for kinds that are no product of two matrices.
     """

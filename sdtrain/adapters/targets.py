@@ -20,7 +20,7 @@ FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2", "*attentions*.proj_in", "*atten
 def select_modules(
     network: nn.Module, targets: TargetPreset | Sequence[str], *, unused: Sequence[str] = ()
 ) -> list[str]:
-    """Names of the linear and convolution modules that `targets` means, in the network's order.
+    """Return the names of the linear and convolution modules that `targets` means, in the network's order.
 
     A preset names a set; patterns are shell patterns over whole module names. Modules below a prefix in `unused` are
     left out. A pattern that matches nothing gives an empty list, which is for the caller to report.
@@ -64,7 +64,7 @@ def select_targets(
     alphas: Iterable[str] = (),
     unused: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[str]]:
-    """component -> names of the layers that get adapters, for the networks that are trained.
+    """Return component -> names of the layers that get adapters, for the networks that are trained.
 
     `ranks` and `alphas` are the patterns that set those of single layers. Raises UserError for every pattern that
     means no layer, with the names that come near, and for a network in which no layer is meant.

@@ -17,7 +17,7 @@ from sdtrain.errors import Problem, UserError, user_error
 
 @torch.no_grad()
 def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float]:
-    """Copy a file's adapters, in either naming, into those attached to the networks; the file's d by network.
+    """Copy a file's adapters, in either naming, into those attached to the networks; return the file's d by network.
 
     `networks` are all networks of the model, those without adapters too. The change dW is the file's; where the run's
     alpha is another, a factor makes up for it. Raises UserError for a file of another model, kind or rank, for

@@ -3,22 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.config.from_python import chosen_settings
+from sdtrain.config.read import override_table
 from sdtrain.config.schema import Config
-from sdtrain.training.start import inspect_run, read_run_config, require_own_folder
+from sdtrain.training.start import inspect_run, read_run_config, require_own_folder, run_config, run_folder
+from sdtrain.training.watching.records import Watcher
 
 
-def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume: bool) -> bool:
-    """Train what a config file says; True when the planned steps are done. Raises UserError."""
+@dataclass(frozen=True)
+class FitResult:
+    """What a run left."""
+
+    folder: Path
+    """The run's folder."""
+    steps: int
+    """Steps that are done, those of earlier sittings included."""
+    finished: bool
+    """Whether these are all that were planned; else it was stopped, and `resume=True` goes on."""
+    weights: Path | None
+    """The file with the averaged weights; None where the run is not finished."""
+
+
+def fit(
+    config: Config | Path | str,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+    console: Console | None = None,
+) -> FitResult:
+    """Train what a config says, as `sdtrain fit` does; Ctrl-C stops it between two steps, with the state saved.
+
+    Args:
+        config: a config, or the path of a TOML file. A config made in Python gets its preset's values and is checked as
+            a file is.
+        overrides: settings to change, each as `key=value`, like `--set` on the command line.
+        resume: go on from the last training state of this run.
+        watchers: functions that are handed a frozen record of everything that happens (`sdtrain.Record`). One that
+            raises is dropped for the rest of the run, which is told once; the training never notices.
+        console: where progress is shown; None: nowhere. `log.jsonl` is written anyway.
+
+    Raises:
+        UserError: everything that can be known to be wrong beforehand, together; later, a loss that stays not finite.
+    """
+    screen = console or Console(quiet=True, force_terminal=False)
+    if not isinstance(config, Config):
+        settings = read_run_config(Path(config), overrides, resume=resume)
+        return fit_settings(settings, str(config), screen, resume=resume, watchers=watchers)
+    table = chosen_settings(config)
+    override_table(table, overrides)
+    settings = run_config(table, "config", resume=resume)
+    return fit_settings(settings, "config", screen, resume=resume, watchers=watchers)
+
+
+def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume: bool) -> FitResult:
+    """Train what a config file says. Raises UserError."""
     return fit_settings(read_run_config(path, overrides, resume=resume), str(path), console, resume=resume)
 
 
-def fit_settings(config: Config, source: str, console: Console, *, resume: bool, fetch: bool = True) -> bool:
-    """Train what settings say; True when the planned steps are done. Raises UserError.
+def fit_settings(
+    config: Config,
+    source: str,
+    console: Console,
+    *,
+    resume: bool,
+    fetch: bool = True,
+    watchers: Sequence[Watcher] = (),
+) -> FitResult:
+    """Train what settings say. Raises UserError.
 
     source: what the settings were read from, named in what the user is told. fetch: get a model that is named by a hub
     id and not in the local cache.
@@ -26,6 +84,9 @@ def fit_settings(config: Config, source: str, console: Console, *, resume: bool,
     require_own_folder(config, resume=resume)
     opened, examples = inspect_run(config, source, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
-    from sdtrain.training.fit import fit  # what can be told without torch has been told
+    from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
-    return fit(config, opened, examples, console, resume=resume)
+    steps = train(config, opened, examples, console, resume=resume, watchers=watchers)
+    folder = run_folder(config.output, config.name)
+    finished = steps == config.steps
+    return FitResult(folder, steps, finished, folder / "weights" / f"{config.name}.safetensors" if finished else None)

@@ -1,8 +1,15 @@
-"""How the libraries below behave in a terminal."""
+"""The libraries below: how they behave in a terminal, and which are there."""
 
 from __future__ import annotations
 
 import os
+import platform
+from importlib import metadata
+
+from sdtrain import __version__
+
+SHOWN = ("torch", "diffusers", "transformers", "peft")
+"""Libraries whose versions decide what a run does."""
 
 
 def quiet_libraries() -> None:
@@ -10,3 +17,19 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def versions() -> list[str]:
+    """What a report of a problem should name, a line each; nothing is imported for it."""
+    return [
+        f"sdtrain {__version__}",
+        f"Python {platform.python_version()}",
+        *(f"{name} {_version(name)}" for name in SHOWN),
+    ]
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "is not installed"

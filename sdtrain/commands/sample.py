@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import assert_never
 
+from PIL import Image
 from rich.console import Console
 
 from sdtrain.adapters.files import read_header
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
+from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.config.read import override_table, resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
@@ -23,8 +25,46 @@ from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
 
+SEEDS = (0, 1, 2, 3)
+"""Seeds that are drawn where none are named."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures that were drawn, and with what."""
+
+    rows: list[list[Image.Image]]
+    """A row per prompt, a column per seed."""
+    title: str
+    """The run and the step its weights are of."""
+
 
 def sample(
+    source: Path | str,
+    prompts: Sequence[str] | str,
+    seeds: Sequence[int] = SEEDS,
+    *,
+    overrides: Sequence[str] = (),
+) -> list[list[Image.Image]]:
+    """Draw prompts x seeds with the averaged weights of a run: a row per prompt, a column per seed.
+
+    Nothing is written. A seed means the same noise for every prompt, and the same as in the previews of a run.
+
+    Args:
+        source: a finished run's folder, or a weights file that sdtrain wrote.
+        prompts: what to show.
+        seeds: one picture each.
+        overrides: settings to change, each as `key=value`, for example `preview.guidance_scale=4.0`.
+
+    Raises:
+        UserError: the run is not finished, or the file is not one of sdtrain's.
+    """
+    quiet_libraries()
+    texts = [prompts] if isinstance(prompts, str) else prompts
+    return draw(Path(source), texts, seeds, overrides).rows
+
+
+def sample_to_files(
     source: Path,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -32,7 +72,20 @@ def sample(
     overrides: Sequence[str],
     console: Console,
 ) -> None:
-    """Render prompts x seeds with the averaged weights in `source`, one file a picture and a labelled grid."""
+    """Draw prompts x seeds with the averaged weights in `source`: one file per picture, and a labelled grid."""
+    drawn = draw(source, prompts, seeds, overrides)
+    folder = out or (source if source.is_dir() else source.parent) / "samples"
+    for index, pictures in enumerate(drawn.rows):
+        for seed, picture in zip(seeds, pictures, strict=True):
+            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
+    save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
+    console.print(
+        f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}", soft_wrap=True
+    )
+
+
+def draw(source: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:
+    """Pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
     weights = _weights_file(source)
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
@@ -41,16 +94,8 @@ def sample(
     model = load_with_weights(run, weights)
     model.move_encoders(device, text=True)
     rows = render(model, prepare_prompts(model, config, trains_text=False), seeds, sampling_settings(config))
-    folder = out or (source if source.is_dir() else weights.parent) / "samples"
-    for index, pictures in enumerate(rows):
-        for seed, picture in zip(seeds, pictures, strict=True):
-            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
     step = metadata.get(STEP_KEY) or metadata.get("ss_steps", "?")
-    grid = labelled_grid(rows, prompts, seeds, f"{config.name}, step {step}")
-    save_picture(grid, folder / "grid.png")
-    console.print(
-        f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}", soft_wrap=True
-    )
+    return Pictures(rows, f"{config.name}, step {step}")
 
 
 def _weights_file(source: Path) -> Path:

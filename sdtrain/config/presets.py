@@ -15,7 +15,10 @@ FREEZE_SHARE = 0.25
 
 
 def preset_values(preset: Preset, steps: int) -> dict[str, Any]:
-    """The optimizer settings a preset means for a run of `steps` steps; values the user sets take precedence."""
+    """Return the optimizer settings that a preset means for a run of `steps` steps.
+
+    Values that the user sets take precedence over them.
+    """
     freeze = max(1, round(FREEZE_SHARE * steps))
     match preset:
         case "lora":

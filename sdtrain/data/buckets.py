@@ -21,12 +21,12 @@ class Placement:
 
     @property
     def upscale(self) -> float:
-        """Scaled over original size: above 1, pixels are invented."""
+        """Scaled size over original size; above 1, pixels are invented."""
         return max(self.scaled[0] / self.original[0], self.scaled[1] / self.original[1])
 
     @property
     def cropped_share(self) -> float:
-        """Share of the picture's area that lies outside of the bucket, 0 up to 1."""
+        """The share of the picture's area that lies outside of the bucket, from 0 to 1."""
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -36,7 +36,7 @@ class Placement:
 
 
 def bucket_sizes(resolution_px: int, step_px: int, max_aspect: float) -> list[tuple[int, int]]:
-    """All bucket sizes (width, height), sorted: multiples of step_px, area at most resolution_px squared.
+    """Return all bucket sizes (width, height), sorted: multiples of step_px with an area of at most resolution_px².
 
     Every width and every height that the aspect limit allows is there once with the longest other side that fits,
     and so is the square. Raises ValueError if not even one step fits.
@@ -55,7 +55,7 @@ def bucket_sizes(resolution_px: int, step_px: int, max_aspect: float) -> list[tu
 
 
 def place(width_px: int, height_px: int, buckets: Iterable[tuple[int, int]]) -> Placement:
-    """The placement in the bucket of the nearest aspect ratio; of equally near ones in the largest, then the widest.
+    """Return the placement in the bucket of the nearest aspect ratio; of equal ones the largest, then the widest.
 
     Every picture of at least 1 x 1 px gets a place. Nearness is the ratio of the two aspect ratios, which orders
     buckets as the difference of logarithms does; one division of integers is rounded correctly, so that ties are exact.

@@ -10,12 +10,15 @@ class CaptionError(Exception):
 
 
 def normalise(text: str) -> str:
-    """One line without leading, trailing or doubled white space; applying it twice changes nothing more."""
+    """Return the text as one line without leading, trailing or doubled white space.
+
+    Applying it twice changes nothing more.
+    """
     return " ".join(text.split())
 
 
 def decode(content: bytes) -> str:
-    """The normalised caption in the bytes of a file: UTF-8, with or without a byte order mark.
+    """Return the normalised caption in the bytes of a file, which is UTF-8 with or without a byte order mark.
 
     Raises CaptionError for other encodings, which would otherwise train on garbled words.
     """
@@ -30,7 +33,7 @@ def decode(content: bytes) -> str:
 
 
 def read_caption(path: Path) -> str:
-    """The normalised caption in a file. Raises CaptionError, also if the file cannot be opened."""
+    """Return the normalised caption in a file. Raises CaptionError, also if the file cannot be opened."""
     try:
         content = path.read_bytes()
     except OSError as error:

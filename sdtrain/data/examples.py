@@ -48,7 +48,7 @@ class _Pair:
 
 
 def scan_folders(config: DataConfig, *, decode: bool) -> tuple[list[Example], list[Problem]]:
-    """All examples of all folders in a stable order (by folder, then naturally by path), and all problems.
+    """Return all examples of all folders in a stable order (by folder, then naturally by path), and all problems.
 
     With `decode`, every pixel is read, so that truncated files are found; without, only headers. Examples are
     complete only if there are no problems. Paths are relative to the working directory unless absolute.
@@ -79,7 +79,7 @@ def scan_folders(config: DataConfig, *, decode: bool) -> tuple[list[Example], li
 
 
 def unreadable_problems(reasons: Sequence[tuple[Path, str]]) -> list[Problem]:
-    """Problems for pictures and the reasons why they cannot be read, the list cut where it gets long."""
+    """Return a problem for each picture that cannot be read, with its reason; a long list is cut."""
     return _shorten([_Finding("unreadable picture", Problem(str(path), reason)) for path, reason in reasons])
 
 

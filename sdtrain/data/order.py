@@ -7,7 +7,7 @@ from random import Random
 
 
 class Order:
-    """The endless row of micro-batches, epoch after epoch; step s takes the next `accumulation` of them.
+    """The endless row of micro-batches, epoch after epoch; each step takes the next `accumulation` of them.
 
     Within an epoch every picture is there exactly `repeats` times, no micro-batch mixes buckets, the last one of a
     bucket may be smaller, and those of all buckets are shuffled together. Pictures are numbered as they were handed in.
@@ -39,13 +39,13 @@ class Order:
         return self.batches_per_epoch / self._accumulation
 
     def step(self, step: int) -> list[tuple[int, ...]]:
-        """The micro-batches of a step, as numbers of pictures."""
+        """Return the micro-batches of a step; a picture is named by its number."""
         first = step * self._accumulation
         places = (divmod(place, self.batches_per_epoch) for place in range(first, first + self._accumulation))
         return [self.epoch(epoch)[place] for epoch, place in places]
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
-        """All micro-batches of an epoch, in the order in which they are seen."""
+        """Return all micro-batches of an epoch in the order in which they are seen."""
         if self._last is None or self._last[0] != epoch:
             self._last = (epoch, self._draw(stream(self._seed, "order", epoch)))
         return self._last[1]
@@ -61,13 +61,16 @@ class Order:
 
 
 def dropped(seed: int, step: int, index: int, num: int, share: float) -> list[bool]:
-    """For each of the captions of micro-batch `index` of a step, whether it is left empty."""
+    """Return for each caption of micro-batch `index` of a step whether it is left empty."""
     random = stream(seed, "dropout", step, index)
     return [random.random() < share for _ in range(num)]
 
 
 def stream(*names: int | str) -> Random:
-    """A generator that depends on these names only: a seed that is text is hashed with SHA-512, everywhere alike."""
+    """Return a generator that depends on these names only.
+
+    A seed that is text is hashed with SHA-512, which gives the same numbers on every machine.
+    """
     return Random("/".join(str(name) for name in names))
 
 

@@ -50,7 +50,7 @@ class PictureError(Exception):
 
 
 def measure(path: Path, *, decode: bool) -> tuple[int, int]:
-    """Width and height in pixels of the upright picture. Raises PictureError.
+    """Return the width and height in pixels of the upright picture. Raises PictureError.
 
     With decode, every pixel is read, so that a truncated file is found; without, only what is needed for the size.
     """
@@ -63,7 +63,7 @@ def measure(path: Path, *, decode: bool) -> tuple[int, int]:
 
 
 def load_upright(path: Path) -> Image.Image:
-    """The whole picture, upright, in the mode of the file. Raises PictureError."""
+    """Return the whole picture, upright, in the mode of the file. Raises PictureError."""
     with _opened(path) as image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image, path))

@@ -20,7 +20,7 @@ _REDUCING_GAP = 3.0  # shrinks by whole factors first while that cannot be seen:
 
 
 def load_pixels(example: Example, placement: Placement) -> Tensor:
-    """The picture in its bucket: (3, height, width), float32 in [-1, 1], sRGB, upright, transparency on white.
+    """Return the picture in its bucket: (3, height, width) float32 in [-1, 1], sRGB, upright, transparency on white.
 
     Raises PictureError, also if the file has changed its size since it was scanned.
     """

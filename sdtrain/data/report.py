@@ -30,7 +30,7 @@ class DataReport:
 
 
 def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
-    """The report on these examples, at least one, as `config` would place and order them."""
+    """Return the report on these examples, of which there is at least one, as `config` would place and order them."""
     if not examples:
         raise ValueError("no pictures to report on")
     buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)

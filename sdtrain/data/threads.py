@@ -15,7 +15,7 @@ NUM_THREADS = min(8, os.cpu_count() or 1)
 
 
 def map_ahead(function: Callable[[T], R], things: Iterable[T]) -> Iterator[R]:
-    """The results in the order of the things, computed a little ahead of their use.
+    """Yield a result for each thing, in their order, computed a little ahead of its use.
 
     Only a little, so that memory holds a few pictures rather than all, and an interrupt does not wait for the rest.
     The first exception is raised where its result would come.

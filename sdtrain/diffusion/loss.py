@@ -11,9 +11,10 @@ from sdtrain.diffusion.words import LossKind, Prediction, Weighting
 
 
 def error_per_image(prediction: Tensor, target: Tensor, *, kind: LossKind, huber_delta: float = 0.1) -> Tensor:
-    """(n,) float32 mean error of (n, c, h, w) predictions.
+    """Return the mean error of each picture, (n,) float32, for predictions and targets of shape (n, c, h, w).
 
-    huber: 2 delta (sqrt(e^2 + delta^2) - delta), the smooth form, which is e^2 for small e and linear for large e.
+    l2 is the squared error. huber is 2 delta (sqrt(e^2 + delta^2) - delta), the smooth form: e^2 for small errors e,
+    linear for large ones.
     """
     difference = prediction.float() - target.float()
     match kind:
@@ -27,7 +28,7 @@ def error_per_image(prediction: Tensor, target: Tensor, *, kind: LossKind, huber
 
 
 def timestep_weights(snr: Tensor, *, prediction: Prediction, weighting: Weighting, min_snr_gamma: float) -> Tensor:
-    """(n,) weights for the signal-to-noise ratios (n,) of a batch.
+    """Return the weight of each picture's error, (n,), for the signal-to-noise ratios (n,) of their timesteps.
 
     min_snr: min(SNR, gamma) in x_0-space, so over SNR for epsilon and over SNR + 1 for v (arXiv 2303.09556, eq. 8 and
     section 3.4). debiased: 1 / sqrt(SNR) for epsilon (arXiv 2310.08442, eq. 10), which is sqrt(SNR) / (SNR + 1) for v.

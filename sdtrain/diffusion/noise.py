@@ -10,9 +10,9 @@ from torch.nn import functional
 def draw_noise(
     shape: tuple[int, int, int, int], generator: Generator, *, offset: float = 0.0, pyramid_discount: float = 0.0
 ) -> Tensor:
-    """Noise of shape (n, c, h, w), float32, drawn on the CPU so that it is the same on every device.
+    """Draw noise of shape (n, c, h, w), float32, on the CPU, so that it is the same on every device.
 
-    offset: adds offset times one normal number a channel, so that brightness is learnt too. pyramid_discount: adds
+    offset: adds offset times one normal number per channel, so that brightness is learnt too. pyramid_discount: adds
     coarser and coarser noise, scaled by the discount at each level, and scales the sum back to unit variance.
     """
     noise = torch.randn(shape, generator=generator)
@@ -34,7 +34,10 @@ def _pyramid(noise: Tensor, generator: Generator, discount: float) -> Tensor:
 
 
 def perturb_input(noise: Tensor, generator: Generator, strength: float) -> Tensor:
-    """The noise the network sees when the target stays `noise`: noise + strength n (arXiv 2301.11706, eq. 9)."""
+    """Return the noise that the network sees while its target stays `noise`: noise + strength n, with normal n.
+
+    Source: arXiv 2301.11706, eq. 9. All shapes are (n, c, h, w).
+    """
     if not strength:
         return noise
     return noise + strength * torch.randn(noise.shape, generator=generator)

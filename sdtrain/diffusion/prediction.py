@@ -13,7 +13,7 @@ from sdtrain.diffusion.words import Prediction
 def training_target(
     prediction: Prediction, schedule: NoiseSchedule, latents: Tensor, noise: Tensor, timesteps: Tensor
 ) -> Tensor:
-    """The target for latents and noise (n, c, h, w) at timesteps (n,).
+    """Return what the network should predict, (n, c, h, w), for latents and noise of that shape at timesteps (n,).
 
     epsilon: the noise (arXiv 2006.11239). v_prediction: sqrt(a_t) noise - sqrt(1 - a_t) x_0 (arXiv 2202.00512, app. D).
     """

@@ -10,13 +10,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alphas_cumprod: (T,) float32, the squared share of signal at timestep t (DDPM, arXiv 2006.11239, eq. 4)."""
+    """How much signal and how much noise a picture has at each timestep.
+
+    alphas_cumprod: (T,) float32, the squared share of signal at timestep t (DDPM, arXiv 2006.11239, eq. 4).
+    """
 
     alphas_cumprod: Tensor
 
     @property
     def num_timesteps(self) -> int:
-        """T, the number of noise levels."""
+        """The number of noise levels, T."""
         return len(self.alphas_cumprod)
 
     def signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +40,7 @@ class NoiseSchedule:
 
 
 def betas_of(kind: str, start: float, end: float, num_timesteps: int) -> Tensor:
-    """The (T,) float32 betas of a named schedule. Raises ValueError for a name that is not known."""
+    """Return the betas, (T,) float32, of a named schedule. Raises ValueError for a name that is not known."""
     if kind == "linear":
         return torch.linspace(start, end, num_timesteps, dtype=torch.float32)
     if kind == "scaled_linear":
@@ -46,7 +49,7 @@ def betas_of(kind: str, start: float, end: float, num_timesteps: int) -> Tensor:
 
 
 def schedule_of_betas(betas: Tensor, *, zero_terminal_snr: bool) -> NoiseSchedule:
-    """The schedule of (T,) betas, rescaled to end in pure noise when asked."""
+    """Return the schedule that betas (T,) make, rescaled to end in pure noise where that is asked for."""
     alphas_cumprod = torch.cumprod(1 - betas, dim=0)
     if zero_terminal_snr:
         alphas_cumprod = to_zero_terminal_snr(alphas_cumprod)

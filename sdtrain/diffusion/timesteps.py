@@ -20,7 +20,7 @@ def draw_timesteps(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> Tensor:
-    """(num,) int64 timesteps in [first, last], drawn on the CPU so that they are the same on every device.
+    """Draw timesteps, (num,) int64 in [first, last], on the CPU, so that they are the same on every device.
 
     logit_normal: t = sigmoid(mean + std n), scaled to the range (arXiv 2403.03206, section 3.1).
     """

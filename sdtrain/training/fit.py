@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
+from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
@@ -19,15 +21,24 @@ from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
 from sdtrain.training.objective import Objective
-from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.optimizers import build_optimizer, group_records
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.prepare import Prepared, encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
 from sdtrain.training.states import load_state, save_state, saved_states
+from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
-from sdtrain.training.watching.report import Report
+from sdtrain.training.watching.records import (
+    EndRecord,
+    PictureRecord,
+    RunRecord,
+    SavedRecord,
+    StepRecord,
+    Watcher,
+)
 from sdtrain.training.watching.summary import banner, farewell, summary
+from sdtrain.training.watching.watchers import Watchers, watching
 
 
 @dataclass
@@ -42,11 +53,19 @@ class Training:
 
 
 def fit(
-    config: Config, opened: OpenedModel, examples: list[Example], console: Console, *, resume: bool = False
-) -> bool:
+    config: Config,
+    opened: OpenedModel,
+    examples: list[Example],
+    console: Console,
+    *,
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+) -> int:
     """Train what the config says on a model that was opened and pictures that were scanned.
 
-    True when the planned steps are done, else False.
+    Returns the steps done, fewer than planned if stopped.
+
+    watchers: are handed a record of everything that happens, see `watching/records.py`.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known.
     """
@@ -60,27 +79,25 @@ def fit(
     training = Training(run, model, trainable, optimizer, data)
     first_step = _resumed_step(training) if resume else 0
     console.print(banner(run, trainable, data.batches, first_step))
-    with (
-        stop_requests() as stop,
-        Report(console, run.folder, num_steps=config.steps, first_step=first_step, d0=config.optimizer.d0) as report,
-    ):
-        step = train(training, first_step, report, stop)
+    with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
+        step = train(training, first_step, everybody, stop)
+        everybody.tell(EndRecord(step, "finished" if step == config.steps else "stopped"))
     if step < config.steps:
         console.print(farewell(run, step))
-        return False
-    console.print(summary(run, optimizer, time.monotonic() - started))
-    return True
+    else:
+        console.print(summary(run, optimizer, time.monotonic() - started))
+    return step
 
 
-def train(training: Training, step: int, report: Report, stop: threading.Event) -> int:
+def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
     """The loop: from `step` steps done to the planned number, or until `stop` is set; returns the steps done."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, guard = run.config, NonFiniteGuard()
+    config, guard, pace = run.config, NonFiniteGuard(), Pace()
     objective = Objective(training.model, config, run.device)
     if step == 0:
-        preview(training, step, report)
+        preview(training, step, watchers)
     while step < config.steps and not stop.is_set():
-        report.begin_step()
+        pace.begin_step()
         trainable.require_gradients(step)
         losses: list[Tensor] = []
         examples: list[Example] = []
@@ -90,27 +107,19 @@ def train(training: Training, step: int, report: Report, stop: threading.Event) 
             losses.append(loss.detach())
             examples += batch.examples
         total = float(sum(losses))
-        guard.check(total, examples, step, report)
+        guard.check(total, examples, step, watchers.tell)
         optimizer.step()  # changes nothing where gradients are not finite
         optimizer.zero_grad(set_to_none=True)
         step += 1
-        report.step(step, total, len(examples), optimizer.metrics())
+        images_per_s = pace.end_step(len(examples))
+        watchers.tell(StepRecord(step, total, len(examples), images_per_s, group_records(optimizer)))
         if due(step, config.preview.every, config.steps):
-            preview(training, step, report)
+            preview(training, step, watchers)
         if due(step, config.checkpoint.every, config.steps):
-            save_state(run.folder / "checkpoints", step, trainable, optimizer, config.checkpoint.keep)
-    save_state(run.folder / "checkpoints", step, trainable, optimizer, config.checkpoint.keep)
+            save(training, step, watchers)
+    save(training, step, watchers)
     if step == config.steps:
-        with averaged(optimizer):
-            export_weights(
-                training.model,
-                config,
-                run.weights_path,
-                kind=format_of(config),
-                step=step,
-                examples=training.data.examples,
-                groups=optimizer.metrics(),
-            )
+        export(training, step, watchers)
     return step
 
 
@@ -119,7 +128,7 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def preview(training: Training, step: int, report: Report) -> None:
+def preview(training: Training, step: int, watchers: Watchers) -> None:
     """Pictures with the averaged weights, into `previews/`; the training is as it was before."""
     config, prompts = training.run.config, training.data.prompts
     if not prompts.texts or not config.preview.every:
@@ -130,7 +139,33 @@ def preview(training: Training, step: int, report: Report) -> None:
     training.model.move_encoders(torch.device("cpu"), text=False)
     path = training.run.folder / "previews" / f"step-{step:06d}.png"
     save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
-    report.say(f"step {step}: preview {path}")
+    watchers.tell(PictureRecord(step, path))
+
+
+def save(training: Training, step: int, watchers: Watchers) -> None:
+    """The training state after `step` steps, into `checkpoints/`, unless it was saved a moment ago."""
+    folder = training.run.folder / "checkpoints"
+    if step in (state.step for state in saved_states(folder)):
+        return
+    keep = training.run.config.checkpoint.keep
+    path = save_state(folder, step, training.trainable, training.optimizer, keep)
+    watchers.tell(SavedRecord(step, path, "state"))
+
+
+def export(training: Training, step: int, watchers: Watchers) -> None:
+    """The averaged weights, into `weights/`."""
+    run, optimizer = training.run, training.optimizer
+    with averaged(optimizer):
+        export_weights(
+            training.model,
+            run.config,
+            run.weights_path,
+            kind=format_of(run.config),
+            step=step,
+            examples=training.data.examples,
+            groups=optimizer.metrics(),
+        )
+    watchers.tell(SavedRecord(step, run.weights_path, "weights"))
 
 
 def _resumed_step(training: Training) -> int:
@@ -141,3 +176,15 @@ def _resumed_step(training: Training) -> int:
         what = f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
         raise user_error(f"--resume {training.run.folder}", "steps", what)
     return load_state(states[-1], training.trainable, training.optimizer)
+
+
+def _record_of(run: Run, first_step: int) -> RunRecord:
+    config = run.config
+    return RunRecord(
+        name=config.name,
+        folder=run.folder,
+        steps=config.steps,
+        first_step=first_step,
+        d0=config.optimizer.d0,
+        config_toml=config_to_toml(config),
+    )

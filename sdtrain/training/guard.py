@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
-from sdtrain.training.watching.report import Report
+from sdtrain.training.watching.records import NoteRecord, Watcher
 
 LIMIT = 5
 """So many steps in a row without a finite loss end the run."""
@@ -19,14 +19,15 @@ class NonFiniteGuard:
     def __init__(self) -> None:
         self._in_a_row = 0
 
-    def check(self, loss: float, examples: Sequence[Example], step: int, report: Report) -> None:
-        """Tell the user of a loss that is not finite. Raises UserError after LIMIT of them in a row."""
+    def check(self, loss: float, examples: Sequence[Example], step: int, tell: Watcher) -> None:
+        """Tell of a loss that is not finite. Raises UserError after LIMIT of them in a row."""
         if math.isfinite(loss):
             self._in_a_row = 0
             return
         self._in_a_row += 1
         names = ", ".join(sorted({str(example.path) for example in examples}))
-        report.say(f"step {step}: the loss is {loss}, so nothing was changed; pictures in this step: {names}")
+        text = f"step {step}: the loss is {loss}, so nothing was changed; pictures in this step: {names}"
+        tell(NoteRecord(step, text))
         if self._in_a_row >= LIMIT:
             raise user_error(
                 f"step {step}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config
 from sdtrain.training.parameters import Trainable
+from sdtrain.training.watching.records import GroupRecord
 
 
 def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusScheduleFree:
@@ -38,4 +39,23 @@ def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusSchedule
         stochastic_rounding=settings.stochastic_rounding,
         fused_back_pass=config.memory.fused_back_pass,
         seed=config.seed,
+    )
+
+
+def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]:
+    """What the optimizer does with every network; waits for the device, once.
+
+    Without `split_groups` all share one d, which starts at the first network's d0.
+    """
+    groups = optimizer.param_groups
+    return tuple(
+        GroupRecord(
+            name=now.name,
+            d=now.d,
+            applied_d=now.applied_d,
+            effective_lr=now.effective_lr,
+            frozen=now.frozen,
+            start_d=float((group if optimizer.settings.split_groups else groups[0])["d0"]),
+        )
+        for now, group in zip(optimizer.metrics(), groups, strict=True)
     )

@@ -19,11 +19,15 @@ CHANGEABLE = ("steps", "output", "device", "preview.", "checkpoint.", "export.",
 
 
 def read_run_config(path: Path, overrides: Sequence[str], *, resume: bool) -> Config:
-    """The config of a run. Raises UserError with everything that is wrong with it."""
-    table = read_table(path, overrides)
+    """The config of a run, in a file. Raises UserError with everything that is wrong with it."""
+    return run_config(read_table(path, overrides), str(path), resume=resume)
+
+
+def run_config(table: dict[str, Any], source: str, *, resume: bool) -> Config:
+    """The config of a run, as the table of a file. Raises UserError, naming `source`."""
     if resume:
         table = keep_stored(table, stored_table(run_folder(str(table.get("output", "runs")), str(table.get("name")))))
-    return resolve(table, str(path))
+    return resolve(table, source)
 
 
 def run_folder(output: str, name: str) -> Path:

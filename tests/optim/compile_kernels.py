@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 from optim.steps import cuda_kernels as kernels
 
 TYPES = {"jobs": "*i64", "addresses": "*i64", "units": "*i32", "lists": "*i32", "first": "i32", "step_key": "i32"}
-TYPES |= {"scratch": "*fp32", "exact_scratch": "*fp64", "table": "*fp32", "sound": "*i1"}
+TYPES |= {"scratch": "*fp32", "exact_scratch": "*fp64", "coefficients": "*fp32", "all_finite": "*i1"}
 TILES: list[dict[str, Any]] = [
     {"T_A": 8, "T_W": 256, "FACTORED": True, "BF16": True, "ALIGNED": True},
     {"T_A": 1, "T_W": 2048, "FACTORED": False, "BF16": False, "ALIGNED": False},

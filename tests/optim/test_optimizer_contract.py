@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 import pickle
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 from optim import ProdigyPlusScheduleFree, averaged, stepper
 from optim.ranks import sharding
 from optim.settings import Settings
-from optim.steps import cpu
+from optim.steps import cpu, trial
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
-PATHS = [False] + ([True] if cpu.available(say=False) else [])
+PATHS = [False] + ([True] if not cpu.unavailable() else [])
 
 
 def params_of(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -104,7 +106,7 @@ def test_a_host_that_must_not_ask_makes_the_same_steps(
         params = params_of(dtype)
         optimizer = build(params, compile=False, **settings)
         if not asks:
-            monkeypatch.setattr(stepper, "_known_by_host", lambda sound: None)
+            monkeypatch.setattr(stepper, "_known_by_host", lambda all_finite: None)
         for step in range(5):
             give_gradients(params, step)
             if step == 3:
@@ -390,7 +392,7 @@ def test_accelerate_wraps_it() -> None:
         wrapped.zero_grad()
     before = [p.detach().clone() for p in model.parameters()]
     wrapped.eval()
-    assert optimizer.lent
+    assert optimizer.holds_average
     wrapped.train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     wrapped.load_state_dict(wrapped.state_dict())
@@ -571,17 +573,85 @@ def test_bad_parameters_are_refused() -> None:
         ProdigyPlusScheduleFree([{"params": [p], "name": "unet", "lr": -2.0}])
 
 
-def test_without_a_compiler_plain_torch_is_used_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu.library.cache_clear()
-    cpu.available.cache_clear()
+def forget_the_library() -> None:
+    for kept in (cpu.library, cpu.unavailable, cpu._reason_against, trial.warn_once):
+        kept.cache_clear()
+
+
+@pytest.fixture
+def no_library_yet() -> Iterator[None]:
+    forget_the_library()
+    yield
+    forget_the_library()
+
+
+def test_without_a_compiler_plain_torch_is_used_with_one_warning(
+    no_library_yet: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.delenv("CXX", raising=False)
     params = params_of()
     optimizer = build(params, compile=True)
-    with pytest.warns(UserWarning, match=r"no C\+\+ compiler"):
+    with pytest.warns(UserWarning, match=r"no C\+\+ compiler") as said:
         for step in range(3):
             give_gradients(params, step)
             optimizer.step()
-    cpu.library.cache_clear()
-    cpu.available.cache_clear()
+    assert len(said) == 1
     assert optimizer.metrics()[0].k == 4
+
+
+WRONG_SOURCES = {
+    "the part of the move that y takes": ("- share * move", "- 0.9f * share * move"),
+    "the average": ("+ weight * (z[j]", "+ 0.9f * weight * (z[j]"),
+    "weight decay": ("+ away * y[j]", "+ 0.9f * away * y[j]"),
+    "the second moment": ("job.col[j] = job.col_now[j] * col_gain", "job.col[j] = job.col_now[j] * 0.9f * col_gain"),
+    "Prodigy's numerator": ("out[0] = num * lam", "out[0] = num * lam * 0.9"),
+    "Prodigy's average of gradients": ("gradients[j] * lam)", "gradients[j] * lam * 0.9f)"),
+    "the random bits": ("(x & 0xFFFFu)", "(x & 0x7FFFu)"),
+    "nothing is made": ("if (!*all_finite) return;", "return;"),
+}
+
+
+@pytest.mark.skipif(len(PATHS) == 1, reason="no working C++ compiler")
+@pytest.mark.parametrize("wrong", WRONG_SOURCES)
+def test_a_library_that_goes_wrong_touches_no_weight(
+    wrong: str, no_library_yet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right, replaced = WRONG_SOURCES[wrong]
+    for source in (cpu.SOURCE, cpu.SOURCE.with_name(cpu.TILES)):
+        (tmp_path / source.name).write_text(source.read_text().replace(right, replaced))
+    assert replaced in "".join(path.read_text() for path in tmp_path.iterdir())
+    monkeypatch.setattr(cpu, "SOURCE", tmp_path / cpu.SOURCE.name)
+    monkeypatch.setattr(cpu, "OPTIMIZED", "-O1")  # compiles in a third of the time
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain, params = params_of(torch.bfloat16), params_of(torch.bfloat16)
+    both = ((plain, build(plain, compile=False)), (params, build(params, compile=True)))
+    with pytest.warns(UserWarning, match="differ from plain torch's by") as said:
+        for chosen, optimizer in both:
+            for step in range(2):
+                give_gradients(chosen, step)
+                optimizer.step()
+    assert len(said) == 1
+    assert both[1][1]._stepper.tables == []
+    assert same(plain, params)
+
+
+@pytest.mark.skipif(len(PATHS) == 1, reason="no working C++ compiler")
+@pytest.mark.parametrize(
+    ("before", "after"), [("int64_t A; int64_t B;", "int64_t B; int64_t A;"), ("dlr, weight", "weight, dlr")]
+)
+def test_a_library_that_was_compiled_for_another_order_is_not_used(
+    before: str, after: str, no_library_yet: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order stands in Python alone, which hands it to the compiler; here it hands over another."""
+    swapped = [text.replace(before, after) for text in cpu.definitions()]
+    assert swapped != cpu.definitions()
+    monkeypatch.setattr(cpu, "definitions", lambda: swapped)
+    monkeypatch.setattr(cpu, "OPTIMIZED", "-O1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "another order" in cpu.unavailable()
+    params = params_of()
+    optimizer = build(params, compile=True)
+    give_gradients(params, 0)
+    with pytest.warns(UserWarning, match="plain torch is: .* another order"):
+        optimizer.step()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import ProdigyPlusScheduleFree, stepper
-from optim.steps import cuda
+from optim.steps import cuda, trial
+from tests.optim.small_runs import unnoticed_by_trial
 
 has_triton = importlib.util.find_spec("triton") is not None
 interpreted = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels make the compiled step of CPU parameters, too."""
     monkeypatch.setitem(stepper.COMPILED, "cpu", cuda)
     cuda._reason_against.cache_clear()
-    cuda._warn.cache_clear()
+    trial.warn_once.cache_clear()
 
 
 @pytest.fixture
@@ -86,7 +87,12 @@ def assert_kernels_follow_plain(settings: dict[str, Any], dtype: torch.dtype, de
         assert one.keys() == two.keys()
         for name in one:
             torch.testing.assert_close(two[name].float(), one[name].float(), rtol=1e-2, atol=atol)
-        assert p.numel() == 0 or (p.float() - q.float()).abs().mean() < 1e-4
+    starts = list(build(False, dtype, device)[0])
+    apart, moved = (
+        sum(float((p.detach().float() - q.detach().float()).abs().sum()) for p, q in zip(plain, others, strict=True))
+        for others in (kernels, starts)
+    )
+    assert apart <= 1e-2 * moved
 
 
 @interpreted
@@ -108,6 +114,17 @@ def test_tensors_of_several_units_follow_the_plain_path(shape: tuple[int, ...]) 
     settings = build(False, torch.float32, eps=1e-8)[1].settings
     kind = Kind(0, size, size, None, 0, torch.float32, factored_axes(size), False)
     assert difference([kind], settings, torch.device("cpu"), cuda.Table) < 1e-6
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("atan2", torch.bfloat16), ("eps, decay apart", torch.float32), ("not factored", torch.float32)],
+)
+def test_the_trial_on_copies_notices_a_coefficient_that_is_10_percent_off(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unnoticed_by_trial(cuda, name, [(16, 48), (33, 3, 2)], dtype, monkeypatch) == ["none"]
 
 
 @interpreted
@@ -159,7 +176,7 @@ def test_gradients_that_are_laid_out_otherwise_are_read_right(on_kernels: None) 
 @interpreted
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
 def test_kernels_that_go_wrong_touch_no_weight(tried_first: None, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: cuda.Call, coefficients: Tensor, sound: Tensor, step_key: int) -> None:
+    def broken(self: cuda.Call, coefficients: Tensor, all_finite: Tensor, step_key: int) -> None:
         if fault == "raises":
             raise RuntimeError("PTX was compiled for another card")
 

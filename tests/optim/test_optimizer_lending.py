@@ -47,7 +47,7 @@ def test_the_bits_come_back_after_an_exception(dtype: torch.dtype) -> None:
         params[0].data.zero_()
         raise KeyError
     assert all(torch.equal(a, b) for a, b in zip(before, bits(params), strict=True))
-    assert not optimizer.lent
+    assert not optimizer.holds_average
 
 
 def test_step_inside_is_refused_and_changes_nothing() -> None:
@@ -68,7 +68,7 @@ def test_lending_twice_is_lending_once() -> None:
         inside = bits(params)
         with averaged(optimizer):
             assert all(torch.equal(a, b) for a, b in zip(inside, bits(params), strict=True))
-        assert optimizer.lent
+        assert optimizer.holds_average
         assert all(torch.equal(a, b) for a, b in zip(inside, bits(params), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before, bits(params), strict=True))
 

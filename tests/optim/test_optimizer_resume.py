@@ -1,5 +1,6 @@
 """Resume: state_dict -> safetensors -> load_state_dict continues bit for bit, and foreign state is refused."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,22 @@ def test_resumed_is_uninterrupted_bit_for_bit(settings: dict[str, Any], dtype: t
     assert optimizer.metrics() == resumed.metrics()
 
 
+@pytest.mark.parametrize("compile_step", [False, True])
+def test_a_state_replaces_whatever_the_optimizer_had(compile_step: bool) -> None:
+    params = model(torch.float32)
+    optimizer = build(params, compile=compile_step)
+    steps(params, optimizer, 0, 5)
+    weights, state = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
+    steps(params, optimizer, 5, 9)
+    expected = everything(params, optimizer)
+    for p, w in zip(params, weights, strict=True):
+        p.data.copy_(w)
+    optimizer.load_state_dict(state)
+    assert len(optimizer._kept.stacks) == len({id(stack) for stack, _ in optimizer._kept.slots.values()})
+    steps(params, optimizer, 5, 9)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in everything(params, optimizer).items())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_taken_while_x_is_lent_gives_back_y(dtype: torch.dtype, tmp_path: Path) -> None:
     params = model(dtype)
@@ -97,7 +114,7 @@ def test_a_state_taken_while_x_is_lent_gives_back_y(dtype: torch.dtype, tmp_path
     again = [nn.Parameter(w) for w in x]
     resumed = build(again)
     resumed.load_state_dict(state)
-    assert resumed.lent
+    assert resumed.holds_average
     resumed.train()
     assert all(torch.equal(a, b) for a, b in zip(params, again, strict=True))
     steps(params, optimizer, 12, 20)

@@ -100,7 +100,7 @@ def test_evaluation_sees_the_average_and_does_not_change_the_training(undisturbe
     modes: list[tuple[bool, bool]] = []
 
     def look(module: nn.Module, _: object) -> None:
-        modes.append((module.training, optimizer.lent))
+        modes.append((module.training, optimizer.holds_average))
         if not module.training:
             for p in module.parameters():
                 y, z = optimizer_state(optimizer, p)
@@ -110,7 +110,7 @@ def test_evaluation_sees_the_average_and_does_not_change_the_training(undisturbe
     trainer.train()
     assert {mode for mode in modes if mode[0]} == {(True, False)}
     assert {mode for mode in modes if not mode[0]} == {(False, True)}
-    assert optimizer.lent, "Trainer leaves the averaged weights in the model after its last evaluation"
+    assert optimizer.holds_average, "Trainer leaves the averaged weights in the model after its last evaluation"
     assert_same(at_y(trainer), at_y(undisturbed))
 
 

@@ -1,0 +1,23 @@
+"""Configs that are made in Python, not read from a file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from sdtrain.config.read import resolve
+from sdtrain.config.schema import Config
+
+
+def make_config(settings: Mapping[str, Any]) -> Config:
+    """The config that nested settings mean, as from a TOML file: the preset filled in, everything checked.
+
+    Raises UserError with every problem found.
+    """
+    return resolve(copy.deepcopy(dict(settings)), "config")
+
+
+def chosen_settings(config: Config) -> dict[str, Any]:
+    """The settings that were chosen when a config was made, as a TOML file would have them: no defaults, no preset."""
+    return config.model_dump(mode="python", exclude_unset=True)

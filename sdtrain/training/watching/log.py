@@ -1,0 +1,60 @@
+"""`log.jsonl`: one line per step, for people and programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sdtrain.training.watching.records import Record, StepRecord, Watcher
+
+
+@contextmanager
+def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
+    """Lends a watcher that appends every step to the log; lines of steps after `first_step` are dropped before."""
+    _drop_records_after(path, first_step)
+    with path.open("a", encoding="utf-8") as file:
+
+        def write(record: Record) -> None:
+            if isinstance(record, StepRecord):
+                file.write(log_line(record) + "\n")
+                file.flush()
+
+        yield write
+
+
+def log_line(record: StepRecord) -> str:
+    """A step as JSON; a loss that is not finite is null, for which JSON has no number."""
+    groups = {
+        group.name: {
+            "d": group.d,
+            "applied_d": group.applied_d,
+            "effective_lr": group.effective_lr,
+            "frozen": group.frozen,
+        }
+        for group in record.groups
+    }
+    return json.dumps(
+        {
+            "step": record.step,
+            "loss": record.loss if math.isfinite(record.loss) else None,
+            "images_per_s": round(record.images_per_s, 3),
+            "groups": groups,
+        }
+    )
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """A resumed run goes on from its last training state; what was logged beyond it is done again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that was being written when the run was killed
+    path.write_text("".join(kept), encoding="utf-8")

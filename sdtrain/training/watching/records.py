@@ -1,0 +1,99 @@
+"""What watchers are handed: frozen records of what a run did. No torch.
+
+Everything in a record is immutable down to its leaves (numbers, texts, paths, tuples of frozen records), and nothing in
+it is the training's own: a watcher cannot disturb a run through what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The first record: a run begins, or goes on."""
+
+    name: str
+    folder: Path
+    steps: int
+    """Steps that are planned."""
+    first_step: int
+    """Steps that were done before; above 0 for a resumed run."""
+    d0: float
+    """The first guess of d in the settings; a network may start from another, see `GroupRecord.start_d`."""
+    config_toml: str
+    """All settings as text: a config object holds lists, which a watcher could change."""
+
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """What the optimizer does with one network."""
+
+    name: str
+    d: float
+    """The network's own estimate of the step size."""
+    applied_d: float
+    """The d that the last step was made with: its own, or a mean over the networks."""
+    effective_lr: float
+    """How far a weight moves in a step; the number to compare with learning rates of other optimizers."""
+    frozen: bool
+    """Whether d no longer changes."""
+    start_d: float
+    """The d that the network started from: the settings' d0, or the d stored in `method.init_from`."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step is done."""
+
+    step: int
+    """Steps that are done, this one included."""
+    loss: float
+    """Mean loss of the step's pictures; may be nan or inf, and then the step changed nothing."""
+    num_images: int
+    images_per_s: float
+    """Running mean; previews and saves between steps do not count."""
+    groups: tuple[GroupRecord, ...]
+    """One per trained network."""
+
+
+@dataclass(frozen=True)
+class PictureRecord:
+    """A grid of previews lies at `path`, drawn with the averaged weights after `step` steps."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class SavedRecord:
+    """Something was saved after `step` steps, and is whole: a training state (a folder) or the averaged weights."""
+
+    step: int
+    path: Path
+    what: Literal["state", "weights"]
+
+
+@dataclass(frozen=True)
+class NoteRecord:
+    """A sentence for the person who trains: advice, or something that went wrong and was survived."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
+class EndRecord:
+    """The last record. `stopped`: by Ctrl-C or SIGTERM, with the state saved; `failed`: by an error."""
+
+    step: int
+    """Steps that are done."""
+    outcome: Literal["finished", "stopped", "failed"]
+
+
+Record: TypeAlias = RunRecord | StepRecord | PictureRecord | SavedRecord | NoteRecord | EndRecord
+Watcher: TypeAlias = Callable[[Record], None]
+"""Anything that can be called with a record: a function, a method, `print`."""

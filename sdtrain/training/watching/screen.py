@@ -1,0 +1,104 @@
+"""What the terminal shows of a run: a progress bar, or plain lines where nothing can be redrawn."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import TracebackType
+from typing import Self, assert_never
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from sdtrain.training.watching.records import (
+    EndRecord,
+    NoteRecord,
+    PictureRecord,
+    Record,
+    RunRecord,
+    SavedRecord,
+    StepRecord,
+)
+from sdtrain.training.watching.text import duration
+
+SMOOTHING = 0.98
+"""Memory of the smoothed loss: about the last 50 steps."""
+PLAIN_LINES = 20
+"""Most lines of progress that a whole run prints where there is no terminal to redraw, the last one aside."""
+
+
+class Screen:
+    """Shows records on a console; a context manager around the progress display. Its `see` is the watcher."""
+
+    def __init__(self, console: Console, run: RunRecord) -> None:
+        self._console = console
+        self._run = run
+        self._smoothed = 0.0
+        self._weight = 0.0
+        self._started = time.monotonic()
+        self._bar = _bar(console)
+        self._task = self._bar.add_task("", total=run.steps, completed=run.first_step)
+        self._numbers = Text()
+        self._live = Live(Group(self._bar, self._numbers), console=console)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def see(self, record: Record) -> None:
+        """Show a record, where it says something to a person."""
+        match record:
+            case StepRecord():
+                self._step(record)
+            case PictureRecord():
+                self._say(f"step {record.step}: preview {record.path}")
+            case NoteRecord():
+                self._say(record.text)
+            case RunRecord() | SavedRecord() | EndRecord():
+                pass  # the banner, the summary and the farewell tell these
+            case _:
+                assert_never(record)
+
+    def _say(self, text: str) -> None:
+        """One line above the progress display."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _step(self, record: StepRecord) -> None:
+        if math.isfinite(record.loss):  # any other would stay in the mean for ever
+            self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * record.loss
+            self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
+        smoothed = self._smoothed / self._weight if self._weight else float("nan")
+        rates = "  ".join(f"{group.name} {group.effective_lr:.1e}" for group in record.groups)
+        text = f"loss {smoothed:.4f}  {record.images_per_s:.1f} images/s  effective_lr {rates}"
+        step, steps = record.step, self._run.steps
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step)
+            self._numbers.plain = text
+        elif step == steps or step % math.ceil(steps / PLAIN_LINES) == 0:
+            self._say(f"step {step}/{steps}  {self._left(step)} left  {text}")
+
+    def _left(self, step: int) -> str:
+        done = max(1, step - self._run.first_step)
+        return duration((time.monotonic() - self._started) / done * (self._run.steps - step))
+
+
+def _bar(console: Console) -> Progress:
+    """The upper line; the numbers have one of their own, or a narrow terminal would cut the time that is left."""
+    return Progress(
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=None),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        expand=True,
+    )
