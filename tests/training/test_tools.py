@@ -25,10 +25,10 @@ def sdtrain(*arguments: object) -> str:
 
 
 def unet_weights(path: object, components: str = "") -> dict[str, torch.Tensor]:
-    from sdtrain.commands.merge import open_model
+    from sdtrain.commands.merge import read_model
 
     return {
-        name: tensor.float() for name, tensor in open_model(str(path), components).networks["unet"].state_dict().items()
+        name: tensor.float() for name, tensor in read_model(str(path), components).networks["unet"].state_dict().items()
     }
 
 
