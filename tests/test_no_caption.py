@@ -124,7 +124,7 @@ def test_sample_guides_away_from_what_the_training_dropped_to(
 ) -> None:
     from rich.console import Console
 
-    from sdtrain.commands.sample import sample
+    from sdtrain.commands.sample import sample_to_files
     from sdtrain.training.watching import preview
 
     seen: list[Mapping[str, Tensor]] = []
@@ -136,7 +136,7 @@ def test_sample_guides_away_from_what_the_training_dropped_to(
 
     run, _ = train({"optimizer.d0": 1e-2, "data.caption_dropout": 0.5})
     monkeypatch.setattr(preview, "sample", watched)
-    sample(run, ["a cat"], [0], tmp_path / "pictures", [], Console(quiet=True))
+    sample_to_files(run, ["a cat"], [0], tmp_path / "pictures", [], Console(quiet=True))
     with torch.no_grad():
         assert len(seen) == 1 and same(seen[0], load(config_of(TINY, "auto")).encode_captions([""]))
 

@@ -61,12 +61,12 @@ def run(train: Callable[..., tuple[Path, str]], counts: Counter[str]) -> Path:
 
 def test_fit_and_what_is_done_with_a_run_open_the_model_once(run: Path, counts: Counter[str], tmp_path: Path) -> None:
     from sdtrain.commands.export import export_run
-    from sdtrain.commands.sample import sample
+    from sdtrain.commands.sample import sample_to_files
 
     export_run(run, "diffusers", None, tmp_path / "other.safetensors")
     assert counts == ONCE, "export"
     counts.clear()
-    sample(run, ["a cat"], [0], tmp_path / "pictures", [], Console(quiet=True))
+    sample_to_files(run, ["a cat"], [0], tmp_path / "pictures", [], Console(quiet=True))
     assert counts == ONCE, "sample"
 
 
