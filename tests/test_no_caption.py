@@ -26,7 +26,7 @@ from sdtrain.training.start import as_it_began, keep_stored
 from sdtrain.training.watching.preview import prepare_prompts
 
 TINY = BUILTIN_FOLDER / "tiny-sdxl"
-DESCRIPTION = Description(title="tiny", resolution_px=128, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-01T00:00:00Z")
 CPU = torch.device("cpu")
 KINDS = ("folder that says zeros", "folder that says text", "folder that says nothing", "single file", "older family")
 MEANT = {"folder that says zeros": "zeros"}

@@ -34,7 +34,7 @@ from sdtrain.models.model import Layout, Model
 from sdtrain.models.prompts import token_chunks
 
 TOKENIZER = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer")
-DESCRIPTION = Description(title="small", resolution_px=64, date="2026-01-01T00:00:00Z")
+DESCRIPTION = Description(title="small", resolution_px=(64, 64), date="2026-01-01T00:00:00Z")
 TEXT = {
     **CLIP_L_TEXT,
     "architectures": ["CLIPTextModelWithProjection"],
