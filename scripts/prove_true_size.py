@@ -28,7 +28,8 @@ from torch import Tensor
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
-from sdtrain.families.words import COMPONENTS, Component
+from sdtrain.families.sdxl import SDXL
+from sdtrain.families.words import Component
 from sdtrain.files.header import read_header
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.files.tensors import Planned, write_safetensors
@@ -105,16 +106,14 @@ def timed(what: str, call: Callable[[], None]) -> None:
 def write_model(path: Path, dtype: torch.dtype) -> None:
     """A single file in the original layout; one tensor is in memory at a time."""
     tensors: dict[str, Planned] = {}
-    for component in COMPONENTS["sdxl"]:
+    for component in SDXL.components:
         weights = random_weights(component, dtype)
         if component == "unet":
             size = (sum(math.prod(weight.shape) for weight in weights.values()), len(weights))
             assert size == UNET_SIZE, f"the U-Net has {size} parameters and tensors, not {UNET_SIZE}"
-        tensors |= original_tensors("sdxl", component, weights, dtype)
+        tensors |= original_tensors(SDXL, component, weights, dtype)
     description = Description(title="random weights of SDXL's size", resolution_px=(1024, 1024))
-    write_safetensors(
-        path, tensors, {"format": "pt", **spec_metadata(description, "sdxl", SCHEDULER)}, finite_only=True
-    )
+    write_safetensors(path, tensors, {"format": "pt", **spec_metadata(description, SDXL, SCHEDULER)}, finite_only=True)
     print(f"{path}: {path.stat().st_size / 1e9:.2f} GB in {len(tensors)} tensors", flush=True)
 
 
@@ -131,7 +130,7 @@ def random_weights(component: Component, dtype: torch.dtype) -> dict[str, Weight
 
         return Weight(shape, value)
 
-    network = empty_network(component, CONFIGS[component])
+    network = empty_network(SDXL, component, CONFIGS[component])
     return {name: later(tuple(tensor.shape), name) for name, tensor in network.named_parameters()}
 
 
@@ -151,7 +150,7 @@ def write_tokenizers(folder: Path) -> None:
 def load(folder: Path) -> None:
     """Check and load the model in bfloat16; prints times and the memory this process took at most."""
     from sdtrain.models.checkpoints.components import load_components
-    from sdtrain.models.checkpoints.inspect import inspect_model
+    from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 
     config = ModelConfig(path=str(folder / "model.safetensors"), components=str(folder / "components"))
     began = time.monotonic()
@@ -159,14 +158,14 @@ def load(folder: Path) -> None:
     assert facts is not None and not problems, problems
     checked = time.monotonic()
     print(f"checked in {checked - began:.2f} s: {facts}", flush=True)
-    for component in COMPONENTS["sdxl"]:  # imports are not what is measured here
-        empty_network(component, CONFIGS[component])
+    for component in SDXL.components:  # imports are not what is measured here
+        empty_network(SDXL, component, CONFIGS[component])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     imported = time.monotonic()
-    components = load_components(config, torch.bfloat16)
+    components = load_components(open_model(config, "model"), torch.bfloat16)
     loaded = time.monotonic()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    networks = [components.network(component) for component in COMPONENTS["sdxl"]]
+    networks = [components.networks[component] for component in SDXL.components]
     num_bytes = sum(value.numel() * value.element_size() for network in networks for value in network.parameters())
     print(f"imports {imported - checked:.1f} s; loaded in {loaded - imported:.1f} s")
     print(f"the networks are {num_bytes / 2**30:.2f} GiB in memory (bfloat16, the VAE float32)")

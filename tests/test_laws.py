@@ -106,13 +106,14 @@ def test_an_exported_lora_holds_the_averaged_weights(train: Train) -> None:
 
 def test_an_exported_checkpoint_holds_the_averaged_weights(train: Train) -> None:
     from sdtrain.families.original_names import places_of
+    from sdtrain.families.sdxl import SDXL
 
     run, _ = train({"method": {"kind": "full"}, "export.dtype": "float32"})
     saved = load_file(run / "weights" / "small.safetensors")
     names = [name for name, _ in tiny_unet().named_parameters()]
     x, y = averaged_by_hand(run, 4, [f"unet/{name}" for name in names])
     moved = 0
-    for name, place in places_of("sdxl", "unet", names).items():
+    for name, place in places_of(SDXL, "unet", names).items():
         exported = saved[place.key].view(y[f"unet/{name}"].shape)
         moved += require_average(exported, x[f"unet/{name}"], y[f"unet/{name}"])
     assert moved > 100, "the average differs from the training weights, or this test shows nothing"

@@ -1,13 +1,12 @@
 """What an adapter does to the layer it sits on: the kinds, their tensors and the change dW they mean.
 
 `delta` is the definition that every file format, the merge tool and the live layers are held against.
-Sources: LoRA arXiv 2106.09685; rank-stabilised scale arXiv 2312.03732 (kept as alpha, see `rslora_alpha`); DoRA arXiv
+Sources: LoRA arXiv 2106.09685; rank-stabilised scale arXiv 2312.03732 (kept as alpha); DoRA arXiv
 2402.09353, eq. 5; LoHa arXiv 2108.06098, prop. 2; LoKr arXiv 2309.14859, eq. 6; OFT arXiv 2306.07280, eq. 3.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, assert_never
@@ -147,11 +146,6 @@ def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", 
             return "oft"
         case _:
             assert_never(weights)
-
-
-def rslora_alpha(alpha: float, rank: int) -> float:
-    """The alpha with which other tools, who scale by alpha / rank, get alpha / sqrt(rank) (arXiv 2312.03732)."""
-    return alpha * math.sqrt(rank)
 
 
 def delta(weights: AdapterWeights, base: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""The layers of a network as they are below adapters, asked without importing peft where none was ever attached."""
+"""The layers of a network as they are below adapters, asked without importing peft, which costs seconds."""
 
 from __future__ import annotations
 
-import sys
-from typing import cast
-
 from torch import nn
+
+from sdtrain.families.adapter_names import plain_names
 
 
 def layer_names(network: nn.Module) -> list[str]:
@@ -15,24 +14,5 @@ def layer_names(network: nn.Module) -> list[str]:
 
 def plain_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules by the names they had before adapters were attached; the layers below an adapter are left out."""
-    found: list[tuple[str, nn.Module]] = []
-    wrapped: list[str] = []
-    for name, module in network.named_modules():
-        if any(name.startswith(prefix) for prefix in wrapped):
-            continue
-        base = base_layer(module)
-        if base is not None:
-            wrapped = [name + "."]  # named_modules goes depth first: only the last wrapper can hold what follows
-        found.append((name, module if base is None else base))
-    return found
-
-
-def base_layer(module: nn.Module) -> nn.Module | None:
-    """The frozen layer below an adapter, or None for a module that is no adapter.
-
-    Importing peft costs seconds; as long as nobody has imported it, no module can be one of its layers.
-    """
-    tuners = sys.modules.get("peft.tuners.tuners_utils")
-    if tuners is None or not isinstance(module, tuners.BaseTunerLayer):
-        return None
-    return cast(nn.Module, module.get_base_layer())
+    modules = dict(network.named_modules())
+    return [(plain, modules[name]) for plain, name in plain_names(modules).items()]

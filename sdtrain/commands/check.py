@@ -10,7 +10,7 @@ from rich.console import Console
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report import DataReport, summarise
-from sdtrain.models.checkpoints.inspect import ModelFacts
+from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
 
 
@@ -28,11 +28,14 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _model_lines(config: Config, facts: ModelFacts) -> list[str]:
+def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
     end = "zero terminal SNR" if facts.zero_terminal_snr else "the usual schedule"
     freeze = config.optimizer.prodigy_steps
+    no_caption = facts.no_caption if config.model.no_caption == "auto" else config.model.no_caption
+    nothing = "zeros" if no_caption == "zeros" else "the encoded empty text"
     return [
         f"model: {config.model.path}, {facts.prediction}, {end}",
+        f"no caption: {nothing}, for empty and dropped captions and for an empty negative prompt",
         f"method: {config.method.kind} on {', '.join(config.method.train)}, {config.steps} steps",
         f"optimizer: preset {config.optimizer.preset}, prodigy_steps {freeze}, d0 {config.optimizer.d0:g}",
     ]

@@ -11,7 +11,7 @@ from sdtrain.errors import user_error
 from sdtrain.training.export import Format, export_weights
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import train_parameters
-from sdtrain.training.prepare import load
+from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
 from sdtrain.training.states import SavedState, load_state, saved_states
@@ -23,7 +23,7 @@ def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -
     state = _state(folder, step)
     device = pick_device(config)
     run = Run(folder, config, device, pick_dtype(config, device))
-    model = load(run)
+    model = open_and_load(run)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
     load_state(state, trainable, optimizer)

@@ -11,38 +11,41 @@ from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.low_rank import RankRule, extract, resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
-from sdtrain.commands.merge import open_model, trained_size
+from sdtrain.commands.merge import read_base
 from sdtrain.errors import user_error
 from sdtrain.families.metadata import CONFIG_KEY, now, resolution_of, steps_of
+from sdtrain.families.words import Resolution
 from sdtrain.models.model import Model
 
 
 def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "") -> int:
     """Write the LoRA that makes `tuned` of `base`, as near as its rank allows; how many layers it has."""
-    before, after = open_model(base, components), open_model(tuned, components)
+    (before, size), (after, _) = read_base(base, components), read_base(tuned, components)
     meant = cast(TargetPreset, targets) if targets in get_args(TargetPreset) else [targets]
     modules = select_targets(before.networks, meant, unused=before.unused_layers)
     adapters = extract(before.networks, after.networks, rule, modules=modules)
     if not any(adapters.values()):
         raise user_error(tuned, "weights", f"are those of {base} in every layer of --targets {targets}")
-    _write(out, adapters, before, base, {})
+    _write(out, adapters, before, base, {}, size)
     return sum(map(len, adapters.values()))
 
 
 def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: str = "") -> LoraFile:
     """Write a LoRA file with another rank, as near as that allows; what was read. Raises UserError."""
-    model = open_model(base, components)
+    model, size = read_base(base, components)
     read = read_lora(file, model.networks)
-    _write(out, resize(read.adapters, rule), model, base, read.metadata)
+    _write(out, resize(read.adapters, rule), model, base, read.metadata, resolution_of(read.metadata) or size)
     return read
 
 
-def _write(out: Path, adapters: Adapters, model: Model, base: str, said: Mapping[str, str]) -> None:
+def _write(
+    out: Path, adapters: Adapters, model: Model, base: str, said: Mapping[str, str], resolution_px: Resolution
+) -> None:
     facts = FileFacts(
         title=out.stem,
         date=now(),
         prediction=model.prediction,
-        resolution_px=resolution_of(said) or trained_size(base, model),
+        resolution_px=resolution_px,
         steps=steps_of(said),
         base_model=Path(base).name,
         config_toml=said.get(CONFIG_KEY, ""),

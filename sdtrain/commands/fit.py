@@ -88,12 +88,12 @@ def fit_draft(
     draft: Draft, console: Console, *, resume: bool, fetch: bool = True, watchers: Sequence[Watcher] = ()
 ) -> FitResult:
     """Train what a draft says, unless something is wrong with it, its model or its pictures: UserError then."""
-    _, examples = inspect_run(draft, decode=False, fetch=fetch)
+    opened, examples = inspect_run(draft, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
     config = draft.config
-    steps = train(config, examples, console, resume=resume, watchers=watchers)
+    steps = train(config, opened, examples, console, resume=resume, watchers=watchers)
     folder = run_folder(config.output, config.name)
     finished = steps == config.steps
     return FitResult(folder, steps, finished, folder / "weights" / f"{config.name}.safetensors" if finished else None)

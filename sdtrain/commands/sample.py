@@ -20,7 +20,7 @@ from sdtrain.errors import user_error
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
-from sdtrain.training.prepare import load
+from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
@@ -122,12 +122,12 @@ def load_with_weights(run: Run, weights: Path) -> Model:
     method = run.config.method
     match method:
         case LoraConfig():
-            model = load(run)
+            model = open_and_load(run)
             merge_into(model.networks, [(read_lora(weights, model.networks).adapters, 1.0)])
             return model
         case FullConfig():
             own = {"path": str(weights), "components": run.config.model.components or run.config.model.path, "vae": ""}
             config = run.config.model_copy(update={"model": run.config.model.model_copy(update=own)})
-            return load(replace(run, config=config))
+            return open_and_load(replace(run, config=config))
         case _:
             assert_never(method)

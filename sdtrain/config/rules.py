@@ -7,6 +7,9 @@ from dataclasses import dataclass, replace
 
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
+from sdtrain.families.words import LATENT_FACTOR_PX
+
+NOT_A_MULTIPLE = f"is not a multiple of {LATENT_FACTOR_PX}, the VAE's factor"
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ def _fused_or_accumulated(config: Config) -> Iterator[Problem]:
 
 
 def _bucket_step(config: Config) -> Iterator[Problem]:
-    if config.data.bucket_step_px % 8:
-        yield Problem("data.bucket_step_px", f"{config.data.bucket_step_px} is not a multiple of 8, the VAE's factor")
+    if config.data.bucket_step_px % LATENT_FACTOR_PX:
+        yield Problem("data.bucket_step_px", f"{config.data.bucket_step_px} {NOT_A_MULTIPLE}")
 
 
 def _bucket_step_fits(config: Config) -> Iterator[Problem]:
@@ -133,13 +136,13 @@ def _betas(config: Config) -> Iterator[Problem]:
 
 
 def _preview_width(config: Config) -> Iterator[Problem]:
-    if config.preview.width_px % 8:
-        yield Problem("preview.width_px", f"{config.preview.width_px} is not a multiple of 8, the VAE's factor")
+    if config.preview.width_px % LATENT_FACTOR_PX:
+        yield Problem("preview.width_px", f"{config.preview.width_px} {NOT_A_MULTIPLE}")
 
 
 def _preview_height(config: Config) -> Iterator[Problem]:
-    if config.preview.height_px % 8:
-        yield Problem("preview.height_px", f"{config.preview.height_px} is not a multiple of 8, the VAE's factor")
+    if config.preview.height_px % LATENT_FACTOR_PX:
+        yield Problem("preview.height_px", f"{config.preview.height_px} {NOT_A_MULTIPLE}")
 
 
 RULES = (

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from sdtrain.diffusion.words import Density, LossKind, Prediction, Weighting
-from sdtrain.families.words import TrainableNetwork
+from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -37,6 +37,11 @@ class ModelConfig(Settings):
     zero_terminal_snr: Literal["auto", "on", "off"] = Field(
         default="auto", description="Whether the noise schedule ends in pure noise; `auto` reads it from the model."
     )
+    no_caption: Literal["auto"] | NoCaption = Field(
+        default="auto",
+        description="What an empty caption is, dropped, missing or a negative prompt: the encoded empty string, or "
+        "zeros; `auto` reads it from the model.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "mixed"] = Field(
         default="auto",
         description="Precision of the networks; `auto`: bfloat16 on a GPU that has it, else float32. "
@@ -48,7 +53,7 @@ class LoraConfig(Settings):
     """Small matrices beside frozen weights."""
 
     kind: Literal["lora"]
-    train: list[TrainableNetwork] = Field(default=["unet"], min_length=1, description="Networks that get adapters.")
+    train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that get adapters.")
     adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
         default="lora", description="Kind of adapter; `lora` loads everywhere."
     )
@@ -77,7 +82,7 @@ class FullConfig(Settings):
     """All weights of the chosen networks."""
 
     kind: Literal["full"]
-    train: list[TrainableNetwork] = Field(default=["unet"], min_length=1, description="Networks that are trained.")
+    train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that are trained.")
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
     )
@@ -103,8 +108,9 @@ class DataConfig(Settings):
     resolution_px: Annotated[int, Field(ge=64)] = Field(
         default=1024, description="Pictures are scaled to about resolution_px x resolution_px pixels of any shape."
     )
-    bucket_step_px: Annotated[int, Field(ge=8)] = Field(
-        default=64, description="Widths and heights of buckets are multiples of this (of 8 at least)."
+    bucket_step_px: Annotated[int, Field(ge=LATENT_FACTOR_PX)] = Field(
+        default=64,
+        description=f"Widths and heights of buckets are multiples of this (of {LATENT_FACTOR_PX} at least).",
     )
     max_aspect: Annotated[float, Field(ge=1.0)] = Field(
         default=2.5, description="Longest side over shortest side of the most extreme bucket."

@@ -29,6 +29,8 @@ class Encoders:
     captions: Callable[[list[str]], dict[str, Tensor]] | None  # None: the training loop encodes captions itself
     vae_fingerprint: str
     text_fingerprint: str
+    sizes: Callable[[Tensor], dict[str, Tensor]]
+    """(n, 6) float32 sizes as `Placement.sizes` has them -> what a model is told of them, of n each."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +39,9 @@ class Batch:
 
     index: int  # within the step, from 0
     latents: Tensor  # (n, c, h, w) float32
-    time_ids: Tensor  # (n, 6) float32: original height, width, crop top, left, target height, width
     captions: tuple[str, ...]  # "" where dropped
-    conditioning: dict[str, Tensor]  # name -> (n, ...) float32; empty if the loop encodes captions itself
+    text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
+    sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
 
 
@@ -56,11 +58,19 @@ class Batches:
     """What every step sees: a pure function of (seed, step), whatever was asked for before."""
 
     def __init__(
-        self, rows: Sequence[_Row], captions: Mapping[str, Path], order: Order, *, caption_dropout: float, seed: int
+        self,
+        rows: Sequence[_Row],
+        captions: Mapping[str, Path] | None,
+        order: Order,
+        *,
+        encode_sizes: Callable[[Tensor], dict[str, Tensor]],
+        caption_dropout: float,
+        seed: int,
     ) -> None:
         self._rows, self._captions, self._order = rows, captions, order
-        self._caption_dropout, self._seed = caption_dropout, seed
-        self._entries = store.hold([*(row.latents for row in rows), *captions.values()], store.HELD_BYTES)
+        self._encode_sizes, self._caption_dropout, self._seed = encode_sizes, caption_dropout, seed
+        paths = [*(row.latents for row in rows), *(captions or {}).values()]
+        self._entries = store.hold(paths, store.HELD_BYTES)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -89,15 +99,15 @@ class Batches:
         return Batch(
             index=index,
             latents=torch.stack(latents).to(torch.float32),
-            time_ids=torch.tensor([row.placement.time_ids() for row in rows], dtype=torch.float32),
             captions=tuple(captions),
-            conditioning=self._conditioning(captions),
+            text=self._text(captions),
+            sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
             examples=tuple(row.example for row in rows),
         )
 
-    def _conditioning(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        if not self._captions:
-            return {}
+    def _text(self, captions: Sequence[str]) -> dict[str, Tensor] | None:
+        if self._captions is None:
+            return None
         encoded = [self._entries.get(self._captions[caption]) for caption in captions]
         return {name: torch.stack([one[name] for one in encoded]).to(torch.float32) for name in sorted(encoded[0])}
 
@@ -129,13 +139,15 @@ def prepare_batches(
         paths = encode_pictures(pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress)
         captions = _encode_captions(config, examples, encoders, cache, on_progress)
     rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
-    return Batches(rows, captions, order, caption_dropout=config.caption_dropout, seed=seed)
+    return Batches(
+        rows, captions, order, encode_sizes=encoders.sizes, caption_dropout=config.caption_dropout, seed=seed
+    )
 
 
 def _encode_captions(
     config: DataConfig, examples: Sequence[Example], encoders: Encoders, cache: Path, on_progress: Progress
-) -> dict[str, Path]:
+) -> dict[str, Path] | None:
     if encoders.captions is None:
-        return {}
+        return None
     needed = [example.caption for example in examples] + ([""] if config.caption_dropout > 0 else [])
     return encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)

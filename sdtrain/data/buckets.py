@@ -29,8 +29,8 @@ class Placement:
         """The share of the picture's area that lies outside of the bucket, from 0 to 1."""
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
-    def time_ids(self) -> tuple[int, int, int, int, int, int]:
-        """SDXL's size conditioning: original height and width, crop top and left, target height and width."""
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """Original height and width, crop top and left, target height and width, for models that are told them."""
         (width, height), (target_width, target_height) = self.original, self.bucket
         return height, width, self.crop_top, self.crop_left, target_height, target_width
 

@@ -9,12 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import assert_never
 
-from sdtrain.families.words import Family
-
-Resolution = tuple[int, int]
-"""Width and height of pictures in pixels."""
+from sdtrain.families.words import Resolution
 
 CONFIG_KEY = "sdtrain.config"
 """The resolved config of the run, as TOML."""
@@ -51,16 +47,3 @@ def resolution_of(metadata: Mapping[str, str]) -> Resolution | None:
     """The size of the pictures a file was trained on, None when it does not say."""
     found = re.fullmatch(r"(\d{1,6})x(\d{1,6})", metadata.get(RESOLUTION_KEY, ""), re.ASCII)
     return (int(found[1]), int(found[2])) if found else None
-
-
-def native_resolution(family: Family, *, predicts_v: bool) -> Resolution:
-    """The size of the pictures that the published models of a family were trained on."""
-    match family:
-        case "sdxl":
-            return (1024, 1024)
-        case "sd1":
-            return (512, 512)
-        case "sd2":
-            return (768, 768) if predicts_v else (512, 512)
-        case _:
-            assert_never(family)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any
 
-from sdtrain.families.metadata import Resolution, now, resolution_entry
-from sdtrain.families.words import Family
+from sdtrain.families.family import Family
+from sdtrain.families.metadata import now, resolution_entry
+from sdtrain.families.words import Resolution
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,10 @@ def spec_metadata(description: Description, family: Family, scheduler: Mapping[s
     predicts_v = scheduler.get("prediction_type") == "v_prediction"
     entries = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": architecture(family, predicts_v=predicts_v, resolution_px=description.resolution_px),
-        "modelspec.implementation": implementation(family),
+        "modelspec.architecture": family.architecture(
+            predicts_v=predicts_v, resolution_px=max(description.resolution_px)
+        ),
+        "modelspec.implementation": family.words.implementation,
         "modelspec.title": description.title,
         "modelspec.date": description.date or now(),
         **resolution_entry(description.resolution_px),
@@ -43,23 +46,12 @@ def spec_metadata(description: Description, family: Family, scheduler: Mapping[s
     return {**description.more, **{key: value for key, value in entries.items() if value}}
 
 
-def architecture(family: Family, *, predicts_v: bool, resolution_px: Resolution) -> str:
-    """The specification's name of a family."""
-    match family:
-        case "sdxl":
-            return "stable-diffusion-xl-v1-base"
-        case "sd1":
-            return "stable-diffusion-v1"
-        case "sd2":
-            return "stable-diffusion-v2-768-v" if predicts_v and max(resolution_px) > 512 else "stable-diffusion-v2-512"
-        case _:
-            assert_never(family)
-
-
-def implementation(family: Family) -> str:
-    """Whose names the tensors have."""
-    return (
-        "https://github.com/Stability-AI/generative-models"
-        if family == "sdxl"
-        else "https://github.com/CompVis/stable-diffusion"
-    )
+def lora_words(family: Family, *, predicts_v: bool, resolution_px: int) -> dict[str, str]:
+    """Header entries of a LoRA on the model below it, in the standard's words and in those of sd-scripts."""
+    words = family.words
+    return {
+        "modelspec.architecture": f"{family.architecture(predicts_v=predicts_v, resolution_px=resolution_px)}/lora",
+        "modelspec.implementation": words.lora_implementation,
+        "ss_base_model_version": (words.base_version_v if predicts_v else "") or words.base_version,
+        "ss_v2": str(words.second_version),
+    }

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
-from sdtrain.families.words import Component, Family
+from sdtrain.families.family import Family
+from sdtrain.families.words import DENOISER, Component
 
 Form = Literal["same", "transposed", "convolution"]
 
@@ -29,66 +30,21 @@ class Place:
     form: Form = "same"
 
 
-UNET = "model.diffusion_model."
-VAE = "first_stage_model."
-CLIP_L = "conditioner.embedders.0.transformer."
-OPEN_CLIP_G = "conditioner.embedders.1.model."
-SD1_CLIP = "cond_stage_model.transformer."
-SD2_OPEN_CLIP = "cond_stage_model.model."
-REFINER_OPEN_CLIP = "conditioner.embedders.0.model."
-
-
-def prefix_of(family: Family, component: Component) -> str:
-    """What the keys of a component start with in a single file."""
-    match component:
-        case "unet":
-            return UNET
-        case "vae":
-            return VAE
-        case "text_encoder":
-            return {"sdxl": CLIP_L, "sd1": SD1_CLIP, "sd2": SD2_OPEN_CLIP}[family]
-        case "text_encoder_2":
-            return OPEN_CLIP_G
-        case _:
-            assert_never(component)
-
-
 def places_of(family: Family, component: Component, names: Iterable[str]) -> dict[str, Place]:
     """The place, prefix included, of every parameter of a network.
 
     Text encoders' names start with `text_model.` or, as transformers 5 has it for encoders without projection, not.
     """
-    prefix = prefix_of(family, component)
+    prefix = family.prefix_of(component)
     names = list(names)
-    match component:
-        case "unet":
-            rule = _unet_rule(names)
-        case "vae":
-            rule = _vae_rule(names)
-        case "text_encoder" | "text_encoder_2":
-            rule = _open_clip_place if is_open_clip(family, component) else _clip_place
-        case _:
-            assert_never(component)
+    encoder = family.text_encoder(component)
+    rule: Callable[[str], Place]
+    if encoder:
+        rule = _clip_place if encoder.layout == "clip" else _open_clip_place
+    else:
+        rule = _unet_rule(names) if component == DENOISER else _vae_rule(names)
     places = {name: rule(name) for name in names}
     return {name: Place(prefix + place.key, place.third, place.form) for name, place in places.items()}
-
-
-def is_open_clip(family: Family, component: Component) -> bool:
-    """Whether a text encoder is laid out as OpenCLIP does (fused projections) rather than as transformers does."""
-    return component == "text_encoder_2" or family == "sd2"
-
-
-def constants_of(family: Family) -> tuple[str, ...]:
-    """Keys the original layout has besides parameters; their values never change and readers may leave them out."""
-    match family:
-        case "sdxl":
-            return (CLIP_L + "text_model.embeddings.position_ids", OPEN_CLIP_G + "logit_scale")
-        case "sd1":
-            return (SD1_CLIP + "text_model.embeddings.position_ids",)
-        case "sd2":
-            return (SD2_OPEN_CLIP + "logit_scale",)
-        case _:
-            assert_never(family)
 
 
 # ---- U-Net ----
@@ -112,13 +68,33 @@ RESNET = {
 }
 
 
+def original_unet_names(layers: Iterable[str]) -> dict[str, str]:
+    """Original names, without prefix, of a U-Net's layers by their own; layers that no rule knows are left out."""
+    names = [f"{layer}.weight" for layer in layers]
+    rule = _unet_names(names)
+    found = {name: rule(name) for name in names}
+    return {name.removesuffix(".weight"): key.removesuffix(".weight") for name, key in found.items() if key}
+
+
 def _unet_rule(names: list[str]) -> Callable[[str], Place]:
+    rule = _unet_names(names)
+
+    def place(name: str) -> Place:
+        key = rule(name)
+        assert key, f"no rule for the U-Net's parameter {name}"
+        return Place(key)
+
+    return place
+
+
+def _unet_names(names: list[str]) -> Callable[[str], str | None]:
+    """From the U-Net's own names to original ones; `names` are all of them, from which the blocks are counted."""
     resnets = {match[1] for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))}
     attends = {match[1] for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
-    return lambda name: Place(_unet_key(name, len(resnets), attends))
+    return lambda name: _unet_key(name, len(resnets), attends)
 
 
-def _unet_key(name: str, layers: int, attends: set[str]) -> str:
+def _unet_key(name: str, layers: int, attends: set[str]) -> str | None:
     """Blocks are numbered through: each down block has its layers and a downsampler, each up block a layer more."""
     stem, _, leaf = name.rpartition(".")
     if stem in UNET_ENDS:
@@ -126,9 +102,10 @@ def _unet_key(name: str, layers: int, attends: set[str]) -> str:
     if match := re.match(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
         kind, index, rest = match.groups()
         number = 2 * int(index) + (kind == "attentions")
-        return f"middle_block.{number}.{_layer_key(kind, rest)}"
+        return _below(f"middle_block.{number}", kind, rest)
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
-    assert match, f"no rule for the U-Net's parameter {name}"
+    if not match:
+        return None
     side, block, kind, index, rest = match.groups()
     first = 1 + int(block) * (layers + 1) if side == "down" else int(block) * (layers + 1)
     stem = f"{'input' if side == 'down' else 'output'}_blocks."
@@ -138,14 +115,14 @@ def _unet_key(name: str, layers: int, attends: set[str]) -> str:
         case "upsamplers":
             return f"{stem}{first + layers}.{2 if block in attends else 1}.{rest}"
         case _:
-            return f"{stem}{first + int(index)}.{int(kind == 'attentions')}.{_layer_key(kind, rest)}"
+            return _below(f"{stem}{first + int(index)}.{int(kind == 'attentions')}", kind, rest)
 
 
-def _layer_key(kind: str, rest: str) -> str:
+def _below(block: str, kind: str, rest: str) -> str | None:
     if kind == "attentions":
-        return rest
+        return f"{block}.{rest}"
     layer, _, leaf = rest.rpartition(".")
-    return f"{RESNET[layer]}.{leaf}"
+    return f"{block}.{RESNET[layer]}.{leaf}" if layer in RESNET else None
 
 
 # ---- VAE ----
@@ -209,8 +186,11 @@ OPEN_CLIP_LAYERS = {
 
 
 def with_text_prefix(name: str) -> str:
-    """The name of a text encoder's parameter in files: below `text_model.`, but for the projection."""
-    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+    """The name of a text encoder's layer or parameter in files: below `text_model.`, but for the projection.
+
+    transformers 5 dropped the prefix from one of the two classes.
+    """
+    return name if name.split(".")[0] in ("text_model", "text_projection") else f"text_model.{name}"
 
 
 def _clip_place(name: str) -> Place:

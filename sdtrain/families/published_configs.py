@@ -41,7 +41,7 @@ SDXL_VAE: dict[str, Any] = {
     "norm_num_groups": 32,
     "out_channels": 3,
     "sample_size": 1024,
-    "scaling_factor": 0.13025,
+    "scaling_factor": 0.13025,  # what latents are multiplied by: 1 / their deviation over pictures, in no tensor
     "up_block_types": ["UpDecoderBlock2D"] * 4,
 }
 
@@ -74,12 +74,7 @@ OPEN_CLIP_G_TEXT: dict[str, Any] = {
 }
 
 HEAD_WIDTH = 64
-"""Channels of an attention head, in all networks but the U-Net of SD 1.x, which has 8 heads everywhere."""
-
-SD1_HEADS = 8
-
-SCALING_FACTORS = {"sdxl": 0.13025, "sd1": 0.18215, "sd2": 0.18215}
-"""What latents are multiplied by; it is 1 / their standard deviation over pictures and stands in no tensor."""
+"""Channels of an attention head, in all networks but the U-Net of SD 1.x."""
 
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",

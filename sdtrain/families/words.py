@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Family = Literal["sdxl", "sd1", "sd2"]
+FamilyName = Literal["sdxl", "sd1", "sd2"]
 
 Component = Literal["unet", "vae", "text_encoder", "text_encoder_2"]
 
@@ -13,9 +13,17 @@ TrainableNetwork = Literal["unet", "text_encoder", "text_encoder_2"]
 
 TRAINABLE_NETWORKS: tuple[TrainableNetwork, ...] = get_args(TrainableNetwork)
 
+DENOISER: TrainableNetwork = "unet"
+"""The network that denoises; all other trainable ones read captions."""
 
-COMPONENTS: dict[Family, tuple[Component, ...]] = {
-    "sdxl": ("unet", "text_encoder", "text_encoder_2", "vae"),
-    "sd1": ("unet", "text_encoder", "vae"),
-    "sd2": ("unet", "text_encoder", "vae"),
-}
+NoCaption = Literal["empty-text", "zeros"]
+"""What a model takes for no caption: the encoded empty string, or zeros."""
+
+LORA_UNET_PREFIX = "lora_unet_"
+"""What the U-Net's layers start with in sd-scripts' names, in all families."""
+
+LATENT_FACTOR_PX = 8
+"""Pixels per latent of the VAEs of all families, in each direction."""
+
+Resolution = tuple[int, int]
+"""Width and height of pictures in pixels."""

@@ -4,25 +4,55 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_betas
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.modelspec import Description
-from sdtrain.models.checkpoints.components import Components, SDComponents
+from sdtrain.families.words import NoCaption
+from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.single_file import Change, write_single_file
-from sdtrain.models.model import Layout, SamplingSettings
+from sdtrain.models.model import Layout
 from sdtrain.models.prompts import Tokenizer
-from sdtrain.models.sampling import guided, initial_noise, sample_euler
 
-Predict = Callable[[Tensor, Tensor, Mapping[str, Tensor]], Tensor]
-"""(noisy latents (n, c, h, w), timestep (), conditioning of n) -> the U-Net's output (n, c, h, w)."""
+EncodeText = Callable[[Sequence[str]], dict[str, Tensor]]
+"""n texts -> what the text encoders make of them, each tensor with n in front."""
+
+
+def resolved(components: Components, config: ModelConfig) -> Components:
+    """The components with what the user decided instead of `auto`: what is trained, sampled and written."""
+    return replace(
+        components,
+        scheduler_config=resolved_scheduler(components.scheduler_config, config),
+        no_caption=components.no_caption if config.no_caption == "auto" else config.no_caption,
+    )
+
+
+def encode_captions(encode: EncodeText, captions: Sequence[str], no_caption: NoCaption) -> dict[str, Tensor]:
+    """The conditioning of n captions, where an empty one is what the model takes for no caption; differentiable.
+
+    The empty string is encoded alone: the last bits of an encoding depend on how many texts are encoded together, and
+    no caption is to be the same bits in a batch, in the cache and in a preview.
+    """
+    texts = [caption for caption in captions if caption.strip()]
+    if len(texts) == len(captions):
+        return encode(texts)
+    nothing = encode([""])
+    if no_caption == "zeros":
+        nothing = {key: torch.zeros_like(value) for key, value in nothing.items()}
+    if texts:
+        encoded = encode(texts)
+        nothing = {key: torch.cat([value, encoded[key]]) for key, value in nothing.items()}
+    rows = iter(range(1, len(texts) + 1))
+    order = [next(rows) if caption.strip() else 0 for caption in captions]
+    return {key: value[order] for key, value in nothing.items()}
 
 
 def resolved_scheduler(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -75,39 +105,8 @@ def _latent_scale(vae: Any) -> tuple[float, float]:
     return float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
 
 
-def sample_latents(
-    predict: Predict,
-    conditioning: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
-    noise: Tensor,
-    settings: SamplingSettings,
-    scheduler_config: dict[str, Any],
-) -> Tensor:
-    """Latents (n, c, h, w) out of unit noise (n, c, h, w); conditioning: wanted and unwanted, of n prompts each."""
-    positive, negative = conditioning
-    both = {key: torch.cat([negative[key], positive[key]]) for key in positive}
-
-    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
-        if settings.guidance_scale == 1:
-            return predict(latents, timestep, positive).float()
-        output = predict(torch.cat([latents, latents]), timestep, both).float()
-        unconditional, conditional = output.chunk(2)
-        return guided(conditional, unconditional, settings.guidance_scale)
-
-    return sample_euler(
-        denoise, noise, scheduler_config=scheduler_config, num_inference_steps=settings.num_inference_steps
-    )
-
-
-def noise_for(
-    shape: tuple[int, int], generators: Sequence[Generator], settings: SamplingSettings, device: torch.device
-) -> Tensor:
-    """Unit noise (n, c, h, w) for pictures of the settings' size. shape: (channels, pixels per latent)."""
-    channels, factor = shape
-    return initial_noise((channels, settings.height_px // factor, settings.width_px // factor), generators).to(device)
-
-
 def write_checkpoint(
-    components: Components | SDComponents,
+    components: Components,
     path: Path,
     description: Description,
     layout: Layout,
@@ -122,6 +121,38 @@ def write_checkpoint(
             write_folder(components, path, description, dtype=dtype, change=change)
         case _:
             assert_never(layout)
+
+
+def fingerprints(components: Components, caption_chunks: int) -> tuple[str, str]:
+    """Digests of all that makes latents of pictures, and of all that makes conditioning of captions, also of none."""
+    text = digest_weights(*components.text_encoders.values())
+    reading = digest_tokenizers(*components.tokenizers)
+    return digest_vae(components.vae), f"{text} {reading} {caption_chunks} {components.no_caption}"
+
+
+def move_encoders(components: Components, device: torch.device, *, text: bool) -> None:
+    """Put the VAE (and with `text` the text encoders) on a device."""
+    components.vae.to(device)
+    for encoder in components.text_encoders.values() if text else ():
+        encoder.to(device)
+
+
+def unused_layers(components: Components) -> dict[str, tuple[str, ...]]:
+    """Names of the modules whose output nobody reads, by network; only networks that have such."""
+    found: dict[str, tuple[str, ...]] = {}
+    for encoder in components.family.text_encoders:
+        network: Any = components.networks[encoder.component]
+        ends = encoder.unread_ends(int(network.config.num_hidden_layers))
+        if ends:
+            found[encoder.component] = tuple(name for name, _ in network.named_modules() if name.endswith(ends))
+    return found
+
+
+def freeze(components: Components, device: torch.device) -> None:
+    """Make every network one that only computes, the U-Net on `device`."""
+    for network in components.networks.values():
+        network.requires_grad_(False).eval()
+    components.unet.to(device)
 
 
 def digest_vae(vae: Any) -> str:

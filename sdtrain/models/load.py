@@ -1,4 +1,4 @@
-"""From a model's settings to the family that can train it."""
+"""From a model that was opened to the family that can train it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import assert_never
 import torch
 
 from sdtrain.config.schema import ModelConfig
-from sdtrain.models.checkpoints.locate import locate, open_checkpoint
+from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.models.sd import load_sd
 from sdtrain.models.sdxl import load_sdxl
 
 
-def load_model(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1) -> Model:
-    """The model that `config` names: frozen, in evaluation mode, its U-Net on `device`. Raises UserError."""
-    family = open_checkpoint(locate(config.path, config.variant), config.variant).family
+def load_model(
+    opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
+) -> Model:
+    """The opened model: frozen, in evaluation mode, its U-Net on `device`.
+
+    config: the settings it was opened with, for what the user decides instead of the model. Raises UserError.
+    """
+    family = opened.family.name
     match family:
         case "sdxl":
-            return load_sdxl(config, device=device, dtype=dtype, caption_chunks=caption_chunks)
+            return load_sdxl(opened, config, device=device, dtype=dtype, caption_chunks=caption_chunks)
         case "sd1" | "sd2":
-            return load_sd(config, device=device, dtype=dtype, caption_chunks=caption_chunks)
+            return load_sd(opened, config, device=device, dtype=dtype, caption_chunks=caption_chunks)
         case _:
             assert_never(family)

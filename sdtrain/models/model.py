@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sdtrain.diffusion.schedule import NoiseSchedule
 from sdtrain.diffusion.words import Prediction
+from sdtrain.families.family import Family
 from sdtrain.families.modelspec import Description
+from sdtrain.families.words import NoCaption
 from sdtrain.models.checkpoints.single_file import Change
 
 Layout = Literal["single-file", "folder"]
@@ -32,6 +34,14 @@ class Model(Protocol):
     """A family of diffusion models: its networks by name, and how pictures and captions reach them."""
 
     @property
+    def family(self) -> Family:
+        """What its family is made of."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net computes."""
+
+    @property
     def networks(self) -> Mapping[str, nn.Module]:
         """The networks that can be trained: `unet`, `text_encoder`, ..."""
 
@@ -44,8 +54,16 @@ class Model(Protocol):
         """How much signal is left at every timestep."""
 
     @property
+    def scheduler_config(self) -> Mapping[str, Any]:
+        """The same as diffusers' Euler scheduler reads it, for sampling."""
+
+    @property
     def prediction(self) -> Prediction:
         """What the U-Net predicts."""
+
+    @property
+    def no_caption(self) -> NoCaption:
+        """What the model takes for no caption."""
 
     @property
     def latent_shape(self) -> tuple[int, int]:
@@ -61,13 +79,20 @@ class Model(Protocol):
         """The way back, clamped to [-1, 1], on the CPU."""
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The conditioning of n captions, each tensor with n in front; differentiable."""
+        """The conditioning of n captions, each tensor with n in front; differentiable.
 
-    def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The conditioning guidance moves away from."""
+        An empty caption is no caption, wherever it comes from: dropped, missing, or a negative prompt left out. All of
+        them get the same bits, see `no_caption`.
+        """
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor) -> Tensor:
-        """The U-Net's output for noisy latents (n, c, h, w), timesteps (n,), conditioning and size ids (n, 6)."""
+    def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        """The conditioning of n sizes, each tensor with n in front; empty for families that know no sizes.
+
+        sizes: (n, 6) float32, original height and width, crop top and left, target height and width, in pixels.
+        """
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The U-Net's output for noisy latents (n, c, h, w), timesteps (n,) and conditioning by captions and sizes."""
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Put the VAE (and with `text` the text encoders) on a device."""
@@ -86,12 +111,3 @@ class Model(Protocol):
         dtype: of the stored weights; None: of each network as it was stored. change: what is written instead of a
         weight, e.g. the weight with its adapter merged in.
         """
-
-    def sample(
-        self,
-        positive: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        generators: Sequence[Generator],
-        settings: SamplingSettings,
-    ) -> Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""

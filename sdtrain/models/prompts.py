@@ -40,8 +40,3 @@ def token_chunks(tokenizer: Tokenizer, captions: Sequence[str], num_chunks: int)
 def _framed(tokenizer: Tokenizer, chunk: list[int], length: int) -> list[int]:
     padding = [tokenizer.pad_token_id] * (length - len(chunk))
     return [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id, *padding]
-
-
-def num_tokens(tokenizer: Tokenizer, caption: str) -> int:
-    """How many tokens a caption has, start and end not counted."""
-    return len(tokenizer.encode(caption, add_special_tokens=False))

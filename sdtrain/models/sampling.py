@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from sdtrain.models.model import Model, SamplingSettings
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 """(noisy latents (n, c, h, w) as the network wants them, timestep ()) -> guided prediction (n, c, h, w)."""
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    positive: Mapping[str, Tensor],
+    negative: Mapping[str, Tensor],
+    generators: Sequence[Generator],
+    settings: SamplingSettings,
+) -> Tensor:
+    """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts.
+
+    Args:
+        model: any family's.
+        positive: the conditioning of the n prompts.
+        negative: that which guidance moves away from, of n prompts as well.
+        generators: one CPU generator for each picture, so that it does not depend on its neighbours.
+        settings: how to sample.
+    """
+    height, width = settings.height_px, settings.width_px
+    sizes = model.encode_sizes(torch.tensor([[height, width, 0, 0, height, width]] * len(generators)).float())
+    wanted, unwanted = {**positive, **sizes}, {**negative, **sizes}
+    both = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
+
+    def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+        if settings.guidance_scale == 1:
+            return model.predict(latents, timestep, wanted).float()
+        output = model.predict(torch.cat([latents, latents]), timestep, both).float()
+        unconditional, conditional = output.chunk(2)
+        return guided(conditional, unconditional, settings.guidance_scale)
+
+    channels, factor = model.latent_shape
+    noise = initial_noise((channels, height // factor, width // factor), generators).to(model.device)
+    latents = sample_euler(
+        denoise, noise, scheduler_config=model.scheduler_config, num_inference_steps=settings.num_inference_steps
+    )
+    return model.decode_latents(latents)
 
 
 def initial_noise(shape: tuple[int, int, int], generators: Sequence[Generator]) -> Tensor:
@@ -18,12 +57,12 @@ def initial_noise(shape: tuple[int, int, int], generators: Sequence[Generator]) 
 
 
 def sample_euler(
-    denoise: Denoise, noise: Tensor, *, scheduler_config: dict[str, Any], num_inference_steps: int
+    denoise: Denoise, noise: Tensor, *, scheduler_config: Mapping[str, Any], num_inference_steps: int
 ) -> Tensor:
     """Latents (n, c, h, w) from unit noise by Euler steps (arXiv 2206.00364, algorithm 1 without churn)."""
     from diffusers import EulerDiscreteScheduler
 
-    scheduler = EulerDiscreteScheduler.from_config(scheduler_config)
+    scheduler = EulerDiscreteScheduler.from_config(dict(scheduler_config))
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:

@@ -3,55 +3,48 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.models import latent_diffusion
-from sdtrain.models.checkpoints.components import SDComponents, load_sd_components
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.single_file import Change
-from sdtrain.models.model import Layout, SamplingSettings
+from sdtrain.models.model import Layout
 from sdtrain.models.prompts import token_chunks
 
 
 class SD:
     """Stable Diffusion 1.x, 2.x and their fine-tunes. Fulfils `Model`."""
 
-    def __init__(
-        self, components: SDComponents, config: ModelConfig, device: torch.device, caption_chunks: int
-    ) -> None:
-        self._device = device
+    def __init__(self, components: Components, config: ModelConfig, device: torch.device, caption_chunks: int) -> None:
+        self.components = latent_diffusion.resolved(components, config)
+        self.family = components.family
+        self.device = device
         self._caption_chunks = caption_chunks
         self.unet: Any = components.unet
         self.vae: Any = components.vae
-        self.text_encoder: Any = components.text_encoder
-        self.networks: dict[str, nn.Module] = {"unet": components.unet, "text_encoder": components.text_encoder}
-        self.unused_layers: dict[str, tuple[str, ...]] = {}
-        self.scheduler_config = latent_diffusion.resolved_scheduler(components.scheduler_config, config)
-        self.components = replace(components, scheduler_config=self.scheduler_config)
+        self.networks: dict[str, nn.Module] = {name: components.networks[name] for name in components.family.trainable}
+        self.unused_layers = latent_diffusion.unused_layers(components)
+        self.scheduler_config = self.components.scheduler_config
+        self.no_caption = self.components.no_caption
         self.prediction = latent_diffusion.prediction_of(self.scheduler_config)
         self.schedule = latent_diffusion.schedule_of(self.scheduler_config)
         self.latent_shape = latent_diffusion.latent_shape_of(components.vae)
-        for network in (*self.networks.values(), self.vae):
-            network.requires_grad_(False).eval()
-        self.unet.to(device)
+        latent_diffusion.freeze(components, device)
 
     def fingerprints(self) -> tuple[str, str]:
         """Digests of all that makes latents of pictures, and of all that makes conditioning of captions."""
-        text = latent_diffusion.digest_weights(self.text_encoder)
-        reading = latent_diffusion.digest_tokenizers(self.components.tokenizer)
-        return latent_diffusion.digest_vae(self.vae), f"{text} {reading} {self._caption_chunks}"
+        return latent_diffusion.fingerprints(self.components, self._caption_chunks)
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
-        """Put the VAE (and with `text` the text encoder) on a device."""
-        self.vae.to(device)
-        if text:
-            self.text_encoder.to(device)
+        """Put the VAE (and with `text` the text encoders) on a device."""
+        latent_diffusion.move_encoders(self.components, device, text=text)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8)."""
@@ -62,19 +55,24 @@ class SD:
         return latent_diffusion.decode_latents(self.vae, latents)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """prompt_embeds (n, 77 chunks, width): the encoder's output after its final norm."""
-        ids = token_chunks(self.components.tokenizer, captions, self._caption_chunks)
+        """prompt_embeds (n, 77 chunks, width): the encoder's output after its final norm; of "" what no caption is."""
+        return latent_diffusion.encode_captions(self._encode, captions, self.no_caption)
+
+    def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        [(name, tokenizer)] = zip(self.components.text_encoders, self.components.tokenizers, strict=True)
+        encoder: Any = self.networks[name]
+        ids = token_chunks(tokenizer, texts, self._caption_chunks)
         num, chunks, length = ids.shape
-        output = self.text_encoder(ids.view(num * chunks, length).to(self.text_encoder.device))
+        output = encoder(ids.view(num * chunks, length).to(encoder.device))
         return {"prompt_embeds": output.last_hidden_state.unflatten(0, (num, chunks)).flatten(1, 2)}
 
-    def unconditional(self, negative_prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The conditioning guidance moves away from: that of the caption, be it empty."""
-        return self.encode_captions(negative_prompts)
+    def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
+        """Nothing: these families know no sizes."""
+        return {}
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor], time_ids: Tensor) -> Tensor:
-        """The U-Net's output (n, c, h, w); this family knows no sizes, `time_ids` are not read."""
-        device, dtype = self._device, self.unet.dtype
+    def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """The U-Net's output (n, c, h, w); inputs are moved to its device and type."""
+        device, dtype = self.device, self.unet.dtype
         text = conditioning["prompt_embeds"].to(device, dtype)
         output: Tensor = self.unet(noisy.to(device, dtype), timesteps.to(device), text, return_dict=False)[0]
         return output
@@ -91,25 +89,9 @@ class SD:
         """The whole model as its networks are now, as one file in the original layout or as a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        positive: Mapping[str, Tensor],
-        negative: Mapping[str, Tensor],
-        generators: Sequence[Generator],
-        settings: SamplingSettings,
-    ) -> Tensor:
-        """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts, each from its own CPU generator."""
-        no_sizes = torch.empty(0)
 
-        def predict(latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-            return self.predict(latents, timestep, conditioning, no_sizes)
-
-        noise = latent_diffusion.noise_for(self.latent_shape, generators, settings, self._device)
-        latents = latent_diffusion.sample_latents(predict, (positive, negative), noise, settings, self.scheduler_config)
-        return self.decode_latents(latents)
-
-
-def load_sd(config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1) -> SD:
-    """The SD 1.x or 2.x model that `config` names: frozen, in evaluation mode, its U-Net on `device`."""
-    return SD(load_sd_components(config, dtype), config, device, caption_chunks)
+def load_sd(
+    opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
+) -> SD:
+    """The SD 1.x or 2.x model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
+    return SD(load_components(opened, dtype), config, device, caption_chunks)

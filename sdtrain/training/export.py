@@ -21,9 +21,9 @@ from sdtrain.config.schema import Config, ExportConfig, FullConfig, LoraConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
-from sdtrain.families.metadata import CONFIG_KEY, Resolution, now, steps_entry
+from sdtrain.families.metadata import CONFIG_KEY, now, steps_entry
 from sdtrain.families.modelspec import Description
-from sdtrain.families.words import Component
+from sdtrain.families.words import Component, Resolution
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Model
 

@@ -16,6 +16,7 @@ from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
+from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
@@ -52,9 +53,17 @@ class Training:
 
 
 def fit(
-    config: Config, examples: list[Example], console: Console, *, resume: bool = False, watchers: Sequence[Watcher] = ()
+    config: Config,
+    opened: OpenedModel,
+    examples: list[Example],
+    console: Console,
+    *,
+    resume: bool = False,
+    watchers: Sequence[Watcher] = (),
 ) -> int:
-    """Train what the config says on pictures that were scanned; returns the steps done, fewer than planned if stopped.
+    """Train what the config says on a model that was opened and pictures that were scanned.
+
+    Returns the steps done, fewer than planned if stopped.
 
     watchers: are handed a record of everything that happens, see `watching/records.py`.
 
@@ -62,7 +71,7 @@ def fit(
     """
     started = time.monotonic()
     run = open_run(config)
-    model = load(run)
+    model = load(run, opened)
     data = encode_everything(model, run, examples, console)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)

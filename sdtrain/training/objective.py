@@ -48,8 +48,8 @@ class Objective:
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
-            conditioning = batch.conditioning or model.encode_captions(batch.captions)
-            prediction = model.predict(noisy, timesteps, conditioning, batch.time_ids)
+            text = model.encode_captions(batch.captions) if batch.text is None else batch.text
+            prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
         errors = error_per_image(
             prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=config.loss.huber_delta
         )

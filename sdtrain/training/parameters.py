@@ -15,6 +15,7 @@ from sdtrain.adapters.attach import AdapterSettings, attach_adapters
 from sdtrain.adapters.targets import select_targets
 from sdtrain.adapters.warm_start import start_from
 from sdtrain.config.schema import FullConfig, LoraConfig
+from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
 
@@ -70,7 +71,7 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         case _:
             assert_never(method)
     if run.config.memory.compile:
-        _compile_blocks(model.networks["unet"])
+        _compile_blocks(model.networks[DENOISER])
     if run.config.memory.gradient_checkpointing:
         for network in networks.values():
             _recompute_activations(network)

@@ -9,25 +9,32 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
-from sdtrain.errors import UserError
+from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
-from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 
 
-def load(run: Run) -> Model:
-    """The model of a run. Raises UserError when it is missing or contradicts the config."""
+def open_and_load(run: Run) -> Model:
+    """The model of a run that nothing has opened yet. Raises UserError when it is missing or contradicts the config."""
     fetch_if_missing(run.config.model)
-    facts, problems = inspect_model(run.config.model)
-    if problems or facts is None:
-        raise UserError("model", problems)
+    return load(run, open_model(run.config.model, "model"))
+
+
+def load(run: Run, opened: OpenedModel) -> Model:
+    """The model of a run. Raises UserError when its weights do not fit."""
     return load_model(
-        run.config.model, device=run.device, dtype=run.dtype, caption_chunks=run.config.data.caption_chunks
+        opened,
+        run.config.model,
+        device=run.device,
+        dtype=run.dtype,
+        caption_chunks=run.config.data.caption_chunks,
     )
 
 
@@ -44,7 +51,7 @@ def encode_everything(model: Model, run: Run, examples: list[Example], console: 
     """Batches and preview prompts; afterwards VAE and text encoders have left the device. Raises UserError."""
     model.move_encoders(run.device, text=True)
     batches = make_batches(model, run, examples, console)
-    prompts = prepare_prompts(model, run.config, trains_text=_trains_text(run))
+    prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=True)
     return Prepared(examples, batches, prompts)
 
@@ -55,9 +62,10 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
     vae, text = model.fingerprints()
     encoders = Encoders(
         pixels=model.encode_pixels,
-        captions=None if _trains_text(run) else torch.no_grad()(model.encode_captions),
+        captions=None if trains_text(run.config) else torch.no_grad()(model.encode_captions),
         vae_fingerprint=vae,
         text_fingerprint=text,
+        sizes=model.encode_sizes,
     )
     cache = Path(config.data.cache or Path(config.output) / "cache").expanduser()
     with _EncodingProgress(console) as progress:
@@ -66,8 +74,9 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
         )
 
 
-def _trains_text(run: Run) -> bool:
-    return set(run.config.method.train) != {"unet"}
+def trains_text(config: Config) -> bool:
+    """Whether a network that reads captions is trained, so that captions are encoded anew at every step."""
+    return any(network != DENOISER for network in config.method.train)
 
 
 class _EncodingProgress:

@@ -15,7 +15,7 @@ from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
-from sdtrain.models.checkpoints.inspect import ModelFacts, inspect_model
+from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 
 CHANGEABLE = (
     *("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache"),
@@ -37,7 +37,7 @@ def draft_run(written: Written, *, resume: bool) -> Draft:
         stored = stored_config(folder)
     except UserError as error:
         return draft.with_problems(_at_name(f"{error.source}: {problem.what}") for problem in error.problems)
-    draft = draft_of(replace(written, table=keep_stored_optimizer(written.table, stored.model_dump(mode="python"))))
+    draft = draft_of(replace(written, table=keep_stored(written.table, stored.model_dump(mode="python"))))
     return draft.with_new_problems(_changed(draft.config, stored))
 
 
@@ -51,7 +51,7 @@ def stored_table(folder: Path) -> dict[str, Any]:
     path = folder / "config.toml"
     if not path.exists():
         raise user_error(str(folder), "run", "there is no run in this folder; start one with `sdtrain fit CONFIG`")
-    return read_table(path)
+    return as_it_began(read_table(path))
 
 
 def stored_config(folder: Path) -> Config:
@@ -59,15 +59,34 @@ def stored_config(folder: Path) -> Config:
     return resolve(stored_table(folder), str(folder / "config.toml"))
 
 
-def keep_stored_optimizer(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with the optimizer values the run resolved when it began, unless the user sets them now.
+def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The table with what the run resolved when it began, unless the user sets it now.
 
     A preset means numbers that follow from the planned steps; more steps later must not move what already happened.
+    What no caption is must not change in the middle of a run either.
     """
+    kept = dict(table)
+    model = table.get("model", {})
+    if isinstance(model, Mapping) and model and "no_caption" in stored["model"]:
+        kept["model"] = {"no_caption": stored["model"]["no_caption"], **model}
     optimizer = table.get("optimizer", {})
-    if not isinstance(optimizer, Mapping) or optimizer.get("preset") not in (None, stored["optimizer"]["preset"]):
-        return dict(table)
-    return {**table, "optimizer": {**stored["optimizer"], **optimizer}}
+    if isinstance(optimizer, Mapping) and optimizer.get("preset") in (None, stored["optimizer"]["preset"]):
+        kept["optimizer"] = {**stored["optimizer"], **optimizer}
+    return kept
+
+
+def as_it_began(stored: dict[str, Any]) -> dict[str, Any]:
+    """The table of a run that may be older than `model.no_caption`.
+
+    Such a run trained dropped and missing captions as the encoded empty string, whatever the model said; it goes on so.
+    """
+    model, data = stored.get("model"), stored.get("data")
+    if not isinstance(model, dict) or not isinstance(data, dict) or "no_caption" in model:
+        return stored
+    empty = [folder.get("missing_captions") == "empty" for folder in data.get("folder", [])]
+    if data.get("caption_dropout") or any(empty):
+        model["no_caption"] = "empty-text"
+    return stored
 
 
 def require_own_folder(config: Config, source: str, *, resume: bool) -> None:
@@ -114,8 +133,8 @@ def _decided_by(setting: str) -> tuple[str, ...]:
     return ("method.kind",) if setting.startswith("method.") else ()
 
 
-def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[ModelFacts, list[Example]]:
-    """What the model says of itself, and the pictures. Raises UserError with everything that is wrong with the run.
+def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:
+    """The model, opened, and the pictures. Raises UserError with everything that is wrong with the run.
 
     What depends on a setting that is wrong is left out; all else is looked at. decode: read every pixel of every
     picture. fetch: get a model named by a hub id that is not in the local cache, once nothing else is wrong.
@@ -124,20 +143,20 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Mod
     draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
-    facts = None
+    opened = None
     if draft.knows("model.path", "model.variant", "model.components") and not (
         fetch and not draft.is_sound and is_missing(draft.config.model)
     ):
-        facts, problems = inspect_model(draft.config.model)
+        opened, problems = inspect_model(draft.config.model)
         draft = draft.with_new_problems(problems)
-    if facts is not None:
+    if opened is not None:
         config = draft.config
         draft = draft.with_new_problems(
-            [*size_problems(config, facts), *_network_problems(config, facts), *_timestep_problems(config, facts)]
+            [*size_problems(config, opened), *_network_problems(config, opened), *_timestep_problems(config, opened)]
         )
     draft.require_sound()
-    assert facts is not None, "a model that nothing can be said of has a problem"
-    return facts, examples
+    assert opened is not None, "a model that nothing can be said of has a problem"
+    return opened, examples
 
 
 def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
@@ -170,13 +189,15 @@ def _warm_start_problems(config: Config) -> list[Problem]:
     return []
 
 
-def _network_problems(config: Config, facts: ModelFacts) -> list[Problem]:
-    if facts.family != "sdxl" and "text_encoder_2" in config.method.train:
-        return [Problem("method.train", "names text_encoder_2, which Stable Diffusion 1.x and 2.x do not have")]
-    return []
+def _network_problems(config: Config, facts: OpenedModel) -> list[Problem]:
+    return [
+        Problem("method.train", f"names {network}, which {facts.family.title} does not have")
+        for network in config.method.train
+        if network not in facts.family.components
+    ]
 
 
-def _timestep_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+def _timestep_problems(config: Config, facts: OpenedModel) -> list[Problem]:
     last, highest = config.timesteps.last, facts.num_timesteps - 1
     if last <= highest:
         return []
@@ -185,7 +206,7 @@ def _timestep_problems(config: Config, facts: ModelFacts) -> list[Problem]:
     return [Problem("timesteps.last", found + habit)]
 
 
-def size_problems(config: Config, facts: ModelFacts) -> list[Problem]:
+def size_problems(config: Config, facts: OpenedModel) -> list[Problem]:
     """Picture sizes that the model's halvings do not fit."""
     step = facts.latent_step_px
     sizes = {

@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtrain.config.draft import draft_of
@@ -68,6 +68,7 @@ def places(error: UserError) -> dict[str, str]:
     return {problem.where: problem.what for problem in error.problems}
 
 
+@settings(deadline=None)  # a busy machine is no mistake
 @given(table=spoilt())
 def test_every_path_that_an_error_prints_can_be_set(table: dict[str, Any]) -> None:
     for problem in draft_of(overridden(table, "config.toml", ())).problems:
@@ -79,12 +80,14 @@ def test_every_path_that_an_error_prints_can_be_set(table: dict[str, Any]) -> No
         assert inner == 1
 
 
+@settings(deadline=None)
 @given(location=st.lists(keys | st.integers(0, 12), min_size=1, max_size=4).map(tuple))
 def test_a_printed_path_reads_back_as_the_same_place(location: tuple[str | int, ...]) -> None:
     location = ("data", *location)
     assert split_path(f"{path_text(location)}=1") == (location, "=1")
 
 
+@settings(deadline=None)
 @given(text=st.text(st.sampled_from("a.b[]01='\"\\ \n"), max_size=12) | st.text())
 def test_no_text_makes_set_fail_otherwise_than_with_a_problem(text: str) -> None:
     overridden(deepcopy(SMALL), "config.toml", [text])
@@ -192,12 +195,14 @@ def test_mistakes_of_the_file_and_of_overrides_are_told_together_each_at_its_pla
     assert error.text().startswith("config.toml: 5 problems\n  method.rnak")
 
 
+@settings(deadline=None)
 @given(table=spoilt())
 def test_a_config_without_overrides_is_never_blamed_on_one(table: dict[str, Any]) -> None:
     for problem in draft_of(overridden(table, "config.toml", ())).problems:
         assert not problem.where.startswith("--set")
 
 
+@settings(deadline=None)
 @given(table=spoilt(), override=st.sampled_from(["seed=x", "steps=x", "data.folder[0].repeats=x", "model.vae=1"]))
 def test_a_wrong_override_is_found_in_whatever_config_it_fits(table: dict[str, Any], override: str) -> None:
     written = overridden(table, "config.toml", [override])

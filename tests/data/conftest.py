@@ -39,7 +39,11 @@ class CountingEncoders:
         return {"prompt_embeds": sequence.to(torch.bfloat16), "pooled": sequence[:, 0] + 1}
 
     def encoders(self, *, vae: str = "vae", text: str = "text", captions: bool = True) -> Encoders:
-        return Encoders(self.encode_pixels, self.encode_captions if captions else None, vae, text)
+        return Encoders(self.encode_pixels, self.encode_captions if captions else None, vae, text, encode_sizes)
+
+
+def encode_sizes(sizes: Tensor) -> dict[str, Tensor]:
+    return {"time_ids": sizes}
 
 
 def save_picture(path: Path, size: tuple[int, int], caption: str | None, seed: int = 0) -> None:

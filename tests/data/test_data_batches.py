@@ -27,9 +27,9 @@ def same(one: Batch, other: Batch) -> bool:
     return (
         (one.index, one.captions, one.examples) == (other.index, other.captions, other.examples)
         and torch.equal(one.latents, other.latents)
-        and torch.equal(one.time_ids, other.time_ids)
-        and one.conditioning.keys() == other.conditioning.keys()
-        and all(torch.equal(tensor, other.conditioning[name]) for name, tensor in one.conditioning.items())
+        and torch.equal(one.sizes["time_ids"], other.sizes["time_ids"])
+        and one.text.keys() == other.text.keys()
+        and all(torch.equal(tensor, other.text[name]) for name, tensor in one.text.items())
     )
 
 
@@ -44,14 +44,14 @@ def test_a_batch_has_the_promised_shapes(prepare: Prepare, config: MakeConfig, p
     for batch, _ in batches.at(0):
         n = len(batch.examples)
         assert 1 <= n <= 2 and len(batch.captions) == n
-        height, width = (int(side) for side in batch.time_ids[0, 4:])
+        height, width = (int(side) for side in batch.sizes["time_ids"][0, 4:])
         assert batch.latents.shape == (n, 3, height // 8, width // 8) and batch.latents.dtype == torch.float32
-        assert batch.time_ids.shape == (n, 6) and batch.time_ids.dtype == torch.float32
-        assert {name: tensor.shape for name, tensor in batch.conditioning.items()} == {
+        assert batch.sizes["time_ids"].shape == (n, 6) and batch.sizes["time_ids"].dtype == torch.float32
+        assert {name: tensor.shape for name, tensor in batch.text.items()} == {
             "prompt_embeds": (n, 7, 4),
             "pooled": (n, 4),
         }
-        assert all(tensor.dtype == torch.float32 for tensor in batch.conditioning.values())
+        assert all(tensor.dtype == torch.float32 for tensor in batch.text.values())
 
 
 def test_shares_of_a_step_sum_to_one_and_count_pictures(
@@ -125,7 +125,7 @@ def test_latents_are_what_the_encoder_returned(
         for batch, _ in batches.at(step):
             assert any(torch.equal(batch.latents[0], latents) for latents in encoded)
             expected = counting.encode_captions(list(batch.captions))
-            assert all(torch.equal(batch.conditioning[name], tensor.float()) for name, tensor in expected.items())
+            assert all(torch.equal(batch.text[name], tensor.float()) for name, tensor in expected.items())
 
 
 def test_one_edited_picture_is_one_more_encoding(
@@ -216,7 +216,7 @@ def test_a_dropped_caption_is_replaced_by_the_encoding_of_the_empty_one(
     assert 0.2 < sum(flags) / len(flags) < 0.8
     for batch in drawn:
         for place, caption in enumerate(batch.captions):
-            assert torch.equal(batch.conditioning["pooled"][place], empty) == (caption == "")
+            assert torch.equal(batch.text["pooled"][place], empty) == (caption == "")
             assert caption in ("", batch.examples[place].caption)
 
 
@@ -224,7 +224,7 @@ def test_captions_that_the_loop_encodes_are_handed_on_as_text(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
 ) -> None:
     batches = prepare(config(pictures), counting.encoders(captions=False))
-    assert all(batch.conditioning == {} for batch, _ in batches.at(0))
+    assert all(batch.text is None for batch, _ in batches.at(0))
     assert counting.captions == []
 
 
@@ -277,7 +277,7 @@ def test_a_picture_that_changed_its_size_since_the_scan_is_reported(
 def test_latents_that_are_not_finite_are_refused_with_the_name_of_the_picture(
     prepare: Prepare, config: MakeConfig, pictures: Path, tmp_path: Path
 ) -> None:
-    broken = Encoders(lambda pixels: pixels * float("nan"), None, "vae", "text")
+    broken = Encoders(lambda pixels: pixels * float("nan"), None, "vae", "text", lambda sizes: {"time_ids": sizes})
     with pytest.raises(UserError, match=r"0\.png.*NaN"):
         prepare(config(pictures), broken)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
@@ -290,7 +290,9 @@ def test_caption_encodings_that_are_not_finite_are_refused_with_the_caption(
         return {"pooled": torch.full((len(captions), 4), float("inf"))}
 
     with pytest.raises(UserError, match=r"caption 'caption 0'.*infinity"):
-        prepare(config(pictures), Encoders(counting.encode_pixels, broken, "vae", "text"))
+        prepare(
+            config(pictures), Encoders(counting.encode_pixels, broken, "vae", "text", lambda sizes: {"time_ids": sizes})
+        )
 
 
 def test_an_encoding_does_not_depend_on_what_else_the_cache_lacks(
@@ -304,7 +306,7 @@ def test_an_encoding_does_not_depend_on_what_else_the_cache_lacks(
     def captions(many: list[str]) -> dict[str, torch.Tensor]:
         return {"pooled": torch.full((len(many), 4), float(len(many)))}
 
-    encoders = Encoders(pixels, captions, "vae", "text")
+    encoders = Encoders(pixels, captions, "vae", "text", lambda sizes: {"time_ids": sizes})
     prepare(config(pictures), encoders)
     for number in range(3):
         picture(pictures / f"{number}.png", (64, 64), f"edited {number}", seed=50 + number)

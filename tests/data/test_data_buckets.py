@@ -98,10 +98,10 @@ def test_equally_near_buckets_are_told_apart_by_area_and_then_by_width() -> None
     assert place(100, 100, [(32, 64), (64, 32)]).bucket == (64, 32)
 
 
-def test_time_ids_are_in_sdxls_order() -> None:
+def test_sizes_are_in_sdxls_order() -> None:
     placement = place(200, 100, [(64, 64)])
     assert placement.scaled == (128, 64)
-    assert placement.time_ids() == (100, 200, 0, 32, 64, 64)
+    assert placement.sizes() == (100, 200, 0, 32, 64, 64)
 
 
 def test_upscale_is_above_one_only_when_pixels_are_invented() -> None:

@@ -12,17 +12,20 @@ from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.low_rank import RankRule
 from sdtrain.commands.export import export_run
 from sdtrain.commands.extract import resize_lora
-from sdtrain.commands.merge import merge, open_model, trained_size
+from sdtrain.commands.merge import merge, trained_size
+from sdtrain.config.schema import ModelConfig
 from sdtrain.families.metadata import (
     CONFIG_KEY,
-    native_resolution,
     now,
     resolution_entry,
     resolution_of,
     steps_entry,
     steps_of,
 )
+from sdtrain.families.sd import SD1, SD2
+from sdtrain.families.sdxl import SDXL
 from sdtrain.files.header import read_header
+from sdtrain.models.checkpoints.inspect import open_model
 
 SDTRAIN = Path(__file__).parent.parent.parent / "sdtrain"
 Train = Callable[..., tuple[Path, str]]
@@ -68,11 +71,11 @@ def test_a_lora_and_a_checkpoint_of_one_run_say_the_same(train: Train, tmp_path:
     assert (resolution_of(resized), steps_of(resized)) == ((96, 96), 2)
 
 
-def test_a_base_that_says_nothing_has_the_size_of_its_family(tmp_path: Path) -> None:
-    model = open_model("builtin:tiny-sdxl")
-    assert trained_size("builtin:tiny-sdxl", model) == native_resolution("sdxl", predicts_v=False) == (1024, 1024)
-    assert native_resolution("sd1", predicts_v=False) == native_resolution("sd2", predicts_v=False) == (512, 512)
-    assert native_resolution("sd2", predicts_v=True) == (768, 768)
+def test_a_base_that_says_nothing_has_the_size_of_its_family() -> None:
+    opened = open_model(ModelConfig(path="builtin:tiny-sdxl"), "model")
+    assert trained_size(opened) == SDXL.native_resolution(predicts_v=False) == (1024, 1024)
+    assert SD1.native_resolution(predicts_v=False) == SD2.native_resolution(predicts_v=False) == (512, 512)
+    assert SD2.native_resolution(predicts_v=True) == (768, 768)
 
 
 def test_the_key_of_the_config_stands_once_and_dates_are_made_in_one_place() -> None:

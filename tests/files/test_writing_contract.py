@@ -33,6 +33,7 @@ from sdtrain.files.tensors import planned, write_safetensors
 from sdtrain.files.writer import atomic_folder, remove_folder, write_bytes, write_json, write_text
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.training.parameters import Group, Trainable
 from sdtrain.training.states import save_state, saved_states
@@ -53,7 +54,7 @@ class Writer:
 
 @pytest.fixture(scope="session")
 def tiny() -> Components:
-    return load_components(ModelConfig(path="builtin:tiny-sdxl"), torch.float32)
+    return load_components(open_model(ModelConfig(path="builtin:tiny-sdxl"), "model"), torch.float32)
 
 
 def description(number: int) -> Description:

@@ -11,6 +11,7 @@ import torch
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 
 BUILTIN = "builtin:tiny-sdxl"
@@ -29,7 +30,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny() -> Components:
     """The built-in model; tests do not change it."""
-    return load_components(ModelConfig(path=BUILTIN), torch.float32)
+    return load_components(open_model(ModelConfig(path=BUILTIN), "model"), torch.float32)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import load_components
-from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 
 BUILTIN = "builtin:tiny-sdxl"
 IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -25,7 +25,7 @@ def only_problem(path: Path | str, **settings: str) -> tuple[str, str]:
     facts, problems = inspect_model(config)
     assert facts is None and len(problems) == 1, problems
     with pytest.raises(UserError):
-        load_components(config, torch.float32)
+        load_components(open_model(config, "model"), torch.float32)
     return problems[0].where, problems[0].what
 
 
@@ -145,21 +145,21 @@ def test_a_missing_tensor_is_named(rewrite) -> None:
     key = "model.diffusion_model.input_blocks.1.0.in_layers.2.weight"
     path = rewrite(lambda tensors: {name: value for name, value in tensors.items() if name != key})
     with pytest.raises(UserError, match=r"input_blocks.1.0.in_layers.2.weight +is missing"):
-        load_components(ModelConfig(path=str(path), components=BUILTIN), torch.float32)
+        load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
 
 
 def test_a_tensor_of_another_shape_is_named(rewrite) -> None:
     key = "conditioner.embedders.1.model.transformer.resblocks.2.mlp.c_fc.weight"
     path = rewrite(lambda tensors: tensors.update({key: torch.zeros(192, 97)}))
     with pytest.raises(UserError, match=r"resblocks.2.mlp.c_fc.weight +has shape \[192, 97\], but \[192, 96\]"):
-        load_components(ModelConfig(path=str(path), components=BUILTIN), torch.float32)
+        load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
 
 
 def test_a_tensor_too_many_is_named(rewrite) -> None:
     key = "model.diffusion_model.input_blocks.1.0.gate.weight"
     path = rewrite(lambda tensors: tensors.update({key: torch.zeros(2)}))
     with pytest.raises(UserError, match=r"gate.weight +has no place in the network"):
-        load_components(ModelConfig(path=str(path), components=BUILTIN), torch.float32)
+        load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
 
 
 def test_leftovers_of_other_writers_are_no_problem(rewrite) -> None:
@@ -170,13 +170,13 @@ def test_leftovers_of_other_writers_are_no_problem(rewrite) -> None:
         "first_stage_model.loss.logvar": torch.zeros(()),
     }
     path = rewrite(lambda tensors: tensors.update(leftovers))
-    load_components(ModelConfig(path=str(path), components=BUILTIN), torch.float32)
+    load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
 
 
 def test_eight_bit_weights_are_refused(rewrite) -> None:
     path = rewrite(lambda tensors: tensors.update({IN: tensors[IN].to(torch.float8_e4m3fn)}))
     with pytest.raises(UserError, match="F8_E4M3, which cannot be trained"):
-        load_components(ModelConfig(path=str(path), components=BUILTIN), torch.float32)
+        load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
 
 
 def test_an_unpublished_shape_without_a_config_is_not_guessed(rewrite, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_folder_with_only_a_variant_names_it(folder: Path) -> None:
     plain = folder / "unet" / "diffusion_pytorch_model.safetensors"
     plain.rename(folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
     assert "set model.variant to fp16" in only_problem(folder)[1]
-    load_components(ModelConfig(path=str(folder), variant="fp16"), torch.float32)
+    load_components(open_model(ModelConfig(path=str(folder), variant="fp16"), "model"), torch.float32)
 
 
 def test_a_folder_of_pickles_is_refused(folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_configs_that_make_no_model_are_refused(folder: Path, part: str, setting
 def test_a_config_that_does_not_build_is_refused(folder: Path) -> None:
     edit(folder / "unet" / "config.json", up_block_types=["UpBlock2D"])
     with pytest.raises(UserError, match="describes no network"):
-        load_components(ModelConfig(path=str(folder)), torch.float32)
+        load_components(open_model(ModelConfig(path=str(folder)), "model"), torch.float32)
 
 
 def test_a_missing_tokenizer_is_named(folder: Path) -> None:
@@ -287,5 +287,5 @@ def test_a_folder_in_shards_is_read(folder: Path, tiny) -> None:
     index = {"weight_map": {name: shard for shard, part in shards.items() for name in part}}
     (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     plain.unlink()
-    read = load_components(ModelConfig(path=str(folder)), torch.float32)
+    read = load_components(open_model(ModelConfig(path=str(folder)), "model"), torch.float32)
     assert all(torch.equal(value, read.unet.get_parameter(name)) for name, value in tiny.unet.named_parameters())

@@ -109,7 +109,7 @@ def test_the_schedule_of_a_file_is_sampled_from_pure_noise(rewrite, components: 
     from sdtrain.models.checkpoints.locate import open_checkpoint
     from sdtrain.models.checkpoints.markers import scheduler_of
 
-    scheduler = scheduler_of(open_checkpoint(rewrite(lambda tensors: None, metadata={}), ""), "")
+    scheduler = scheduler_of(open_checkpoint(rewrite(lambda tensors: None, metadata={}), ""), None)
     assert scheduler["prediction_type"] == "v_prediction"
     assert scheduler["rescale_betas_zero_snr"] and scheduler["timestep_spacing"] == "trailing"
     assert (scheduler["beta_start"], scheduler["beta_end"]) == (0.00085, 0.012)

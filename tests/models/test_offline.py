@@ -18,7 +18,7 @@ from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.hub import fetch_if_missing, files_to_fetch, is_hub_id
-from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 from sdtrain.models.checkpoints.locate import open_checkpoint
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.checkpoints.tokenizers import CLIP_REPOSITORY, SDXL_REPOSITORY, TokenizerSource, find_tokenizers
@@ -61,8 +61,8 @@ def put_into_cache(cache: Path, repository: str, source: Path) -> Path:
 def test_local_models_are_checked_loaded_and_written_without_network(single_file: Path, tmp_path: Path) -> None:
     for config in (ModelConfig(path=BUILTIN), ModelConfig(path=str(single_file), components=str(TINY))):
         assert inspect_model(config)[1] == []
-        read = load_components(config, torch.bfloat16)
-        assert read.unet.dtype == read.text_encoder_2.dtype == torch.bfloat16
+        read = load_components(open_model(config, "model"), torch.bfloat16)
+        assert read.unet.dtype == read.networks["text_encoder_2"].dtype == torch.bfloat16
         assert read.vae.dtype == torch.float32
         description = Description(title="tiny", resolution_px=(128, 128))
         write_single_file(read, tmp_path / "out.safetensors", description)
@@ -71,7 +71,7 @@ def test_local_models_are_checked_loaded_and_written_without_network(single_file
 
 def test_a_check_imports_neither_torch_nor_diffusers() -> None:
     code = (
-        "import sys; from sdtrain.models.checkpoints.inspect import inspect_model;"
+        "import sys; from sdtrain.models.checkpoints.inspect import inspect_model, open_model;"
         "from sdtrain.config.schema import ModelConfig;"
         "assert not inspect_model(ModelConfig(path='builtin:tiny-sdxl'))[1];"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'huggingface_hub') if name in sys.modules])"
@@ -91,7 +91,7 @@ def test_a_cached_hub_model_is_used(cache: Path, tiny: Components) -> None:
     facts, problems = inspect_model(config)
     assert not problems and facts.prediction == "v_prediction"
     fetch_if_missing(config)
-    read = load_components(config, torch.float32)
+    read = load_components(open_model(config, "model"), torch.float32)
     assert torch.equal(read.unet.conv_in.weight, tiny.unet.conv_in.weight)
 
 
@@ -135,18 +135,18 @@ def test_only_the_parts_of_a_repository_that_are_needed_are_fetched() -> None:
 
 def test_tokenizers_come_from_the_cached_sdxl_repository(cache: Path, single_file: Path) -> None:
     folder = put_into_cache(cache, SDXL_REPOSITORY, TINY)
-    sources = find_tokenizers(open_checkpoint(single_file, ""), "")
+    sources = find_tokenizers(open_checkpoint(single_file, ""), None)
     assert sources == (TokenizerSource(folder / "tokenizer"), TokenizerSource(folder / "tokenizer_2"))
     assert inspect_model(ModelConfig(path=str(single_file)))[1] == []
 
 
 def test_tokenizers_come_from_the_cached_clip_repository(cache: Path, single_file: Path) -> None:
     put_into_cache(cache, CLIP_REPOSITORY, TINY / "tokenizer")
-    read = load_components(ModelConfig(path=str(single_file)), torch.float32)
-    assert read.tokenizer.pad_token_id == read.tokenizer.eos_token_id
-    assert read.tokenizer_2.pad_token_id == 0
+    read = load_components(open_model(ModelConfig(path=str(single_file)), "model"), torch.float32)
+    assert read.tokenizers[0].pad_token_id == read.tokenizers[0].eos_token_id
+    assert read.tokenizers[1].pad_token_id == 0
     text = "a teal star on a red background"
-    assert read.tokenizer.encode(text, add_special_tokens=False) == read.tokenizer_2.encode(
+    assert read.tokenizers[0].encode(text, add_special_tokens=False) == read.tokenizers[1].encode(
         text, add_special_tokens=False
     )
 
@@ -158,5 +158,5 @@ def test_without_any_tokenizer_the_error_says_what_to_fetch(cache: Path, single_
 
 
 def test_a_lone_tokenizer_folder_is_enough(single_file: Path) -> None:
-    sources = find_tokenizers(open_checkpoint(single_file, ""), str(TINY / "tokenizer"))
+    sources = find_tokenizers(open_checkpoint(single_file, ""), TINY / "tokenizer")
     assert sources == (TokenizerSource(TINY / "tokenizer"), TokenizerSource(TINY / "tokenizer", "!"))

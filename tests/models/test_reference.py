@@ -10,7 +10,8 @@ import torch
 
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import places_of
-from sdtrain.families.words import COMPONENTS
+from sdtrain.families.sd import SD1
+from sdtrain.families.sdxl import SDXL
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
@@ -20,8 +21,8 @@ DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-
 
 
 def assert_same_parts(tiny: Components, pipeline: object) -> None:
-    for component in COMPONENTS["sdxl"]:
-        expected, got = tiny.network(component).state_dict(), getattr(pipeline, component).state_dict()
+    for component in SDXL.components:
+        expected, got = tiny.networks[component].state_dict(), getattr(pipeline, component).state_dict()
         assert expected.keys() == got.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensor, got[name]), f"{component} {name}"
@@ -61,7 +62,7 @@ def test_diffusers_reads_the_folder(tiny: Components, tmp_path: Path, complaints
     )
     assert pipeline.config.force_zeros_for_empty_prompt
     assert pipeline.tokenizer_2.pad_token == "!"
-    assert pipeline.tokenizer("a red star").input_ids == tiny.tokenizer("a red star").input_ids
+    assert pipeline.tokenizer("a red star").input_ids == tiny.tokenizers[0]("a red star").input_ids
     text = complaints.text
     assert "missing" not in text and "not used" not in text and "unexpected" not in text.lower(), text
 
@@ -77,7 +78,7 @@ def test_vae_attention_is_converted_as_diffusers_does() -> None:
     )  # fmt: skip
     state = vae.state_dict()
     original = {}
-    for name, place in places_of("sdxl", "vae", state).items():
+    for name, place in places_of(SDXL, "vae", state).items():
         original[place.key] = state[name][..., None, None] if place.form == "convolution" else state[name]
     assert original["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (16, 16, 1, 1)
     back = convert_ldm_vae_checkpoint(original, dict(vae.config))
@@ -96,7 +97,7 @@ def test_unet_names_are_those_diffusers_converts(linear: bool) -> None:
         attention_head_dim=2, use_linear_projection=linear,
     )  # fmt: skip
     state = unet.state_dict()
-    original = {place.key: state[name] for name, place in places_of("sd1", "unet", state).items()}
+    original = {place.key: state[name] for name, place in places_of(SD1, "unet", state).items()}
     assert len(original) == len(state)
     back = convert_ldm_unet_checkpoint(original, dict(unet.config))
     assert back.keys() == state.keys()

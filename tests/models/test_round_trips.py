@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
-from sdtrain.families.words import COMPONENTS
+from sdtrain.families.sdxl import SDXL
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
+from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, copy_tokenizer, load_tokenizer
 
@@ -27,15 +28,15 @@ DESCRIPTION = Description(title="tiny", resolution_px=(128, 128), date="2026-01-
 
 
 def assert_same_networks(one: Components, other: Components) -> None:
-    for component in COMPONENTS["sdxl"]:
-        left, right = one.network(component).state_dict(), other.network(component).state_dict()
+    for component in SDXL.components:
+        left, right = one.networks[component].state_dict(), other.networks[component].state_dict()
         assert left.keys() == right.keys()
         for name in left:
             assert torch.equal(left[name], right[name]), f"{component} {name}"
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32, components: str = "") -> Components:
-    return load_components(ModelConfig(path=str(path), components=components), dtype)
+    return load_components(open_model(ModelConfig(path=str(path), components=components), "model"), dtype)
 
 
 def test_a_single_file_through_a_folder_is_the_same_file(single_file: Path, tmp_path: Path) -> None:
@@ -56,9 +57,9 @@ def test_every_type_comes_back_exactly(tiny: Components, tmp_path: Path, dtype: 
     write_single_file(tiny, tmp_path / "one.safetensors", DESCRIPTION, dtype=dtype)
     read = load(tmp_path / "one.safetensors", components=BUILTIN)
     assert set(read.stored_dtypes.values()) == {dtype}
-    for component in COMPONENTS["sdxl"]:
-        for name, tensor in tiny.network(component).named_parameters():
-            assert torch.equal(tensor.to(dtype).float(), read.network(component).get_parameter(name))
+    for component in SDXL.components:
+        for name, tensor in tiny.networks[component].named_parameters():
+            assert torch.equal(tensor.to(dtype).float(), read.networks[component].get_parameter(name))
     write_single_file(read, tmp_path / "two.safetensors", DESCRIPTION)
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
@@ -66,8 +67,8 @@ def test_every_type_comes_back_exactly(tiny: Components, tmp_path: Path, dtype: 
 def test_networks_compute_what_they_computed(tiny: Components, single_file: Path) -> None:
     read = load(single_file, components=BUILTIN)
     ids = torch.arange(77)[None]
-    expected = tiny.text_encoder_2(ids, output_hidden_states=True)
-    got = read.text_encoder_2(ids, output_hidden_states=True)
+    expected = tiny.networks["text_encoder_2"](ids, output_hidden_states=True)
+    got = read.networks["text_encoder_2"](ids, output_hidden_states=True)
     assert torch.equal(expected.text_embeds, got.text_embeds)
     assert torch.equal(expected.hidden_states[-2], got.hidden_states[-2])
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -83,7 +84,7 @@ def test_settings_that_shapes_do_not_tell_travel_in_the_header(tiny: Components,
     assert read.unet.config.attention_head_dim == tiny.unet.config.attention_head_dim
     assert read.unet.config.norm_num_groups == 16
     assert read.vae.config.scaling_factor == tiny.vae.config.scaling_factor
-    assert read.text_encoder.config.hidden_act == "gelu"
+    assert read.networks["text_encoder"].config.hidden_act == "gelu"
     assert read.scheduler_config == tiny.scheduler_config
 
 
@@ -92,7 +93,7 @@ def test_another_tools_file_borrows_them_from_the_components_folder(tiny: Compon
     read = load(bare, components=BUILTIN)
     assert_same_networks(tiny, read)
     assert read.unet.config.norm_num_groups == 16
-    assert read.text_encoder.config.num_attention_heads == 2
+    assert read.networks["text_encoder"].config.num_attention_heads == 2
     assert read.scheduler_config == tiny.scheduler_config
 
 
@@ -125,7 +126,7 @@ def test_an_epsilon_model_carries_no_markers(tiny: Components, tmp_path: Path) -
 
 
 def test_what_is_written_are_the_values_of_now(tiny: Components, tmp_path: Path) -> None:
-    read = load_components(ModelConfig(path=BUILTIN), torch.float32)
+    read = load_components(open_model(ModelConfig(path=BUILTIN), "model"), torch.float32)
     with torch.no_grad():
         read.unet.conv_in.weight.add_(1)
     write_single_file(read, tmp_path / "new.safetensors", DESCRIPTION, dtype=torch.float32)
@@ -139,21 +140,21 @@ def test_a_change_is_applied_to_every_weight_as_it_is_written(tiny: Components, 
 
     write_single_file(tiny, tmp_path / "new.safetensors", DESCRIPTION, dtype=torch.float32, change=change)
     written = load_file(tmp_path / "new.safetensors")["conditioner.embedders.1.model.text_projection"]
-    assert torch.equal(written, tiny.text_encoder_2.text_projection.weight.T + 1)
+    assert torch.equal(written, tiny.networks["text_encoder_2"].text_projection.weight.T + 1)
 
 
 def test_adapters_stay_out_of_the_file(tmp_path: Path, single_file: Path) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
-    read = load_components(ModelConfig(path=BUILTIN), torch.float32)
+    read = load_components(open_model(ModelConfig(path=BUILTIN), "model"), torch.float32)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["to_q", "q_proj", "conv1"]), read.unet)
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), read.text_encoder)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj"]), read.networks["text_encoder"])
     write_single_file(read, tmp_path / "base.safetensors", DESCRIPTION)
     assert (tmp_path / "base.safetensors").read_bytes() == single_file.read_bytes()
 
 
 def test_a_value_too_large_for_the_type_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
-    read = load_components(ModelConfig(path=BUILTIN), torch.float32)
+    read = load_components(open_model(ModelConfig(path=BUILTIN), "model"), torch.float32)
     with torch.no_grad():
         read.unet.conv_in.weight[0, 0, 0, 0] = 1e6
     for write, name in ((write_single_file, "new.safetensors"), (write_folder, "folder")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sdtrain.families.family import Family
 from sdtrain.families.original_names import places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
-from sdtrain.families.words import COMPONENTS, Family
+from sdtrain.families.sd import SD1
+from sdtrain.families.sdxl import SDXL
 from sdtrain.files.header import Entry, Header
-from sdtrain.files.writer import Planned
+from sdtrain.files.tensors import Planned
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, detect_family, unet_config
 from sdtrain.models.checkpoints.networks import empty_network
@@ -59,8 +62,8 @@ SD1_UNET = {
 def header_of(family: Family, configs: dict[str, dict[str, Any]]) -> Header:
     """The header of a single file of these networks, without a file."""
     entries = {}
-    for component in COMPONENTS[family]:
-        network = empty_network(component, configs[component])
+    for component in family.components:
+        network = empty_network(SDXL, component, configs[component])
         shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
         for name, place in places_of(family, component, shapes).items():
             shape = shapes[name]
@@ -76,13 +79,13 @@ def header_of(family: Family, configs: dict[str, dict[str, Any]]) -> Header:
 
 @pytest.fixture(scope="module")
 def sdxl() -> Header:
-    return header_of("sdxl", PUBLISHED)
+    return header_of(SDXL, PUBLISHED)
 
 
 def test_published_sdxl_has_its_known_size() -> None:
     counts = {}
-    for component in COMPONENTS["sdxl"]:
-        parameters = list(empty_network(component, PUBLISHED[component]).parameters())
+    for component in SDXL.components:
+        parameters = list(empty_network(SDXL, component, PUBLISHED[component]).parameters())
         counts[component] = (sum(parameter.numel() for parameter in parameters), len(parameters))
     assert counts["unet"] == (2_567_463_684, 1_680)
     assert counts["vae"][0] == 83_653_863
@@ -90,10 +93,10 @@ def test_published_sdxl_has_its_known_size() -> None:
     assert counts["text_encoder_2"][0] == 694_659_840
 
 
-@pytest.mark.parametrize("component", COMPONENTS["sdxl"])
+@pytest.mark.parametrize("component", SDXL.components)
 def test_sdxl_configs_follow_from_shapes(sdxl: Header, component: Any) -> None:
-    assert detect_family(sdxl) == "sdxl"
-    derived = config_of(sdxl, "sdxl", component)
+    assert detect_family(sdxl) == SDXL
+    derived = config_of(sdxl, SDXL, component)
     assert {key: derived[key] for key in PUBLISHED[component]} == PUBLISHED[component]
 
 
@@ -131,27 +134,27 @@ def test_the_published_file_has_its_known_number_of_tensors(sdxl: Header) -> Non
 
 
 def test_a_published_model_needs_no_configs_in_its_header() -> None:
-    networks = {part: empty_network(part, PUBLISHED[part]) for part in COMPONENTS["sdxl"]}
+    networks = {part: empty_network(SDXL, part, PUBLISHED[part]) for part in SDXL.components}
     tensors: dict[str, Planned] = {}
     for part, network in networks.items():
-        tensors |= original_tensors("sdxl", part, changed_weights(part, network, None), torch.float16)
-    tokenizer: Any = None
+        tensors |= original_tensors(SDXL, part, changed_weights(part, network, None), torch.float16)
     parts = Components(
-        **networks, tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler_config=SCHEDULER, zeros_for_empty_prompt=True
-    )
+        SDXL, networks, tokenizers=(), scheduler_config=SCHEDULER, no_caption="empty-text", stored_dtypes={},
+        tokenizer_sources=(),
+    )  # fmt: skip
     assert configs_metadata(parts, Path("model.safetensors"), tensors) == {}
-    parts.scheduler_config = {**SCHEDULER, "beta_end": 0.02}
+    parts = replace(parts, scheduler_config={**SCHEDULER, "beta_end": 0.02})
     assert "beta_end" in configs_metadata(parts, Path("model.safetensors"), tensors)["sdtrain.configs"]
 
 
 @pytest.mark.parametrize("unet", [SSD_1B, VEGA], ids=["SSD-1B", "Segmind-Vega"])
 def test_pruned_relatives_are_recognised(unet: dict[str, Any]) -> None:
-    header = header_of("sdxl", {**PUBLISHED, "unet": unet})
-    derived = config_of(header, "sdxl", "unet")
+    header = header_of(SDXL, {**PUBLISHED, "unet": unet})
+    derived = config_of(header, SDXL, "unet")
     for key in ("mid_block_type", "block_out_channels", "attention_head_dim", "down_block_types", "up_block_types"):
         assert derived[key] == unet[key]
-    again = empty_network("unet", derived)
-    first = empty_network("unet", unet)
+    again = empty_network(SDXL, "unet", derived)
+    first = empty_network(SDXL, "unet", unet)
     assert {n: p.shape for n, p in again.named_parameters()} == {n: p.shape for n, p in first.named_parameters()}
 
 
@@ -160,22 +163,22 @@ def test_the_tiny_models_shape_is_recognised() -> None:
     from sdtrain.models.checkpoints.locate import read_json
 
     folder = BUILTIN_FOLDER / "tiny-sdxl"
-    configs = {part: read_json(folder / part / "config.json") for part in COMPONENTS["sdxl"]}
-    header = header_of("sdxl", configs)
-    for part in COMPONENTS["sdxl"]:
+    configs = {part: read_json(folder / part / "config.json") for part in SDXL.components}
+    header = header_of(SDXL, configs)
+    for part in SDXL.components:
         groups = {"norm_num_groups": configs[part]["norm_num_groups"]} if part in ("unet", "vae") else {}
-        derived = empty_network(part, {**config_of(header, "sdxl", part), **groups})
-        own = empty_network(part, configs[part])
+        derived = empty_network(SDXL, part, {**config_of(header, SDXL, part), **groups})
+        own = empty_network(SDXL, part, configs[part])
         assert {n: p.shape for n, p in derived.named_parameters()} == {n: p.shape for n, p in own.named_parameters()}
-    assert config_of(header, "sdxl", "unet")["addition_time_embed_dim"] == 32
+    assert config_of(header, SDXL, "unet")["addition_time_embed_dim"] == 32
 
 
 def test_sd1_is_recognised() -> None:
-    header = header_of("sd1", {**PUBLISHED, "unet": SD1_UNET})
-    assert detect_family(header) == "sd1"
-    derived = config_of(header, "sd1", "unet")
+    header = header_of(SD1, {**PUBLISHED, "unet": SD1_UNET})
+    assert detect_family(header) == SD1
+    derived = config_of(header, SD1, "unet")
     assert {key: derived[key] for key in SD1_UNET} == SD1_UNET
-    assert config_of(header, "sd1", "vae")["scaling_factor"] == 0.18215
+    assert config_of(header, SD1, "vae")["scaling_factor"] == 0.18215
 
 
 @st.composite
@@ -206,12 +209,12 @@ def unets(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=5, deadline=None)
 @given(unets())
 def test_any_pruned_unet_is_rebuilt_from_its_shapes(unet: dict[str, Any]) -> None:
-    network = empty_network("unet", unet)
+    network = empty_network(SDXL, "unet", unet)
     shapes = {name: tuple(value.shape) for name, value in network.named_parameters()}
-    places = places_of("sdxl", "unet", shapes)
+    places = places_of(SDXL, "unet", shapes)
     assert len({place.key for place in places.values()}) == len(shapes)
     originals = {place.key.removeprefix("model.diffusion_model."): shapes[name] for name, place in places.items()}
-    derived = unet_config(originals, "sdxl", OPEN_CLIP_G_TEXT["projection_dim"])
-    again = {name: tuple(value.shape) for name, value in empty_network("unet", derived).named_parameters()}
+    derived = unet_config(originals, SDXL, OPEN_CLIP_G_TEXT["projection_dim"])
+    again = {name: tuple(value.shape) for name, value in empty_network(SDXL, "unet", derived).named_parameters()}
     assert again == shapes
     assert derived["addition_time_embed_dim"] == 8

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.families.original_names import OLD_VAE_ATTENTION, places_of
+from sdtrain.families.sdxl import SDXL
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import Components, load_components
-from sdtrain.models.checkpoints.inspect import inspect_model
+from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 
 TINY = BUILTIN_FOLDER / "tiny-sdxl"
@@ -25,7 +26,7 @@ VAE = "first_stage_model."
 def load(path: Path, **settings: str) -> Components:
     config = ModelConfig(path=str(path), components=str(TINY), **settings)
     assert inspect_model(config)[1] == []
-    return load_components(config, torch.float32)
+    return load_components(open_model(config, "model"), torch.float32)
 
 
 def assert_same_vae(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -64,7 +65,7 @@ def original(vae: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = vae.state_dict()
     return {
         place.key: (state[name][..., None, None] if place.form == "convolution" else state[name]).contiguous()
-        for name, place in places_of("sdxl", "vae", state).items()
+        for name, place in places_of(SDXL, "vae", state).items()
     }
 
 

@@ -191,7 +191,7 @@ def test_kernels_that_go_wrong_touch_no_weight(tried_first: None, fault: str, mo
                 p.grad = g.clone()
             its.step()
             its.step()
-    assert len(said) == 1
+    assert sum(message in str(one.message) for one in said) == 1  # Triton 3.4's interpreter has warnings of its own
     assert all(torch.equal(p, q) for p, q in zip(plain, params, strict=True))
 
 

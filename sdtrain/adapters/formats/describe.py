@@ -9,18 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
+from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
 from sdtrain.files.header import Header, read_header, read_scalars
 
-NETWORKS = {
-    "lora_unet_": "unet",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te_": "text_encoder",
-    "unet.": "unet",
-    "text_encoder.": "text_encoder",
-    "text_encoder_2.": "text_encoder_2",
-}
 RANK_AXIS = {
     "lora_down.weight": 0,
     "lora_A.weight": 0,
@@ -91,13 +84,24 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
 def _layers(header: Header) -> list[tuple[str, str]]:
     """(layer, network), each layer once, in the file's order."""
     found = {}
+    prefixes = _prefixes()
     for key in header.entries:
-        for prefix, component in NETWORKS.items():
+        for prefix, component in prefixes.items():
             if key.startswith(prefix):
                 layer = key.split(".")[0] if prefix.startswith("lora_") else _diffusers_layer(key)
                 found[layer] = component
                 break
     return list(found.items())
+
+
+def _prefixes() -> dict[str, str]:
+    """Start of a name -> network, in both namings and for all families."""
+    encoders = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
+    return {
+        LORA_UNET_PREFIX: DENOISER,
+        **{encoder.lora_prefix: encoder.component for encoder in encoders},
+        **{f"{component}.": component for component in TRAINABLE_NETWORKS},
+    }
 
 
 def _diffusers_layer(key: str) -> str:

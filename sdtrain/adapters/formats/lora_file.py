@@ -46,7 +46,7 @@ from sdtrain.adapters.kinds import (
 )
 from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.words import TRAINABLE_NETWORKS
+from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
 from sdtrain.files.hashes import Hashes
 from sdtrain.files.header import Header, read_header
 from sdtrain.files.tensors import planned, read_tensors, write_safetensors
@@ -213,8 +213,8 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
         tables = [short, proper]
     else:
         proper = sd_scripts_names(networks)
-        flat = {module: "lora_unet_" + module.replace(".", "_") for module in proper.get("unet", {})}
-        tables = [{"unet": flat}, proper]
+        flat = {module: LORA_UNET_PREFIX + module.replace(".", "_") for module in proper.get(DENOISER, {})}
+        tables = [{DENOISER: flat}, proper]
     return {
         name: (component, module)
         for table in tables

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, assert_never
+from typing import Any
 
 from sdtrain.diffusion.words import Prediction
-from sdtrain.families.metadata import CONFIG_KEY, Resolution, resolution_entry, steps_entry
-from sdtrain.families.words import Family
+from sdtrain.families.family import Family
+from sdtrain.families.metadata import CONFIG_KEY, resolution_entry, steps_entry
+from sdtrain.families.modelspec import lora_words
+from sdtrain.families.words import Resolution
 
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
@@ -49,22 +51,23 @@ class FileFacts:
 class Shape:
     """What the header says about the adapters themselves."""
 
+    family: Family
     kinds: frozenset[str]
     ranks: Mapping[int, int]
     """rank -> number of layers."""
     alphas: Mapping[float, int]
     """alpha -> number of layers."""
-    family: Family = "sdxl"
 
 
 def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
     """All keys but the hashes. Values are strings, as the format wants them; deterministic."""
+    predicts_v = facts.prediction == "v_prediction"
     found = {
         "modelspec.sai_model_spec": "1.0.1",
-        **_family_keys(shape.family, facts.prediction == "v_prediction"),
+        **lora_words(shape.family, predicts_v=predicts_v, resolution_px=max(facts.resolution_px)),
         "modelspec.title": facts.title,
         "modelspec.date": facts.date,
-        "modelspec.prediction_type": "v" if facts.prediction == "v_prediction" else "epsilon",
+        "modelspec.prediction_type": "v" if predicts_v else "epsilon",
         **resolution_entry(facts.resolution_px),
         "ss_output_name": facts.title,
         "ss_resolution": f"({facts.resolution_px[0]}, {facts.resolution_px[1]})",
@@ -81,27 +84,6 @@ def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
         D_KEY: _json(facts.d) if facts.d else "",
     }
     return found | {key: value for key, value in optional.items() if value}
-
-
-def _family_keys(family: Family, v_prediction: bool) -> dict[str, str]:
-    """The words of the standard and of sd-scripts for the model below."""
-    match family:
-        case "sdxl":
-            architecture, version = "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"
-        case "sd1":
-            architecture, version = "stable-diffusion-v1", "sd_v1"
-        case "sd2":
-            architecture = "stable-diffusion-v2-768-v" if v_prediction else "stable-diffusion-v2-512"
-            version = "sd_v2"
-        case _:
-            assert_never(family)
-    sdxl = family == "sdxl"  # sd-scripts trains it in the original layout, the older ones in that of diffusers
-    return {
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models" if sdxl else "diffusers",
-        "ss_base_model_version": version + ("_v" if v_prediction and not sdxl else ""),
-        "ss_v2": str(family == "sd2"),
-    }
 
 
 def _network_keys(shape: Shape) -> dict[str, str]:

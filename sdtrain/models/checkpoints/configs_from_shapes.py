@@ -1,6 +1,6 @@
 """From the names and shapes of a single file's tensors to the configurations of its networks.
 
-What shapes cannot tell (heads, activations, groups of the norms) is as published for the family; `published.py`.
+What shapes cannot tell (heads, activations, groups of the norms) is as published for the family.
 """
 
 from __future__ import annotations
@@ -10,17 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdtrain.errors import UserError, user_error
-from sdtrain.families.original_names import REFINER_OPEN_CLIP, UNET, is_open_clip, prefix_of
-from sdtrain.families.published_configs import (
-    CLIP_L_TEXT,
-    HEAD_WIDTH,
-    OPEN_CLIP_G_TEXT,
-    SCALING_FACTORS,
-    SD1_HEADS,
-    SDXL_UNET,
-    SDXL_VAE,
-)
-from sdtrain.families.words import Component, Family
+from sdtrain.families.family import Family, TextEncoder
+from sdtrain.families.known import FAMILIES, FIRST_LAYER, family_of_file
+from sdtrain.families.published_configs import HEAD_WIDTH
+from sdtrain.families.sdxl import REFINER_TEXT
+from sdtrain.families.words import DENOISER, Component
 from sdtrain.files.header import Header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,20 +34,20 @@ def detect_family(header: Header) -> Family:
     edm = [name for name in EDM_KEYS if name in names]
     if edm:
         raise user_error(source, edm[0], "marks a model with EDM noise levels, which cannot be trained here")
-    if UNET + "input_blocks.0.0.weight" not in names:
-        raise user_error(source, UNET + "input_blocks.0.0.weight", _not_a_checkpoint(header))
-    _refuse_extra_inputs(header)
-    if any(name.startswith(REFINER_OPEN_CLIP) for name in names):
-        raise user_error(source, REFINER_OPEN_CLIP + "*", "marks an SDXL refiner; give model.path a base model")
-    families: tuple[Family, ...] = ("sdxl", "sd1", "sd2")
-    for family in families:
-        if any(name.startswith(prefix_of(family, "text_encoder")) for name in names):
-            return family
-    raise user_error(
-        source,
-        prefix_of("sdxl", "text_encoder") + "*",
-        "is missing: the file has no text encoders; give model.path a whole checkpoint",
-    )
+    unets = {family.unet_prefix for family in FAMILIES.values()}
+    first = [prefix + FIRST_LAYER for prefix in sorted(unets)]
+    there = [key for key in first if key in names]
+    if not there:
+        raise user_error(source, first[0], _not_a_checkpoint(header))
+    _refuse_extra_inputs(header, there[0])
+    if any(name.startswith(REFINER_TEXT) for name in names):
+        raise user_error(source, REFINER_TEXT + "*", "marks an SDXL refiner; give model.path a base model")
+    family = family_of_file(names)
+    if family is None:
+        usual = next(iter(FAMILIES.values())).text_encoders[0].prefix
+        what = "is missing: the file has no text encoders; give model.path a whole checkpoint"
+        raise user_error(source, usual + "*", what)
+    return family
 
 
 def _first(header: Header, marks: tuple[str, ...]) -> str:
@@ -70,8 +64,7 @@ def _not_a_checkpoint(header: Header) -> str:
     return "is missing: this is not a Stable Diffusion checkpoint in the original layout"
 
 
-def _refuse_extra_inputs(header: Header) -> None:
-    key = UNET + "input_blocks.0.0.weight"
+def _refuse_extra_inputs(header: Header, key: str) -> None:
     channels = header.entries[key].shape[1]
     kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}
     if channels != 4:
@@ -91,18 +84,17 @@ def config_of(header: Header, family: Family, component: Component, prefix: str 
 
     Raises UserError when the component is not in the file or has a shape that cannot be expressed.
     """
-    prefix = prefix_of(family, component) if prefix is None else prefix
+    prefix = family.prefix_of(component) if prefix is None else prefix
     shapes = shapes_of(header, prefix)
     if not shapes:
         raise user_error(str(header.path), prefix + "*", f"is missing: the file has no {component}")
+    encoder = family.text_encoder(component)
     try:
-        match component:
-            case "unet":
-                return unet_config(shapes, family, _pooled_width(header, family))
-            case "vae":
-                return vae_config(shapes, family)
-            case "text_encoder" | "text_encoder_2":
-                return open_clip_config(shapes, family) if is_open_clip(family, component) else clip_config(shapes)
+        if encoder:
+            return clip_config(shapes, encoder) if encoder.layout == "clip" else open_clip_config(shapes, encoder)
+        if component == DENOISER:
+            return unet_config(shapes, family, _pooled_width(header, family))
+        return vae_config(shapes, family)
     except KeyError as error:
         raise user_error(str(header.path), prefix + str(error.args[0]), "is missing; is the file whole?") from None
     except UserError as error:
@@ -115,12 +107,12 @@ def trusted_config_of(header: Header, family: Family, component: Component) -> d
     There, heads and groups of the norms would be guesses, and a wrong guess is a broken model without an error.
     """
     config = config_of(header, family, component)
-    grain = {"unet": HEAD_WIDTH, "vae": config.get("norm_num_groups", 1)}.get(component, HEAD_WIDTH)
+    grain = config.get("norm_num_groups", 1) if component == "vae" else HEAD_WIDTH
     widths = config.get("block_out_channels", [config.get("hidden_size", 0)])
     if any(width % grain for width in widths):
         raise user_error(
             str(header.path),
-            prefix_of(family, component) + "*",
+            family.prefix_of(component) + "*",
             f"has layers of {', '.join(map(str, widths))} channels, unlike any published model: name a folder with its "
             f"{component}/config.json in model.components",
         )
@@ -129,12 +121,13 @@ def trusted_config_of(header: Header, family: Family, component: Component) -> d
 
 def _pooled_width(header: Header, family: Family) -> int:
     """Width of the pooled text that the U-Net's extra conditioning starts with; 0 where there is none."""
-    if family != "sdxl":
+    encoder = family.pooled_encoder
+    if encoder is None:
         return 0
-    projection = prefix_of(family, "text_encoder_2") + "text_projection"
+    projection = encoder.prefix + ("text_projection" if encoder.layout == "open-clip" else "text_projection.weight")
     if projection not in header.entries:
         raise user_error(str(header.path), projection, "is missing; is the file whole?")
-    return header.entries[projection].shape[1]
+    return header.entries[projection].shape[1 if encoder.layout == "open-clip" else 0]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -155,7 +148,7 @@ def unet_config(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, 
     up_starts = [block * (layers + 1) for block in range(len(channels))]
     up = [[_depth(shapes, f"output_blocks.{start + layer}.1") for layer in range(layers + 1)] for start in up_starts]
     config = {
-        **SDXL_UNET,
+        **family.unet,
         **_depth_config(down, up, _mid_depth(shapes)),
         "block_out_channels": channels,
         "layers_per_block": layers,
@@ -214,20 +207,15 @@ def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -
 
 def _heads(channels: list[int], family: Family) -> list[int]:
     """Heads of each block (diffusers calls the setting attention_head_dim all the same)."""
-    if family == "sd1":
-        return [SD1_HEADS] * len(channels)
+    if family.num_heads:
+        return [family.num_heads] * len(channels)
     return [max(1, width // HEAD_WIDTH) for width in channels]
 
 
 def _extra_conditioning(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, Any]:
     """Sizes and pooled text, added to the time embedding: six numbers, each a sinusoid, after the pooled text."""
-    if family != "sdxl":
-        return {
-            "addition_embed_type": None,
-            "addition_time_embed_dim": None,
-            "projection_class_embeddings_input_dim": None,
-            "sample_size": 64,
-        }
+    if not family.takes_sizes:
+        return {}
     width = shapes["label_emb.0.0.weight"][1]
     return {"projection_class_embeddings_input_dim": width, "addition_time_embed_dim": (width - pooled_width) // 6}
 
@@ -239,7 +227,7 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
     """Configuration of a VAE from original names (without prefix) and shapes."""
     blocks = _count(shapes, r"encoder\.down\.(\d+)\.")
     return {
-        **SDXL_VAE,
+        **family.vae,
         "block_out_channels": [shapes[f"encoder.down.{block}.block.0.conv2.weight"][0] for block in range(blocks)],
         "down_block_types": ["DownEncoderBlock2D"] * blocks,
         "up_block_types": ["UpDecoderBlock2D"] * blocks,
@@ -250,25 +238,22 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in shapes,
         "use_quant_conv": "quant_conv.weight" in shapes,
         "use_post_quant_conv": "post_quant_conv.weight" in shapes,
-        "sample_size": 1024 if family == "sdxl" else 512,
-        "force_upcast": family == "sdxl",
-        "scaling_factor": SCALING_FACTORS[family],
     }
 
 
 # ---- text encoders ----
 
 
-def clip_config(shapes: Shapes) -> dict[str, Any]:
+def clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
     """Configuration of a text encoder in transformers' names."""
     vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
-        **CLIP_L_TEXT,
+        **encoder.config,
         "vocab_size": vocab,
         "bos_token_id": vocab - 2,
         "eos_token_id": vocab - 1,
         "hidden_size": width,
-        "projection_dim": width,
+        "projection_dim": shapes["text_projection.weight"][0] if encoder.pooled else width,
         "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "num_attention_heads": max(1, width // HEAD_WIDTH),
@@ -276,24 +261,19 @@ def clip_config(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def open_clip_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """Configuration of a text encoder in OpenCLIP's names.
-
-    SD 2.x reads the last layer but one with the final norm on it: there the last layer is left out.
-    """
+def open_clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
+    """Configuration of a text encoder in OpenCLIP's names; layers that nobody reads are left out."""
     vocab, width = shapes["token_embedding.weight"]
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
-    whole = family == "sdxl"
     return {
-        **OPEN_CLIP_G_TEXT,
-        "architectures": ["CLIPTextModelWithProjection" if whole else "CLIPTextModel"],
+        **encoder.config,
         "vocab_size": vocab,
         "bos_token_id": vocab - 2,
         "eos_token_id": vocab - 1,
         "hidden_size": width,
-        "projection_dim": shapes["text_projection"][1] if whole else width,
+        "projection_dim": shapes["text_projection"][1] if encoder.pooled else width,
         "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
         "max_position_embeddings": shapes["positional_embedding"][0],
         "num_attention_heads": max(1, width // HEAD_WIDTH),
-        "num_hidden_layers": layers if whole else layers - 1,
+        "num_hidden_layers": layers - encoder.spare_layers,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,19 +12,18 @@ from torch import nn
 from sdtrain.errors import user_error
 from sdtrain.families.modelspec import Description, spec_metadata
 from sdtrain.families.original_names import with_text_prefix
-from sdtrain.families.words import COMPONENTS, Component, Family
+from sdtrain.families.words import DENOISER, Component
 from sdtrain.files.tensors import Planned, write_safetensors
 from sdtrain.files.writer import atomic_folder, write_json
-from sdtrain.models.checkpoints.components import Components, SDComponents
-from sdtrain.models.checkpoints.locate import STEMS
+from sdtrain.models.checkpoints.components import Components
+from sdtrain.models.checkpoints.locate import INDEX, STEMS
+from sdtrain.models.checkpoints.markers import FORCE_ZEROS_KEY
 from sdtrain.models.checkpoints.single_file import Change, changed_weights, network_config, seal
 from sdtrain.models.checkpoints.tokenizers import copy_tokenizer
 
-INDEX = "model_index.json"
-
 
 def write_folder(
-    components: Components | SDComponents,
+    components: Components,
     path: Path,
     description: Description,
     *,
@@ -41,7 +40,7 @@ def write_folder(
     family = components.family
     plans = {
         component: folder_tensors(components, component, dtype or components.stored_dtypes[component], change)
-        for component in COMPONENTS[family]
+        for component in family.components
     }
     metadata = {"format": "pt", **spec_metadata(description, family, components.scheduler_config)}
     metadata["modelspec.implementation"] = "diffusers"
@@ -51,22 +50,22 @@ def write_folder(
             (folder / component).mkdir()
             weights = folder / component / f"{STEMS[component]}.safetensors"
             write_safetensors(weights, plan, metadata, seal=seal, finite_only=True)
-            write_json(folder / component / "config.json", folder_config(components.network(component), plan))
-        for source, name in zip(components.tokenizer_sources, ("tokenizer", "tokenizer_2"), strict=False):
-            copy_tokenizer(source, folder / name)
+            write_json(folder / component / "config.json", folder_config(components.networks[component], plan))
+        for source, encoder in zip(components.tokenizer_sources, family.text_encoders, strict=True):
+            copy_tokenizer(source, folder / encoder.tokenizer)
         (folder / "scheduler").mkdir()
         write_json(folder / "scheduler" / "scheduler_config.json", components.scheduler_config)
         write_json(folder / INDEX, model_index(components))
 
 
 def folder_tensors(
-    components: Components | SDComponents, component: Component, dtype: torch.dtype, change: Change | None
+    components: Components, component: Component, dtype: torch.dtype, change: Change | None
 ) -> dict[str, Planned]:
     """A network's tensors in the names that all versions of diffusers and transformers read."""
-    is_text = component in ("text_encoder", "text_encoder_2")
+    is_text = components.family.text_encoder(component) is not None
     return {
         with_text_prefix(name) if is_text else name: Planned(dtype, weight.shape, weight.value)
-        for name, weight in changed_weights(component, components.network(component), change).items()
+        for name, weight in changed_weights(component, components.networks[component], change).items()
     }
 
 
@@ -80,37 +79,23 @@ def folder_config(network: nn.Module, plan: Mapping[str, Planned]) -> dict[str, 
     return {**config, "_diffusers_version": diffusers.__version__}
 
 
-def model_index(components: Components | SDComponents) -> dict[str, Any]:
+def model_index(components: Components) -> dict[str, Any]:
     """Which class reads which part of the folder."""
     import diffusers
 
     index: dict[str, Any] = {
-        "_class_name": pipeline_name(components.family),
+        "_class_name": components.family.words.pipeline,
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", components.scheduler_config.get("_class_name", "EulerDiscreteScheduler")],
-        "unet": ["diffusers", "UNet2DConditionModel"],
+        DENOISER: ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
+        **components.family.words.index,
     }
-    if components.family != "sdxl":
-        return {**index, "safety_checker": [None, None], "requires_safety_checker": False}
-    return {
-        **index,
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "force_zeros_for_empty_prompt": components.zeros_for_empty_prompt,
-    }
-
-
-def pipeline_name(family: Family) -> str:
-    """The class of diffusers that loads the folder."""
-    match family:
-        case "sdxl":
-            return "StableDiffusionXLPipeline"
-        case "sd1" | "sd2":
-            return "StableDiffusionPipeline"
-        case _:
-            assert_never(family)
+    for encoder in components.family.text_encoders:
+        index[encoder.component] = ["transformers", f"CLIPTextModel{'WithProjection' if encoder.pooled else ''}"]
+        index[encoder.tokenizer] = ["transformers", "CLIPTokenizer"]
+    if components.family.words.index_says_zeros or components.no_caption == "zeros":
+        index[FORCE_ZEROS_KEY] = components.no_caption == "zeros"
+    return index

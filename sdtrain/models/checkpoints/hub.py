@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import get_args
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError, user_error
+from sdtrain.families.words import Component
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = get_args(Component)
 SMALL_FILES = (
     "model_index.json",
     "*/config.json",

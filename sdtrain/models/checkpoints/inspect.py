@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,13 +10,15 @@ from typing import Any, TypeVar
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.words import COMPONENTS, Component, Family
-from sdtrain.files.header import explain, read_header
+from sdtrain.families.family import Family
+from sdtrain.families.words import DENOISER, Component, NoCaption
+from sdtrain.files.header import Header, explain, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
 from sdtrain.models.checkpoints.locate import (
     Checkpoint,
     DiffusersFolder,
     SingleFile,
+    lending_folder,
     lent_config,
     locate,
     missing_parts,
@@ -24,33 +26,68 @@ from sdtrain.models.checkpoints.locate import (
     read_json,
     weight_files,
 )
-from sdtrain.models.checkpoints.markers import Markers, markers_of, scheduler_of, stored_configs
-from sdtrain.models.checkpoints.tokenizers import find_tokenizers
-from sdtrain.models.checkpoints.vae import vae_source
+from sdtrain.models.checkpoints.markers import Markers, markers_of, no_caption_of, scheduler_of, stored_configs
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, find_tokenizers
+from sdtrain.models.checkpoints.vae import VaeSource, vae_source
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """What can be known before the weights are read."""
+class OpenedModel:
+    """A whole model that was looked through once: what it says of itself, and all that loading it needs."""
 
-    prediction: Prediction
-    zero_terminal_snr: bool
+    checkpoint: Checkpoint
+    headers: Mapping[Component, tuple[Header, ...]]
+    """Of the files with each network's weights, but for a VAE that is named on its own."""
+    vae: VaeSource | None
+    """The VAE that is named on its own."""
+    lending: Path | None
+    """The folder that lends a single file what it lacks."""
+    tokenizers: tuple[TokenizerSource, ...]
+    scheduler: Mapping[str, Any]
+    """The configuration of the noise schedule."""
     latent_step_px: int
     """Widths and heights of pictures must be multiples of this, or the U-Net's halvings do not fit."""
-    family: Family = "sdxl"
-    num_timesteps: int = 1000
-    """Timesteps of the noise schedule, counted from 0."""
+    no_caption: NoCaption
+    """What the model itself takes for no caption."""
 
     @property
-    def networks(self) -> tuple[Component, ...]:
-        """The networks that can be trained."""
-        return tuple(part for part in COMPONENTS[self.family] if part != "vae")
+    def family(self) -> Family:
+        """The family it is of."""
+        return self.checkpoint.family
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """What the header of its file says of it; of a folder, that of its U-Net."""
+        return self.headers[DENOISER][0].metadata
+
+    @property
+    def prediction(self) -> Prediction:
+        """What the U-Net predicts."""
+        return "v_prediction" if self.scheduler.get("prediction_type") == "v_prediction" else "epsilon"
+
+    @property
+    def num_timesteps(self) -> int:
+        """Timesteps of its noise schedule, counted from 0."""
+        return int(self.scheduler.get("num_train_timesteps", 1000))
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether the noise schedule ends in pure noise."""
+        return bool(self.scheduler.get("rescale_betas_zero_snr", False))
 
 
-def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]]:
-    """What the model says of itself, and everything that would keep it from loading. Never uses the network."""
+def open_model(config: ModelConfig, source: str) -> OpenedModel:
+    """A model that can be loaded. Raises UserError, naming `source`, with everything that would keep it from that."""
+    opened, problems = inspect_model(config)
+    if problems or opened is None:
+        raise UserError(source, problems)
+    return opened
+
+
+def inspect_model(config: ModelConfig) -> tuple[OpenedModel | None, list[Problem]]:
+    """The model, opened once, and everything that would keep it from loading. Never uses the network."""
     problems: list[Problem] = []
     checkpoint = _attempt(
         "model.path", problems, lambda: open_checkpoint(locate(config.path, config.variant), config.variant)
@@ -58,14 +95,19 @@ def inspect_model(config: ModelConfig) -> tuple[ModelFacts | None, list[Problem]
     if checkpoint is None:
         _look_for_others(config, problems)
         return None, problems
-    problems += _part_problems(config, checkpoint)
-    _attempt("model.components", problems, lambda: find_tokenizers(checkpoint, config.components))
-    facts = None if problems else _attempt("model.path", problems, lambda: _facts(config, checkpoint))
-    if facts is None:
+    headers = _headers(config, checkpoint, problems)
+    vae = None
+    if config.vae:
+        vae = _attempt("model.vae", problems, lambda: vae_source(config.vae, config.variant, checkpoint.family))
+    lending, tokenizers = _lent(config, checkpoint, problems)
+    opened = None
+    if not problems:
+        opened = _attempt("model.path", problems, lambda: _opened(checkpoint, headers, vae, lending, tokenizers))
+    if opened is None:
         stated = _attempt("model.path", [], lambda: markers_of(checkpoint)) or Markers()
         return None, [*problems, *_contradictions(config, stated)]
     stated = _attempt("model.path", problems, lambda: markers_of(checkpoint)) or Markers()
-    return facts, [*problems, *_conflicts(config, facts, stated)]
+    return opened, [*problems, *_conflicts(config, opened, stated)]
 
 
 def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
@@ -74,15 +116,6 @@ def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
         _attempt("model.vae", problems, lambda: locate(config.vae, config.variant))
     if config.components:
         _attempt("model.components", problems, lambda: locate(config.components, "", weights=False))
-
-
-def stated_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What the header of a model's file says of it; of a folder, that of its U-Net. Raises UserError."""
-    match checkpoint:
-        case SingleFile(header):
-            return header.metadata
-        case DiffusersFolder(path, variant):
-            return read_header(weight_files(path / "unet", "unet", variant)[0]).metadata
 
 
 def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) -> Result | None:
@@ -94,16 +127,29 @@ def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) 
         return None
 
 
-def _part_problems(config: ModelConfig, checkpoint: Checkpoint) -> list[Problem]:
-    """Parts that are missing, cut off, pickled or of a shape that no network has."""
+def _headers(
+    config: ModelConfig, checkpoint: Checkpoint, problems: list[Problem]
+) -> dict[Component, tuple[Header, ...]]:
+    """The headers of every part; adds a problem for those that are missing, cut off, pickled or of no known shape."""
     missing = missing_parts(checkpoint, own_vae=not config.vae)
-    problems = [Problem(*_missing(checkpoint, part)) for part in missing]
-    for part in COMPONENTS[checkpoint.family]:
+    problems += [Problem(*_missing(checkpoint, part)) for part in missing]
+    found: dict[Component, tuple[Header, ...]] = {}
+    for part in checkpoint.family.components:
         if part not in missing and not (part == "vae" and config.vae):
-            _attempt("model.path", problems, lambda part=part: _check_part(checkpoint, part))  # type: ignore[misc]
-    if config.vae:
-        _attempt("model.vae", problems, lambda: vae_source(config.vae, config.variant, checkpoint.family))
-    return problems
+            found[part] = _attempt("model.path", problems, lambda part=part: _read_part(checkpoint, part)) or ()  # type: ignore[misc]
+    return found
+
+
+def _lent(
+    config: ModelConfig, checkpoint: Checkpoint, problems: list[Problem]
+) -> tuple[Path | None, tuple[TokenizerSource, ...]]:
+    """The folder named in model.components and the tokenizers, be they from there or from elsewhere."""
+
+    def find() -> tuple[Path | None, tuple[TokenizerSource, ...]]:
+        lending = lending_folder(config.components)
+        return lending, find_tokenizers(checkpoint, lending)
+
+    return _attempt("model.components", problems, find) or (None, ())
 
 
 def _missing(checkpoint: Checkpoint, part: str) -> tuple[str, str]:
@@ -112,27 +158,33 @@ def _missing(checkpoint: Checkpoint, part: str) -> tuple[str, str]:
     return "model.path", f"{checkpoint.path} is not a whole model folder: {part}/config.json is missing"
 
 
-def _check_part(checkpoint: Checkpoint, component: Component) -> None:
+def _read_part(checkpoint: Checkpoint, component: Component) -> tuple[Header, ...]:
     match checkpoint:
         case SingleFile(header, family):
             config_of(header, family, component)
+            return (header,)
         case DiffusersFolder(path, variant):
-            for file in weight_files(path / component, component, variant):
-                read_header(file)
+            return tuple(read_header(file) for file in weight_files(path / component, component, variant))
 
 
-def _facts(config: ModelConfig, checkpoint: Checkpoint) -> ModelFacts:
-    scheduler = scheduler_of(checkpoint, config.components)
-    unet = network_config(checkpoint, "unet", config.components)
-    vae = vae_source(config.vae, config.variant, checkpoint.family).config if config.vae else None
-    vae = vae or network_config(checkpoint, "vae", config.components)
-    pixels, halvings = _shrinking(vae, checkpoint, "vae"), _shrinking(unet, checkpoint, "unet")
-    return ModelFacts(
-        prediction="v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon",
-        zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr", False)),
-        num_timesteps=int(scheduler.get("num_train_timesteps", 1000)),
+def _opened(
+    checkpoint: Checkpoint,
+    headers: Mapping[Component, tuple[Header, ...]],
+    vae: VaeSource | None,
+    lending: Path | None,
+    tokenizers: tuple[TokenizerSource, ...],
+) -> OpenedModel:
+    halvings = _shrinking(network_config(checkpoint, DENOISER, lending), checkpoint, DENOISER)
+    pixels = _shrinking(vae.config if vae else network_config(checkpoint, "vae", lending), checkpoint, "vae")
+    return OpenedModel(
+        checkpoint=checkpoint,
+        headers=headers,
+        vae=vae,
+        lending=lending,
+        tokenizers=tokenizers,
+        scheduler=scheduler_of(checkpoint, lending),
         latent_step_px=pixels * halvings,
-        family=checkpoint.family,
+        no_caption=no_caption_of(checkpoint),
     )
 
 
@@ -144,16 +196,16 @@ def _shrinking(config: dict[str, Any], checkpoint: Checkpoint, component: Compon
     return int(2 ** (len(blocks) - 1))
 
 
-def network_config(checkpoint: Checkpoint, component: Component, components: str) -> dict[str, Any]:
+def network_config(checkpoint: Checkpoint, component: Component, lending: Path | None) -> dict[str, Any]:
     """The configuration that comes with a network, or else follows from its shapes."""
     match checkpoint:
         case SingleFile(header, family):
             own = stored_configs(header).get(component)
-            if own or lent_config(components, component):
+            if own or lent_config(lending, component):
                 return own or config_of(header, family, component)  # whether a lent one fits is seen on loading
             return trusted_config_of(header, family, component)
         case DiffusersFolder(path):
-            return read_json(Path(path) / component / "config.json")
+            return read_json(path / component / "config.json")
 
 
 def _contradictions(config: ModelConfig, stated: Markers) -> list[Problem]:
@@ -177,7 +229,7 @@ def _contradictions(config: ModelConfig, stated: Markers) -> list[Problem]:
     return problems
 
 
-def _conflicts(config: ModelConfig, facts: ModelFacts, stated: Markers) -> list[Problem]:
+def _conflicts(config: ModelConfig, facts: OpenedModel, stated: Markers) -> list[Problem]:
     """Settings that contradict what the model says, or that leave nothing to learn together with it."""
     problems = _contradictions(config, stated)
     prediction = facts.prediction if config.prediction == "auto" else config.prediction

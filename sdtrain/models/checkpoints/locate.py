@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from sdtrain.errors import user_error
-from sdtrain.families.original_names import VAE
-from sdtrain.families.words import COMPONENTS, Component, Family
+from sdtrain.families.family import Family
+from sdtrain.families.known import family_of_folder
+from sdtrain.families.words import DENOISER, Component
 from sdtrain.files.header import Header, read_header
 from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER, location
 from sdtrain.models.checkpoints.configs_from_shapes import detect_family
 from sdtrain.models.checkpoints.hub import cached_model, is_hub_id, is_offline, not_cached
 
+INDEX = "model_index.json"
 STEMS: dict[Component, str] = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -39,11 +42,15 @@ class SingleFile:
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """A folder with one sub-folder for each part. variant: the infix of its weight files, such as `fp16`; or empty."""
+    """A folder with one sub-folder for each part.
+
+    variant: the infix of its weight files, such as `fp16`; or empty. index: what `model_index.json` says.
+    """
 
     path: Path
     variant: str
     family: Family
+    index: Mapping[str, Any]
 
 
 Checkpoint = SingleFile | DiffusersFolder
@@ -77,7 +84,7 @@ def locate(path: str, variant: str, *, weights: bool = True) -> Path:
     if found.exists():
         return found
     if path.startswith(BUILTIN):
-        names = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if (entry / "model_index.json").exists())
+        names = sorted(entry.name for entry in BUILTIN_FOLDER.iterdir() if (entry / INDEX).exists())
         raise user_error(path, "model.path", f"is not built in; there is {', '.join(BUILTIN + name for name in names)}")
     raise user_error(path, "model.path", "no such file or folder")
 
@@ -85,27 +92,30 @@ def locate(path: str, variant: str, *, weights: bool = True) -> Path:
 def open_checkpoint(path: Path, variant: str) -> Checkpoint:
     """What lies at a path. Raises UserError when it is no whole Stable Diffusion checkpoint."""
     if path.is_dir():
-        return DiffusersFolder(path, variant, _folder_family(path))
+        index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+        return DiffusersFolder(path, variant, _folder_family(path, index), index)
     header = read_header(path)
     return SingleFile(header, detect_family(header))
 
 
-def _folder_family(folder: Path) -> Family:
-    if not (folder / "unet").is_dir():
-        raise user_error(str(folder), "unet", _what_folder(folder))
-    unet = read_json(folder / "unet" / "config.json")
+def _folder_family(folder: Path, index: Mapping[str, Any]) -> Family:
+    if not (folder / DENOISER).is_dir():
+        raise user_error(str(folder), DENOISER, _what_folder(folder))
+    unet = read_json(folder / DENOISER / "config.json")
     channels = unet.get("in_channels", 4)
     if channels != 4:
         raise user_error(
-            str(folder / "unet" / "config.json"),
+            str(folder / DENOISER / "config.json"),
             "in_channels",
             f"is {channels} instead of 4: an inpainting or editing model, which is not supported",
         )
-    if (folder / "text_encoder_2").is_dir():
-        if not (folder / "text_encoder").is_dir():
-            raise user_error(str(folder), "text_encoder", "is missing: this is an SDXL refiner, or not a whole model")
-        return "sdxl"
-    return "sd2" if unet.get("use_linear_projection") else "sd1"
+    parts = {part.name for part in folder.iterdir() if part.is_dir()}
+    if "text_encoder_2" in parts and "text_encoder" not in parts:
+        raise user_error(str(folder), "text_encoder", "is missing: this is an SDXL refiner, or not a whole model")
+    family = family_of_folder(parts, unet, str(index.get("_class_name", "")))
+    if family is None:
+        raise user_error(str(folder), INDEX, "has more text encoders than any family that is known here")
+    return family
 
 
 def _what_folder(folder: Path) -> str:
@@ -117,10 +127,10 @@ def _what_folder(folder: Path) -> str:
 
 def missing_parts(checkpoint: Checkpoint, *, own_vae: bool) -> list[str]:
     """Names of the networks that a checkpoint should have and has not. own_vae: whether the VAE must be in it."""
-    expected = [part for part in COMPONENTS[checkpoint.family] if own_vae or part != "vae"]
+    expected = [part for part in checkpoint.family.components if own_vae or part != "vae"]
     match checkpoint:
-        case SingleFile(header):
-            vae_there = any(name.startswith(VAE) for name in header.entries)
+        case SingleFile(header, family):
+            vae_there = any(name.startswith(family.vae_prefix) for name in header.entries)
             return [part for part in expected if part == "vae" and not vae_there]
         case DiffusersFolder(path):
             return [part for part in expected if not (path / part / "config.json").is_file()]
@@ -133,7 +143,7 @@ def weight_files(folder: Path, component: Component, variant: str) -> list[Path]
     """
     stem = STEMS[component]
     found = _weight_files(folder, stem, variant)
-    if not found and variant and component != "unet":
+    if not found and variant and component != DENOISER:
         found = _weight_files(folder, stem, "")
     if found:
         return found
@@ -171,7 +181,12 @@ def _other_weights(folder: Path, stem: str) -> str:
     return "is missing; is this a whole model?"
 
 
-def lent_config(components: str, component: Component) -> dict[str, Any] | None:
-    """The configuration that the folder named in model.components has for a network; None when it has none."""
-    path = locate(components, "", weights=False) / component / "config.json" if components else None
+def lending_folder(components: str) -> Path | None:
+    """The folder named in model.components, None where none is. Raises UserError when it is nowhere."""
+    return locate(components, "", weights=False) if components else None
+
+
+def lent_config(lending: Path | None, component: Component) -> dict[str, Any] | None:
+    """The configuration that a lending folder has for a network; None when it has none."""
+    path = lending / component / "config.json" if lending else None
     return read_json(path) if path and path.is_file() else None

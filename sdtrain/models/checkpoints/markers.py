@@ -6,18 +6,23 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import user_error
 from sdtrain.families.published_configs import SCHEDULER
+from sdtrain.families.words import NoCaption
 from sdtrain.files.header import Header
-from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate, read_json
+from sdtrain.models.checkpoints.locate import INDEX, Checkpoint, DiffusersFolder, SingleFile, read_json
 
 V_PREDICTION_KEY = "v_pred"
 ZERO_TERMINAL_KEY = "ztsnr"
 CONFIGS_KEY = "sdtrain.configs"
 """Header entry with those configurations, by component, that shapes alone do not tell."""
+NO_CAPTION_KEY = "sdtrain.no_caption"
+"""Header entry with what the model takes for no caption; other tools' files have none."""
+FORCE_ZEROS_KEY = "force_zeros_for_empty_prompt"
+"""The same in the index of a folder."""
 MODELSPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 MODELSPEC_NAMES: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -98,7 +103,29 @@ def markers_of(checkpoint: Checkpoint) -> Markers:
             return scheduler_markers(read_json(config), config)
 
 
-def scheduler_of(checkpoint: Checkpoint, components: str) -> dict[str, Any]:
+def no_caption_of(checkpoint: Checkpoint) -> NoCaption:
+    """What a checkpoint takes for no caption: its own word, or what is usual in its family.
+
+    A single file of another tool says nothing; nearly all tools sample with the encoded empty string there. Raises
+    UserError for a word that is not known.
+    """
+    match checkpoint:
+        case SingleFile(header, family):
+            said = header.metadata.get(NO_CAPTION_KEY, family.no_caption)
+            if said not in get_args(NoCaption):
+                what = f"in the header is {said}; only {' and '.join(get_args(NoCaption))} are known here"
+                raise user_error(str(header.path), NO_CAPTION_KEY, what)
+            return cast(NoCaption, said)
+        case DiffusersFolder(path, _, family, index):
+            force = index.get(FORCE_ZEROS_KEY)
+            if force is None:
+                return family.no_caption
+            if not isinstance(force, bool):
+                raise user_error(str(path / INDEX), FORCE_ZEROS_KEY, f"is {force!r}; it must be true or false")
+            return "zeros" if force else "empty-text"
+
+
+def scheduler_of(checkpoint: Checkpoint, lending: Path | None) -> dict[str, Any]:
     """The configuration of the noise schedule, as diffusers' Euler scheduler reads it.
 
     A single file's own markers count more than the folder that lends it the rest.
@@ -107,7 +134,7 @@ def scheduler_of(checkpoint: Checkpoint, components: str) -> dict[str, Any]:
         case DiffusersFolder(path):
             return read_json(path / "scheduler" / "scheduler_config.json")
         case SingleFile(header):
-            lent = stored_configs(header).get("scheduler") or _lent_scheduler(components)
+            lent = stored_configs(header).get("scheduler") or _lent_scheduler(lending)
             return single_file_scheduler(lent, file_markers(header))
 
 
@@ -122,8 +149,6 @@ def single_file_scheduler(lent: Mapping[str, Any], markers: Markers) -> dict[str
     return config
 
 
-def _lent_scheduler(components: str) -> dict[str, Any]:
-    if not components:
-        return {}
-    path = locate(components, "", weights=False) / "scheduler" / "scheduler_config.json"
-    return read_json(path) if path.is_file() else {}
+def _lent_scheduler(lending: Path | None) -> dict[str, Any]:
+    path = lending / "scheduler" / "scheduler_config.json" if lending else None
+    return read_json(path) if path and path.is_file() else {}

@@ -6,25 +6,20 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any
 
 import torch
 from torch import nn
 
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.families.original_names import Place, old_vae_name, places_of, prefix_of, with_text_prefix
-from sdtrain.families.words import Component, Family
-from sdtrain.files.header import Header, read_header
+from sdtrain.families.family import Family
+from sdtrain.families.original_names import Place, old_vae_name, places_of, with_text_prefix
+from sdtrain.families.words import DENOISER, Component
+from sdtrain.files.header import Header
 from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
 from sdtrain.models.checkpoints.fill import Stored, check_fit, fill, raise_first, stored_dtype
-from sdtrain.models.checkpoints.locate import (
-    Checkpoint,
-    DiffusersFolder,
-    SingleFile,
-    lent_config,
-    read_json,
-    weight_files,
-)
+from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.models.checkpoints.locate import DiffusersFolder, SingleFile, lent_config, read_json
 from sdtrain.models.checkpoints.markers import stored_configs
 from sdtrain.models.checkpoints.vae import VaeSource
 
@@ -40,26 +35,24 @@ class Loaded:
     stored_dtype: torch.dtype
 
 
-def load_network(checkpoint: Checkpoint, component: Component, dtype: torch.dtype, components: str = "") -> Loaded:
-    """One network of a checkpoint in `dtype`. components: the folder that may lend a single file its configs.
+def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype) -> Loaded:
+    """One network of a model in `dtype`.
 
     Raises UserError when a parameter is missing, of another shape, or one too many.
     """
-    match checkpoint:
-        case DiffusersFolder(path, variant):
-            folder = path / component
-            headers = [read_header(file) for file in weight_files(folder, component, variant)]
-            network = empty_network(component, read_json(folder / "config.json"))
-            return _loaded(network, _named_sources(network, headers), dtype)
+    match opened.checkpoint:
+        case DiffusersFolder(path, _, family):
+            network = empty_network(family, component, read_json(path / component / "config.json"))
+            return _loaded(network, _named_sources(network, opened.headers[component]), dtype)
         case SingleFile(header, family):
-            prefix = prefix_of(family, component)
-            network = _fitting_network(checkpoint, component, components)
-            return _loaded(network, _original_sources(network, header, family, component, prefix), dtype)
+            network = _fitting_network(header, family, component, opened.lending)
+            sources = _original_sources(network, header, family, component, family.prefix_of(component))
+            return _loaded(network, sources, dtype)
 
 
 def load_vae(source: VaeSource, family: Family, dtype: torch.dtype) -> Loaded:
     """A VAE that is named on its own."""
-    network = empty_network("vae", source.config)
+    network = empty_network(family, "vae", source.config)
     if source.prefix is None:
         return _loaded(network, _named_sources(network, source.headers), dtype)
     return _loaded(network, _original_sources(network, source.headers[0], family, "vae", source.prefix), dtype)
@@ -71,12 +64,12 @@ def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype) -
     return Loaded(network.eval(), stored_dtype(stored.values()))
 
 
-def empty_network(component: Component, config: dict[str, Any]) -> nn.Module:
+def empty_network(family: Family, component: Component, config: dict[str, Any]) -> nn.Module:
     """A network of a configuration with parameters on the meta device: no memory, no time for initial values.
 
     Raises UserError for a configuration that makes no network.
     """
-    build = _builder(component)
+    build = _builder(family, component)
     try:
         with torch.device("meta"):  # for the building alone: an import makes tensors that must be real
             return build(config)
@@ -84,22 +77,20 @@ def empty_network(component: Component, config: dict[str, Any]) -> nn.Module:
         raise user_error(component, "config.json", f"describes no network that can be built: {error}") from None
 
 
-def _builder(component: Component) -> Callable[[dict[str, Any]], nn.Module]:
+def _builder(family: Family, component: Component) -> Callable[[dict[str, Any]], nn.Module]:
     # The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
+    encoder = family.text_encoder(component)
+    if encoder:
+        return _text_encoder_builder(with_projection=encoder.pooled)
     builder: Callable[[dict[str, Any]], nn.Module]
-    match component:
-        case "unet":
-            from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    if component == DENOISER:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
-            builder = UNet2DConditionModel.from_config
-        case "vae":
-            from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        builder = UNet2DConditionModel.from_config
+    else:
+        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-            builder = AutoencoderKL.from_config
-        case "text_encoder" | "text_encoder_2":
-            builder = _text_encoder_builder(with_projection=component == "text_encoder_2")
-        case _:
-            assert_never(component)
+        builder = AutoencoderKL.from_config
     return builder
 
 
@@ -125,28 +116,27 @@ def _fill_buffers(network: nn.Module) -> None:
                 module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(1, -1).clone(), persistent=False)
 
 
-def _fitting_network(checkpoint: SingleFile, component: Component, components: str) -> nn.Module:
+def _fitting_network(header: Header, family: Family, component: Component, lending: Path | None) -> nn.Module:
     """The network of a single file's component, by the configuration that fits its tensors.
 
     Shapes do not tell everything, so a configuration that comes along is preferred: the header's own, or that of the
     user's folder, which may be of another model and is then not used.
     """
-    header, family = checkpoint.header, checkpoint.family
     own = stored_configs(header).get(component)
     if own:
-        return empty_network(component, own)
-    lent = lent_config(components, component)
+        return empty_network(family, component, own)
+    lent = lent_config(lending, component)
     if lent:
-        network = empty_network(component, lent)
+        network = empty_network(family, component, lent)
         if fits(network, header, family, component):
             return network
-    return empty_network(component, trusted_config_of(header, family, component))
+    return empty_network(family, component, trusted_config_of(header, family, component))
 
 
 def fits(network: nn.Module, header: Header, family: Family, component: Component) -> bool:
     """Whether a network has just the parameters, in shape and number, that a single file has for it."""
     try:
-        stored = _original_sources(network, header, family, component, prefix_of(family, component))
+        stored = _original_sources(network, header, family, component, family.prefix_of(component))
         check_fit(dict(network.named_parameters()), stored)
     except UserError:
         return False
@@ -157,7 +147,7 @@ def _original_sources(
     network: nn.Module, header: Header, family: Family, component: Component, prefix: str
 ) -> dict[str, Stored]:
     """Where each parameter lies in a file of the original layout. Raises UserError unless it is one to one."""
-    usual = prefix_of(family, component)
+    usual = family.prefix_of(component)
     places = {
         name: Place(prefix + place.key.removeprefix(usual), place.third, place.form)
         for name, place in places_of(family, component, _names(network)).items()
@@ -170,10 +160,12 @@ def _original_sources(
 
 def _left_out(network: nn.Module, family: Family, component: Component) -> re.Pattern[str]:
     """Keys that are in the file and rightly not in the network."""
-    if family == "sd2" and component == "text_encoder":  # its last layer is never read
-        layers: int = network.config.num_hidden_layers  # type: ignore[assignment,union-attr]
-        return re.compile(rf"{NOT_WEIGHTS.pattern}|transformer\.resblocks\.{layers}\..*")
-    return NOT_WEIGHTS
+    encoder = family.text_encoder(component)
+    if encoder is None or not encoder.spare_layers:
+        return NOT_WEIGHTS
+    layers: int = network.config.num_hidden_layers  # type: ignore[assignment,union-attr]
+    spare = "|".join(str(layers + more) for more in range(encoder.spare_layers))
+    return re.compile(rf"{NOT_WEIGHTS.pattern}|transformer\.resblocks\.({spare})\..*")
 
 
 def _named_sources(network: nn.Module, headers: Sequence[Header]) -> dict[str, Stored]:

@@ -16,17 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.errors import user_error
+from sdtrain.families.adapter_names import plain_names
+from sdtrain.families.family import Family
 from sdtrain.families.modelspec import Description, spec_metadata
-from sdtrain.families.original_names import Place, constants_of, places_of
+from sdtrain.families.original_names import Place, places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
-from sdtrain.families.words import COMPONENTS, Component, Family
+from sdtrain.families.words import Component
 from sdtrain.files.hashes import Hashes
 from sdtrain.files.header import Entry, Header
 from sdtrain.files.tensors import NAMES, Planned, write_safetensors
-from sdtrain.models.checkpoints.components import Components, SDComponents
+from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.configs_from_shapes import config_of
 from sdtrain.models.checkpoints.markers import (
     CONFIGS_KEY,
+    NO_CAPTION_KEY,
     V_PREDICTION_KEY,
     ZERO_TERMINAL_KEY,
     file_markers,
@@ -41,7 +44,7 @@ LOGIT_SCALE = math.log(100.0)
 
 
 def write_single_file(
-    components: Components | SDComponents,
+    components: Components,
     path: Path,
     description: Description,
     *,
@@ -54,18 +57,17 @@ def write_single_file(
     are not finite in that type.
     """
     family = components.family
-    if family == "sd2":
-        raise user_error(
-            str(path), "format", "SD 2.x files hold a layer that is not read here; write a diffusers folder instead"
-        )
+    if family.no_single_file:
+        raise user_error(str(path), "format", family.no_single_file)
     tensors: dict[str, Planned] = {}
-    for component in COMPONENTS[family]:
-        weights = changed_weights(component, components.network(component), change)
+    for component in family.components:
+        weights = changed_weights(component, components.networks[component], change)
         tensors |= original_tensors(family, component, weights, dtype or components.stored_dtypes[component])
-    tensors |= constant_tensors(components, dtype or components.stored_dtypes["text_encoder"])
+    tensors |= constant_tensors(components, dtype)
     metadata = {
         "format": "pt",
         **spec_metadata(description, family, components.scheduler_config),
+        NO_CAPTION_KEY: components.no_caption,
         **configs_metadata(components, path, tensors),
     }
     hashes = write_safetensors(path, tensors, metadata, seal=seal, finite_only=True)
@@ -80,14 +82,7 @@ def seal(hashes: Hashes) -> dict[str, str]:
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
     """The network's own parameters by name. Layers that carry an adapter are named as if they had none."""
     named = dict(network.named_parameters())
-    wrapped = {name.split(".base_layer.")[0] + "." for name in named if ".base_layer." in name}
-    own: dict[str, Tensor] = {}
-    for name, tensor in named.items():
-        if ".base_layer." in name:
-            own[name.replace(".base_layer.", ".")] = tensor
-        elif not any(name.startswith(prefix) for prefix in wrapped):
-            own[name] = tensor
-    return own
+    return {plain: named[name] for plain, name in plain_names(named).items()}
 
 
 @dataclass(frozen=True)
@@ -138,15 +133,16 @@ def original_form(tensor: Tensor, place: Place) -> Tensor:
             return tensor
 
 
-def constant_tensors(components: Components | SDComponents, dtype: torch.dtype) -> dict[str, Planned]:
+def constant_tensors(components: Components, dtype: torch.dtype | None) -> dict[str, Planned]:
     """Tensors that are no parameters: what the published files have besides, and the markers of the noise schedule."""
     planned = {}
-    length: int = network_config(components.text_encoder)["max_position_embeddings"]
-    for key in constants_of(components.family):
+    first = components.family.text_encoders[0].component
+    length: int = network_config(components.networks[first])["max_position_embeddings"]
+    for key in components.family.constants:
         if key.endswith("position_ids"):
             planned[key] = Planned(torch.int64, (1, length), lambda: torch.arange(length)[None])
         else:
-            planned[key] = Planned(dtype, (), lambda: torch.tensor(LOGIT_SCALE))
+            planned[key] = Planned(dtype or components.stored_dtypes[first], (), lambda: torch.tensor(LOGIT_SCALE))
     scheduler = components.scheduler_config
     if scheduler.get("prediction_type") == "v_prediction":
         planned[V_PREDICTION_KEY] = Planned(torch.float32, (0,), lambda: torch.empty(0))
@@ -158,15 +154,13 @@ def constant_tensors(components: Components | SDComponents, dtype: torch.dtype) 
 # ---- what shapes do not tell ----
 
 
-def configs_metadata(
-    components: Components | SDComponents, path: Path, tensors: Mapping[str, Planned]
-) -> dict[str, str]:
+def configs_metadata(components: Components, path: Path, tensors: Mapping[str, Planned]) -> dict[str, str]:
     """A header entry with those configurations that a reader could not derive from the file; mostly there are none."""
     entries = {key: Entry(NAMES[tensor.dtype], tensor.shape, 0, 0) for key, tensor in tensors.items()}
     header = Header(path, entries, {})
     configs: dict[str, dict[str, Any]] = {}
-    for component in COMPONENTS[components.family]:
-        actual = network_config(components.network(component))
+    for component in components.family.components:
+        actual = network_config(components.networks[component])
         derived = config_of(header, components.family, component)
         if not _same_config(actual, derived):
             configs[component] = actual

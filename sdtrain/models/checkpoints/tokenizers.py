@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from sdtrain.errors import user_error
-from sdtrain.families.words import COMPONENTS
+from sdtrain.families.family import Family
 from sdtrain.files.writer import write_bytes
 from sdtrain.models.checkpoints.hub import cached_file
-from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, locate
+from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile
 
 if TYPE_CHECKING:
     from sdtrain.models.prompts import Tokenizer
@@ -28,26 +28,26 @@ class TokenizerSource:
     pad_token: str = ""
 
 
-def find_tokenizers(checkpoint: Checkpoint, components: str) -> tuple[TokenizerSource, ...]:
+def find_tokenizers(checkpoint: Checkpoint, lending: Path | None) -> tuple[TokenizerSource, ...]:
     """The tokenizers of a checkpoint, one for each text encoder. Raises UserError with what to fetch.
 
-    A single file has none: they come from the folder the user names, or from the hub cache. All published models of
-    these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
+    A single file has none: they come from the folder the user names to lend what is missing, or from the hub cache. All
+    published models of these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
     """
-    names = [part.replace("text_encoder", "tokenizer") for part in COMPONENTS[checkpoint.family] if "text" in part]
-    if components:
-        return _named_tokenizers(locate(components, "", weights=False), names, "model.components")
+    if lending:
+        return _named_tokenizers(lending, checkpoint.family, "model.components")
     match checkpoint:
-        case DiffusersFolder(path):
-            return _named_tokenizers(path, names, "model.path")
-        case SingleFile():
-            return _cached_tokenizers(names)
+        case DiffusersFolder(path, _, family):
+            return _named_tokenizers(path, family, "model.path")
+        case SingleFile(_, family):
+            return _cached_tokenizers(family)
 
 
-def _named_tokenizers(folder: Path, names: list[str], setting: str) -> tuple[TokenizerSource, ...]:
+def _named_tokenizers(folder: Path, family: Family, setting: str) -> tuple[TokenizerSource, ...]:
     """Below the folder as in a diffusers folder, or in the folder itself."""
     if has_tokenizer(folder):
-        return _shared_tokenizer(folder, names)
+        return _shared_tokenizer(folder, family)
+    names = [encoder.tokenizer for encoder in family.text_encoders]
     for name in names:
         if not has_tokenizer(folder / name):
             raise user_error(str(folder / name), setting, f"has no tokenizer ({' and '.join(TOKENIZER_FILES)})")
@@ -59,17 +59,17 @@ def has_tokenizer(folder: Path) -> bool:
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
-def _shared_tokenizer(folder: Path, names: list[str]) -> tuple[TokenizerSource, ...]:
-    return tuple(TokenizerSource(folder, "!" if name == "tokenizer_2" else "") for name in names)
+def _shared_tokenizer(folder: Path, family: Family) -> tuple[TokenizerSource, ...]:
+    return tuple(TokenizerSource(folder, encoder.pad_token) for encoder in family.text_encoders)
 
 
-def _cached_tokenizers(names: list[str]) -> tuple[TokenizerSource, ...]:
-    found = [_cached_tokenizer(SDXL_REPOSITORY, name + "/") for name in names]
+def _cached_tokenizers(family: Family) -> tuple[TokenizerSource, ...]:
+    found = [_cached_tokenizer(SDXL_REPOSITORY, encoder.tokenizer + "/") for encoder in family.text_encoders]
     if all(found):
         return tuple(TokenizerSource(folder) for folder in found if folder)
     clip = _cached_tokenizer(CLIP_REPOSITORY, "")
     if clip:
-        return _shared_tokenizer(clip, names)
+        return _shared_tokenizer(clip, family)
     raise user_error(
         "tokenizers",
         "model.components",

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.errors import user_error
-from sdtrain.families.original_names import VAE, Place, new_vae_name, places_of
-from sdtrain.families.words import Family
+from sdtrain.families.family import Family
+from sdtrain.families.original_names import Place, new_vae_name, places_of
 from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, vae_config
 from sdtrain.models.checkpoints.locate import locate, read_json, weight_files
@@ -37,13 +37,15 @@ def vae_source(path: str, variant: str, family: Family) -> VaeSource:
 
 
 def _file_source(header: Header, family: Family) -> VaeSource:
-    for prefix in (VAE, ""):
+    for prefix in (family.vae_prefix, ""):
         if prefix + "encoder.down.0.block.0.conv1.weight" in header.entries:
             return VaeSource((header,), config_of(header, family, "vae", prefix), prefix)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in header.entries:
         return VaeSource((header,), _lone_config(header, family), None)
     raise user_error(
-        str(header.path), VAE + "encoder.*", "is missing: this is neither a VAE nor a checkpoint with one in it"
+        str(header.path),
+        family.vae_prefix + "encoder.*",
+        "is missing: this is neither a VAE nor a checkpoint with one in it",
     )
 
 
@@ -54,5 +56,7 @@ def _lone_config(header: Header, family: Family) -> dict[str, Any]:
         return read_json(beside)
     names = {new_vae_name(name): name for name in header.entries}
     places: dict[str, Place] = places_of(family, "vae", names)
-    shapes = {place.key.removeprefix(VAE): header.entries[names[name]].shape for name, place in places.items()}
+    shapes = {
+        place.key.removeprefix(family.vae_prefix): header.entries[names[name]].shape for name, place in places.items()
+    }
     return vae_config(shapes, family)

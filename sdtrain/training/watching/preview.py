@@ -14,6 +14,7 @@ from torch import Tensor
 from sdtrain.config.schema import Config
 from sdtrain.files.writer import atomic_file
 from sdtrain.models.model import Model, SamplingSettings
+from sdtrain.models.sampling import sample
 from sdtrain.training.run import generator_of
 
 PICTURES_AT_ONCE = 4
@@ -43,7 +44,7 @@ def prepare_prompts(model: Model, config: Config, *, trains_text: bool) -> Promp
 
 @torch.no_grad()
 def _encode(model: Model, texts: Sequence[str], negative: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    return model.encode_captions(texts), model.unconditional([negative] * len(texts))
+    return model.encode_captions(texts), model.encode_captions([negative] * len(texts))
 
 
 def sampling_settings(config: Config) -> SamplingSettings:
@@ -65,7 +66,8 @@ def render(model: Model, prompts: Prompts, seeds: Sequence[int], settings: Sampl
     for start in range(0, len(cells), PICTURES_AT_ONCE):
         chunk = cells[start : start + PICTURES_AT_ONCE]
         rows = [row for row, _ in chunk]
-        pixels = model.sample(
+        pixels = sample(
+            model,
             {key: value[rows] for key, value in positive.items()},
             {key: value[rows] for key, value in negative.items()},
             [generator_of(seed, "preview") for _, seed in chunk],

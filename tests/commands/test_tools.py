@@ -25,11 +25,10 @@ def sdtrain(*arguments: object) -> str:
 
 
 def unet_weights(path: object, components: str = "") -> dict[str, torch.Tensor]:
-    from sdtrain.commands.merge import open_model
+    from sdtrain.commands.merge import read_base
 
-    return {
-        name: tensor.float() for name, tensor in open_model(str(path), components).networks["unet"].state_dict().items()
-    }
+    model, _ = read_base(str(path), components)
+    return {name: tensor.float() for name, tensor in model.networks["unet"].state_dict().items()}
 
 
 def test_every_format_of_a_run_holds_the_same_change(train: Train, tmp_path: Path) -> None:
