@@ -106,7 +106,8 @@ def test_a_file_that_would_do_nothing_is_not_written(train: Train, monkeypatch: 
 
 
 def test_text_encoders_are_groups_of_their_own(train: Train) -> None:
-    run, text = train({"method.train": ["unet", "text_encoder", "text_encoder_2"], "method.lr": {"text_encoder": 0.5}})
+    changes = {"method.train": ["unet", "text_encoder", "text_encoder_2"], "method.lr": {"text_encoder": 0.5}}
+    run, text = train(changes | {"optimizer.prodigy_steps": 1})  # a weight holds once d is found, or fixed
     last = json.loads((run / "log.jsonl").read_text().splitlines()[-1])
     assert list(last["groups"]) == ["unet", "text_encoder", "text_encoder_2"]
     rates = {name: group["effective_lr"] for name, group in last["groups"].items()}
