@@ -155,6 +155,18 @@ def draw_pictures(folder: Path, pairs: list[tuple[str, str]], shapes: list[str],
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB")
 
 
+@app.command()
+def strip(run: Path, out: Path) -> None:
+    """Puts a run's first and last preview side by side: what the base model draws, and what it has learned."""
+    previews = sorted((run / "previews").glob("step-*.png"))
+    first, last = (Image.open(path) for path in (previews[0], previews[-1]))
+    joined = Image.new("RGB", (first.width + last.width + 12, max(first.height, last.height)), (255, 255, 255))
+    joined.paste(first, (0, 0))
+    joined.paste(last, (first.width + 12, 0))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    joined.save(out, optimize=True)
+
+
 @app.command(name="all")
 def everything() -> None:
     """Makes model and pictures from nothing."""

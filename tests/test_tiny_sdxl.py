@@ -34,9 +34,11 @@ def scenes(num: int, finishes: tuple[str, ...] = ("plain",)) -> list[world.Scene
 
 
 def test_the_forgiving_judge_names_spoiled_pictures_right_99_times_in_100() -> None:
-    rng, asked = np.random.default_rng(0), scenes(200)
-    found = picture_judge.rates(picture_judge.judge_all(asked, [spoiled(world.draw(scene), rng) for scene in asked]))
-    assert min(found["colour"], found["shape"], found["background"]) >= 0.99
+    rng, wrong = np.random.default_rng(0), 0
+    for scene in scenes(200):
+        seen = picture_judge.judge(spoiled(world.draw(scene), rng))
+        wrong += (seen.colour, seen.shape, seen.background) != (scene.colour, scene.shape, scene.background)
+    assert wrong <= 2
 
 
 @pytest.mark.parametrize("shape", ALL_SHAPES)
@@ -83,10 +85,9 @@ def test_the_strict_judge_wants_the_colour_and_the_background_too() -> None:
 
 
 def test_the_judge_tells_how_a_figure_is_painted() -> None:
-    asked = scenes(120, world.FINISHES)
-    for blur in (0.0, 1.0):
-        pictures = [world.draw(scene).filter(ImageFilter.GaussianBlur(blur)) for scene in asked]
-        assert [picture_judge.finish(picture) for picture in pictures] == [scene.finish for scene in asked]
+    for index, scene in enumerate(scenes(90, world.FINISHES)):
+        picture = world.draw(scene).filter(ImageFilter.GaussianBlur(index % 2))
+        assert picture_judge.finish(picture) == scene.finish, scene
 
 
 def test_a_caption_never_contradicts_the_size_of_the_figure() -> None:
@@ -197,6 +198,52 @@ def test_the_built_in_model_loads_and_paints_and_takes_any_words() -> None:
     picture = pipeline("a blue ☃ on a white background", generator=generator, **settings).images
     assert picture.shape == (1, 96, 160, 3)
     assert np.isfinite(picture).all()
+
+
+def test_the_autoencoder_starts_as_a_downscaler_and_folding_changes_no_picture() -> None:
+    import tiny_sdxl_parts
+    import tiny_sdxl_vae
+    import torch
+
+    torch.manual_seed(0)
+    vae = tiny_sdxl_parts.make_vae().eval()
+    tiny_sdxl_parts.start_as_downscaler(vae)
+    pictures = tiny_sdxl_vae.to_bytes([world.draw(scene) for scene in scenes(24)[::3]])
+    with torch.no_grad():
+        latents = tiny_sdxl_vae.encode(vae, pictures)
+        small = torch.nn.functional.avg_pool2d(tiny_sdxl_vae.to_pixels(pictures), 8)
+        assert (latents[:, :3] - small).abs().mean() < 0.02
+        before = vae.decode(latents).sample
+        scaling_factor = tiny_sdxl_vae.fold(vae, pictures)
+        folded = tiny_sdxl_vae.encode(vae, pictures)
+        assert torch.allclose(vae.decode(folded).sample, before, atol=1e-3)
+        assert torch.allclose(folded.mean((0, 2, 3)), torch.zeros(4), atol=1e-3)
+        assert float(folded.std()) * scaling_factor == pytest.approx(1.0, abs=1e-3)
+
+
+def test_training_the_autoencoder_leaves_its_constants_as_they_are() -> None:
+    import tiny_sdxl_parts
+    import tiny_sdxl_vae
+    import torch
+
+    torch.manual_seed(0)
+    vae = tiny_sdxl_parts.make_vae()
+    tiny_sdxl_parts.start_as_downscaler(vae)
+    tiny_sdxl_parts.hold_constants(vae)
+    seen: list[torch.Tensor] = []
+    vae.decoder.conv_norm_out.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    optimizer = torch.optim.AdamW(tiny_sdxl_vae.scaled_groups(vae), weight_decay=0.0)
+    pool = tiny_sdxl_vae.to_bytes([world.draw(scene) for scene in scenes(9)[::3]])
+    first = [parameter.detach().clone() for parameter in vae.parameters()]
+    for step in range(2):
+        tiny_sdxl_parts.update(optimizer, tiny_sdxl_vae.vae_loss(vae, pool, step)[0], 0.05)
+    assert sum(not torch.equal(a, b) for a, b in zip(first, vae.parameters(), strict=True)) > 0.9 * len(first)
+    with torch.no_grad():
+        vae.decode(torch.randn(1, 4, 8, 8))
+    constants = seen[-1][:, tiny_sdxl_parts.CONSTANTS]
+    constant = tiny_sdxl_parts.CONSTANT
+    assert torch.equal(constants[:, 0], torch.full_like(constants[:, 0], constant))
+    assert torch.equal(constants[:, 1], torch.full_like(constants[:, 1], -constant))
 
 
 @pytest.mark.slow
