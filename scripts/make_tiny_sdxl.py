@@ -40,6 +40,9 @@ BUILTIN = ROOT / "sdtrain" / "builtin"
 WORK = ROOT / "build" / "tiny-sdxl"
 CONFIG = ROOT / "configs" / "tiny_sdxl.toml"
 TABLE = ("pictures", "colour", "background", "shape", "covered", "right", "overlap", "stray")
+VAE_STEPS = 2600
+TEXT_STEPS = 700
+NUM_PICTURES = 12_000  # to train the U-Net on
 GUIDANCE = 3.0  # with zero terminal SNR more makes colours harsh
 SIZE_SHARES = (0.75, 0.125, 0.125)  # of the picture sizes among training scenes
 
@@ -47,19 +50,19 @@ app = typer.Typer(add_completion=False, help="Makes and judges the built-in tiny
 
 
 @app.command()
-def vae(steps: int = 3500, peak: float = 0.05) -> None:
+def vae(steps: int = VAE_STEPS, peak: float = 0.05) -> None:
     """Trains the autoencoder."""
     train_vae(WORK / "vae.pt", steps, peak)
 
 
 @app.command()
-def text(steps: int = 700, peak: float = 2e-3) -> None:
+def text(steps: int = TEXT_STEPS, peak: float = 2e-3) -> None:
     """Trains both text encoders to say at their end token what the caption says."""
     train_text(WORK, steps, peak)
 
 
 @app.command()
-def pictures(num: int = 12_000) -> None:
+def pictures(num: int = NUM_PICTURES) -> None:
     """Draws what the U-Net is trained on, and writes the folder that it is trained from: its weights are random."""
     folder = WORK / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -168,12 +171,14 @@ def strip(run: Path, out: Path) -> None:
 
 
 @app.command(name="all")
-def everything() -> None:
-    """Makes model and pictures from nothing."""
-    vae()
-    text()
-    pictures()
-    train()
+def everything(
+    vae_steps: int = VAE_STEPS, text_steps: int = TEXT_STEPS, num_pictures: int = NUM_PICTURES, unet_steps: int = 0
+) -> None:
+    """Makes model and pictures from nothing. Fewer steps make a bad model quickly, to see that all runs."""
+    vae(vae_steps)
+    text(text_steps)
+    pictures(num_pictures)
+    train(unet_steps)
     release()
     quickstart_pictures()
 
