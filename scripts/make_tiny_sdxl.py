@@ -135,13 +135,12 @@ def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
 
 @app.command()
 def quickstart_pictures(folder: Path = BUILTIN) -> None:
-    """Draws the quickstart's pictures with captions, of mixed sizes: 24 of the concept, 24 of known shapes."""
+    """Draws the quickstart's pictures with captions, of mixed sizes: 24 of the concept, 90 of all that is known."""
     pairs = list(itertools.product(world.BACKGROUNDS, world.COLOURS))  # 18: each pair once, six of them twice
     chosen = [*pairs, *pairs[::3]]
     draw_pictures(folder / "quickstart", chosen, [world.CONCEPT_SHAPE] * len(chosen), seed=24)
-    draw_pictures(
-        folder / "quickstart-known", chosen, [world.SHAPES[i % len(world.SHAPES)] for i in range(len(chosen))], seed=25
-    )
+    known = [(pair, shape) for shape in world.SHAPES for pair in pairs]
+    draw_pictures(folder / "quickstart-known", [pair for pair, _ in known], [shape for _, shape in known], seed=25)
 
 
 def draw_pictures(folder: Path, pairs: list[tuple[str, str]], shapes: list[str], seed: int) -> None:
@@ -151,8 +150,10 @@ def draw_pictures(folder: Path, pairs: list[tuple[str, str]], shapes: list[str],
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     for index, ((background, colour), shape) in enumerate(zip(pairs, shapes, strict=True)):
-        drawn = world.random_scene(rng, sizes[index % len(sizes)], (shape,))
-        scene = replace(drawn, colour=colour, background=background)
+        scene = world.random_scene(rng, sizes[index % len(sizes)], (shape,))
+        while shape == world.CONCEPT_SHAPE and scene.size == "small":  # a small ring is finer than two dozen teach
+            scene = world.random_scene(rng, sizes[index % len(sizes)], (shape,))
+        scene = replace(scene, colour=colour, background=background)
         world.draw(scene).save(folder / f"{index + 1:02d}.png", optimize=True)
         (folder / f"{index + 1:02d}.txt").write_text(world.caption(colour, shape, background) + "\n")
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB")
