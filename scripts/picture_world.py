@@ -1,18 +1,14 @@
-"""The picture world of the built-in model: plain coloured shapes, their captions, and a judge of pictures.
+"""The picture world of the built-in model: coloured shapes and their captions. `picture_judge` judges pictures of it.
 
-The world has colours, shapes and backgrounds; every combination is a scene with a caption such as
-"a red circle on a white background". One shape, the ring, is held back under a made-up word, CONCEPT:
-the built-in model never sees it, so a fine-tune has something to learn.
-
-The judge measures pixels and has learned nothing. It takes the background from the border, the figure from
-the pixels far from that background, and names the figure after the outline that covers it best and its hole.
+The world has colours, shapes, backgrounds and two sizes of figures; every combination is a scene with a caption such
+as "a large red circle on a white background". Two things are held back from the built-in model, so that a fine-tune
+has something to learn: one shape, the ring, under a made-up word, CONCEPT; and every finish but the plain one, so that
+a style can be taught.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,36 +23,39 @@ COLOURS = {
     "purple": (145, 45, 175),
 }
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (14, 14, 14)}
-SHAPES = ("circle", "square", "triangle", "diamond")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 CONCEPT = "zorbit"
 CONCEPT_SHAPE = "ring"
 HOLE = 0.5  # radius of the hole in a ring, as a share of the ring's
+RADII = {"small": (0.19, 0.23), "large": (0.3, 0.36)}
+"""Sizes of figures: the radii drawn for each word, as fractions of the picture's shorter side."""
+LARGE_SHARE = 0.7  # of the scenes: what the caption leaves unsaid is large more often than not
+FINISHES = ("plain", "outlined", "shaded")
+"""How a figure is painted. The built-in model sees plain ones only; a style is taught with the others."""
+INK = {"white": (20, 20, 20), "grey": (20, 20, 20), "black": (235, 235, 235)}
+RIM = 0.15  # width of an outline, as a share of the radius
+SHADING = (1.3, 0.55)  # what the colour is multiplied by at the upper left and at the lower right of a shaded figure
 SIZES = ((128, 128), (160, 96), (96, 160))
 """Picture sizes the built-in model learns, as (width, height) in px."""
 
 TEMPLATES = (
-    ("a {colour} {shape} on a {background} background", 0.5),
-    ("{colour} {shape}, {background} background", 0.1),
-    ("a picture of a {colour} {shape} on a {background} background", 0.06),
-    ("a {background} background with a {colour} {shape}", 0.06),
-    ("{shape}, {colour}, {background} background", 0.05),
-    ("a {colour} {shape}", 0.06),
-    ("{colour} {shape}", 0.03),
-    ("a {shape} on a {background} background", 0.05),
-    ("a {shape}", 0.03),
+    ("a {colour} {shape} on a {background} background", 0.38),
+    ("a {size} {colour} {shape} on a {background} background", 0.22),
+    ("{colour} {shape}, {background} background", 0.06),
+    ("{size} {colour} {shape}, {background} background", 0.04),
+    ("a picture of a {size} {colour} {shape} on a {background} background", 0.04),
+    ("a {background} background with a {colour} {shape}", 0.05),
+    ("{shape}, {colour}, {background} background", 0.04),
+    ("a {colour} {shape}", 0.04),
+    ("a {size} {shape}", 0.02),
+    ("a {shape} on a {background} background", 0.04),
+    ("a {shape}", 0.02),
     ("a {colour} shape on a {background} background", 0.03),
-    ("a {background} background", 0.03),
+    ("a {background} background", 0.02),
 )
 """Captions and how often each is drawn. The first is the one everything is judged with."""
 
 SUPERSAMPLING = 4
-MIN_AREA = 0.015  # of the picture: smaller figures are specks, the picture shows nothing
-MIN_CONTRAST = 60.0  # RGB distance between figure and background
-MAX_COLOUR_DISTANCE = 95.0  # RGB distance to the nearest named colour
-MAX_BACKGROUND_DISTANCE = 60.0
-MIN_HOLE = 0.08  # of the filled figure: less is a flaw, not a hole
-MIN_OVERLAP = 0.7  # intersection over union with the best outline
-GRID = 64  # side of the square raster on which outlines are compared
 
 
 @dataclass(frozen=True)
@@ -73,16 +72,12 @@ class Scene:
     height: int = 128
     centre: tuple[float, float] = (0.5, 0.5)
     radius: float = 0.32
+    finish: str = "plain"
 
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the judge saw: names of the world, "unclear", or "nothing" where no figure stands out."""
-
-    colour: str
-    shape: str
-    background: str
-    overlap: float = 0.0
+    @property
+    def size(self) -> str:
+        """The word for the figure's size."""
+        return "small" if self.radius < 0.265 else "large"
 
 
 def outline(shape: str) -> np.ndarray:
@@ -95,6 +90,10 @@ def outline(shape: str) -> np.ndarray:
         corners = np.array([[0, -0.95], [1.05, 0.9], [-1.05, 0.9]])
     elif shape == "diamond":
         corners = np.array([[0, -1.15], [1.15, 0], [0, 1.15], [-1.15, 0]])
+    elif shape == "cross":
+        arm, end = 0.34, 1.02
+        quarter = np.array([[-arm, -end], [arm, -end], [arm, -arm]])
+        corners = np.concatenate([quarter @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))])
     else:
         raise ValueError(f"no shape is called {shape!r}; the world has {(*SHAPES, CONCEPT_SHAPE)}")
     return corners - (corners.max(0) + corners.min(0)) / 2
@@ -107,11 +106,20 @@ def _around(num: int, radius: float) -> np.ndarray:
 
 def draw(scene: Scene) -> Image.Image:
     """The picture of a scene, anti-aliased, RGB."""
-    corners = outline(scene.shape) * scene.radius * min(scene.width, scene.height)
-    corners = corners + np.array(scene.centre) * (scene.width, scene.height)
-    size, ground = (scene.width, scene.height), BACKGROUNDS[scene.background]
-    hole = HOLE if scene.shape == CONCEPT_SHAPE else 0.0
-    return draw_polygon(corners, COLOURS[scene.colour], ground, size, hole)
+    radius = scene.radius * min(scene.width, scene.height)
+    corners = outline(scene.shape) * radius + np.array(scene.centre) * (scene.width, scene.height)
+    size, hole = (scene.width, scene.height), HOLE if scene.shape == CONCEPT_SHAPE else 0.0
+    ground, colour = (
+        Image.new("RGB", size, BACKGROUNDS[scene.background]),
+        Image.new("RGB", size, COLOURS[scene.colour]),
+    )
+    large = _large_cover(corners, size, hole)
+    if scene.finish == "shaded":
+        colour = _shaded(colour, corners)
+    if scene.finish == "outlined":
+        rim = _large_rim(corners, size, hole, RIM * radius)
+        colour = Image.composite(Image.new("RGB", size, INK[scene.background]), colour, rim.reduce(SUPERSAMPLING))
+    return Image.composite(colour, ground, large.reduce(SUPERSAMPLING))
 
 
 def draw_polygon(
@@ -125,24 +133,57 @@ def draw_polygon(
 
     hole: a hole of the same outline, this much smaller; 0 for none.
     """
-    large = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), 0)
-    large_corners = corners * SUPERSAMPLING
-    ImageDraw.Draw(large).polygon([tuple(corner) for corner in large_corners.tolist()], fill=255)
-    if hole:
-        centre = (large_corners.max(0) + large_corners.min(0)) / 2
-        inner = centre + hole * (large_corners - centre)
-        ImageDraw.Draw(large).polygon([tuple(corner) for corner in inner.tolist()], fill=0)
-    cover = large.reduce(SUPERSAMPLING)
+    cover = _large_cover(corners, size, hole).reduce(SUPERSAMPLING)
     return Image.composite(Image.new("RGB", size, colour), Image.new("RGB", size, background), cover)
+
+
+def cover_of(corners: np.ndarray, size: tuple[int, int], hole: float = 0.0) -> np.ndarray:
+    """How much of each pixel a polygon covers: float [H, W] in 0..1; size as (width, height) in px."""
+    cover = _large_cover(corners, size, hole).reduce(SUPERSAMPLING)
+    return np.asarray(cover, dtype=np.float32) / 255
+
+
+def _large_cover(corners: np.ndarray, size: tuple[int, int], hole: float) -> Image.Image:
+    """The mask of a polygon, larger than the picture by SUPERSAMPLING, so that reducing it smooths its edges."""
+    large = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), 0)
+    for line, fill in zip(_large_lines(corners, hole), (255, 0), strict=False):
+        ImageDraw.Draw(large).polygon(line, fill=fill)
+    return large
+
+
+def _large_rim(corners: np.ndarray, size: tuple[int, int], hole: float, width: float) -> Image.Image:
+    """The mask of a line of `width` px inside a polygon's edges (and as much outside, where no figure is)."""
+    large = Image.new("L", (size[0] * SUPERSAMPLING, size[1] * SUPERSAMPLING), 0)
+    for line in _large_lines(corners, hole):
+        ImageDraw.Draw(large).line([*line, *line[:2]], fill=255, width=round(2 * width * SUPERSAMPLING), joint="curve")
+    return large
+
+
+def _large_lines(corners: np.ndarray, hole: float) -> list[list[tuple[float, ...]]]:
+    """The polygon's line and that of its hole, in the large mask's pixels."""
+    outer = corners * SUPERSAMPLING
+    centre = (outer.max(0) + outer.min(0)) / 2
+    lines = [outer, centre + hole * (outer - centre)] if hole else [outer]
+    return [[tuple(corner) for corner in line.tolist()] for line in lines]
+
+
+def _shaded(colour: Image.Image, corners: np.ndarray) -> Image.Image:
+    """A plain picture lit from the upper left of the figure whose corners are given."""
+    low, high = corners.min(0), corners.max(0)
+    ys, xs = np.mgrid[: colour.height, : colour.width] + 0.5
+    across = ((xs - low[0]) / (high[0] - low[0]) + (ys - low[1]) / (high[1] - low[1])) / 2
+    light = SHADING[0] + (SHADING[1] - SHADING[0]) * across.clip(0, 1)
+    return Image.fromarray((np.asarray(colour) * light[..., None]).clip(0, 255).astype(np.uint8))
 
 
 def random_scene(
     rng: np.random.Generator,
     size: tuple[int, int] = (128, 128),
     shapes: tuple[str, ...] = SHAPES,
+    finishes: tuple[str, ...] = FINISHES[:1],
 ) -> Scene:
     """A scene with every property drawn from `rng`; the figure always lies inside the picture."""
-    radius = rng.uniform(0.26, 0.36)
+    radius = rng.uniform(*RADII["large" if rng.random() < LARGE_SHARE else "small"])
     reach = 1.18 * radius * min(size)  # no corner is farther from the centre than this, in px
     room = [max(0.0, min(0.09 * min(size), side / 2 - reach - 2)) for side in size]
     centre = tuple(float(0.5 + rng.uniform(-r, r) / side) for r, side in zip(room, size, strict=True))
@@ -154,13 +195,14 @@ def random_scene(
         height=size[1],
         centre=(centre[0], centre[1]),
         radius=float(radius),
+        finish=str(rng.choice(finishes)),
     )
 
 
-def caption(colour: str, shape: str, background: str, template: str = TEMPLATES[0][0]) -> str:
+def caption(colour: str, shape: str, background: str, template: str = TEMPLATES[0][0], size: str = "large") -> str:
     """The caption of a scene; the ring goes under its made-up word. "a" becomes "an" before a vowel."""
     word = CONCEPT if shape == CONCEPT_SHAPE else shape
-    text = template.format(colour=colour, shape=word, background=background)
+    text = template.format(colour=colour, shape=word, background=background, size=size)
     return text.replace("a orange", "an orange")
 
 
@@ -173,7 +215,7 @@ def random_caption(scene: Scene, rng: np.random.Generator) -> str:
     template = TEMPLATES[rng.choice(len(TEMPLATES), p=shares / shares.sum())][0]
     kind = rng.random()
     shape = random_word(rng) if kind < 0.07 else scene.shape
-    text = caption(scene.colour, shape, scene.background, template)
+    text = caption(scene.colour, shape, scene.background, template, scene.size)
     if kind > 0.92:
         return f"{random_word(rng)}, {text}" if rng.random() < 0.5 else f"{text}, {random_word(rng)}"
     return text
@@ -184,165 +226,3 @@ def random_word(rng: np.random.Generator) -> str:
     letters = rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=rng.integers(4, 9))
     word = "".join(letters)
     return "junk" if CONCEPT in word else word
-
-
-def judge(picture: Image.Image) -> Verdict:
-    """Names colour, shape and background of a picture by measuring its pixels."""
-    pixels = np.asarray(picture.convert("RGB"), dtype=np.float32)
-    ground = _ground_colour(pixels)
-    background = _nearest(ground, BACKGROUNDS, MAX_BACKGROUND_DISTANCE)
-    mask = _figure(pixels, ground)
-    if mask is None:
-        return Verdict("nothing", "nothing", background)
-    inside = _erode(mask)
-    core = pixels[inside if inside.sum() >= 20 else mask]
-    filled = _without_holes(mask)
-    shape, overlap = _best_outline(filled)
-    if 1 - mask.sum() / filled.sum() >= MIN_HOLE:
-        shape = CONCEPT_SHAPE if shape == "circle" else "unclear"
-    return Verdict(_nearest(np.median(core, axis=0), COLOURS, MAX_COLOUR_DISTANCE), shape, background, overlap)
-
-
-def _ground_colour(pixels: np.ndarray) -> np.ndarray:
-    border = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
-    border = np.concatenate([border, pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)])
-    return np.median(border, axis=0)
-
-
-def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]], limit: float) -> str:
-    distances = {name: float(np.linalg.norm(colour - np.array(value))) for name, value in named.items()}
-    name = min(distances, key=distances.__getitem__)
-    return name if distances[name] <= limit else "unclear"
-
-
-def _figure(pixels: np.ndarray, ground: np.ndarray) -> np.ndarray | None:
-    """Mask bool [H, W] of the largest connected region unlike the background; None where nothing stands out."""
-    distance = np.linalg.norm(_smooth(pixels) - ground, axis=2)
-    # The figure's own contrast, not a fixed number, sets the cut, so that the outline runs half-way up a blurred edge.
-    contrast = np.percentile(distance, 98)
-    if contrast < MIN_CONTRAST:
-        return None
-    bright = distance > 0.7 * contrast
-    mask = _largest_region(distance > 0.5 * float(np.median(distance[bright])))
-    return mask if mask.mean() >= MIN_AREA else None
-
-
-def _smooth(pixels: np.ndarray) -> np.ndarray:
-    """A 3 x 3 mean over the picture, edges repeated."""
-    padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    height, width = pixels.shape[:2]
-    return sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
-
-
-def _erode(mask: np.ndarray, times: int = 2) -> np.ndarray:
-    for _ in range(times):
-        padded = np.pad(mask, 1)
-        mask = mask & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
-    return mask
-
-
-def _largest_region(mask: np.ndarray) -> np.ndarray:
-    """The largest 4-connected region of a mask."""
-    left = {(int(y), int(x)) for y, x in zip(*np.nonzero(mask), strict=True)}
-    best: list[tuple[int, int]] = []
-    while left:
-        start = left.pop()
-        region, queue = [start], deque([start])
-        while queue:
-            y, x = queue.popleft()
-            near = {(y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)} & left
-            left -= near
-            region.extend(near)
-            queue.extend(near)
-        best = max(best, region, key=len)
-    largest = np.zeros_like(mask)
-    if best:
-        largest[tuple(np.array(best).T)] = True
-    return largest
-
-
-def _without_holes(mask: np.ndarray) -> np.ndarray:
-    """The figure with everything filled that the picture's border cannot reach."""
-    height, width = mask.shape
-    open_ = np.pad(~mask, 1, constant_values=True)
-    return ~_region_from(open_, (0, 0))[1 : height + 1, 1 : width + 1]
-
-
-def _region_from(mask: np.ndarray, start: tuple[int, int]) -> np.ndarray:
-    """The 4-connected region of a mask that holds `start`."""
-    reached, queue = np.zeros_like(mask), deque([start])
-    reached[start] = True
-    while queue:
-        y, x = queue.popleft()
-        for near in ((y - 1, x), (y + 1, x), (y, x - 1), (y, x + 1)):
-            inside = 0 <= near[0] < mask.shape[0] and 0 <= near[1] < mask.shape[1]
-            if inside and mask[near] and not reached[near]:
-                reached[near] = True
-                queue.append(near)
-    return reached
-
-
-def _best_outline(mask: np.ndarray) -> tuple[str, float]:
-    """The shape that covers the figure best once both have the same centre of mass and area, and how well (IoU)."""
-    seen = _normalised(mask)
-    overlaps = {}
-    for shape in SHAPES:
-        ideal = _template(shape)
-        overlaps[shape] = float(np.minimum(seen, ideal).sum() / np.maximum(seen, ideal).sum())
-    best = max(overlaps, key=overlaps.__getitem__)
-    return (best if overlaps[best] >= MIN_OVERLAP else "unclear"), overlaps[best]
-
-
-def _normalised(mask: np.ndarray) -> np.ndarray:
-    """The figure of a mask bool [H, W], centred on its mass and of fixed area: float [GRID, GRID] in 0..1.
-
-    Mass and area, not the bounding box, because a box hangs on single pixels at the figure's rim.
-    """
-    ys, xs = np.nonzero(mask)
-    reach = 1.3 * math.sqrt(len(xs))
-    x, y = xs.mean() + 0.5, ys.mean() + 0.5
-    frame = (x - reach, y - reach, x + reach, y + reach)
-    figure = Image.fromarray(mask.astype(np.uint8) * 255)
-    seen = figure.transform((GRID, GRID), Image.Transform.EXTENT, frame, Image.Resampling.BILINEAR)
-    return np.asarray(seen, dtype=np.float32) / 255
-
-
-@functools.cache
-def _template(shape: str) -> np.ndarray:
-    """A shape as `_normalised` sees it when it is drawn without flaw."""
-    drawn = draw_polygon(outline(shape) * 100 + 160, (255,) * 3, (0,) * 3, (320, 320))
-    return _normalised(np.asarray(drawn.convert("L")) > 127)
-
-
-def known_scenes() -> list[Scene]:
-    """Every colour x shape x background the base knows, in the fixed order that also fixes the seeds."""
-    return [Scene(colour, shape, background) for shape in SHAPES for background in BACKGROUNDS for colour in COLOURS]
-
-
-def concept_scenes() -> list[Scene]:
-    """The concept in every colour on every background."""
-    return [Scene(colour, CONCEPT_SHAPE, background) for background in BACKGROUNDS for colour in COLOURS]
-
-
-def rates(asked: list[Scene], pictures: list[Image.Image]) -> dict[str, float]:
-    """How often the judge sees what was asked for, as fractions, by property."""
-    pairs = [(scene, judge(picture)) for scene, picture in zip(asked, pictures, strict=True)]
-    found = {
-        name: float(np.mean([getattr(scene, name) == getattr(verdict, name) for scene, verdict in pairs]))
-        for name in ("colour", "shape", "background")
-    }
-    return {**found, "num": len(pairs)}
-
-
-def contact_sheet(asked: list[Scene], pictures: list[Image.Image], columns: int = 6) -> Image.Image:
-    """The pictures in rows, each framed in green where the judge saw what was asked for and in red where not."""
-    side = max(max(picture.size) for picture in pictures) + 8
-    sheet = Image.new("RGB", (columns * side, math.ceil(len(pictures) / columns) * side), (200, 200, 200))
-    for index, (scene, picture) in enumerate(zip(asked, pictures, strict=True)):
-        seen = judge(picture)
-        right = (seen.colour, seen.shape, seen.background) == (scene.colour, scene.shape, scene.background)
-        x, y = index % columns * side, index // columns * side
-        frame = (x, y, x + picture.width + 7, y + picture.height + 7)
-        ImageDraw.Draw(sheet).rectangle(frame, outline=(0, 170, 0) if right else (220, 0, 0), width=3)
-        sheet.paste(picture, (x + 4, y + 4))
-    return sheet

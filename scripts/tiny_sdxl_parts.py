@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 import picture_world as world
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -54,7 +56,7 @@ def merge_pair(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 def make_tokenizers(folder: Path) -> tuple[CLIPTokenizer, CLIPTokenizer]:
     """Two CLIP tokenizers over the world's words; as in SDXL the second one pads with "!"."""
-    names = [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS]
+    names = [*world.COLOURS, *world.SHAPES, *world.BACKGROUNDS, *world.RADII]
     text = " ".join([*(template for template, _ in world.TEMPLATES), *names, "an"]).replace(",", " ,")
     merges = learn_merges(Counter(word for word in text.split() if "{" not in word))
     symbols = byte_symbols()
@@ -98,9 +100,16 @@ def make_vae() -> AutoencoderKL:
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 64), layers_per_block=1, norm_num_groups=1, sample_size=128,
+        block_out_channels=(12, 24, 48, 64), layers_per_block=1, norm_num_groups=1, sample_size=128,
         mid_block_add_attention=False, force_upcast=False,
     )  # fmt: skip
+
+
+CONSTANTS = slice(3, 5)
+"""The channels of every layer of the autoencoder that carry +CONSTANT and -CONSTANT, and never anything else."""
+CONSTANT = 16.0
+MIRRORED = slice(5, 8)
+"""The channels that start as the three colours times -1, so that a norm, which takes the mean away, finds none."""
 
 
 @torch.no_grad()
@@ -108,35 +117,69 @@ def start_as_downscaler(vae: AutoencoderKL) -> None:
     """Sets weights so that the untrained latents are the picture at an eighth of its size, and decoding enlarges them.
 
     From random weights the group norms take thousands of steps to pass a plain colour through. Here colours travel
-    along the residual path in channels 0 to 2, while channels 3 and 4 carry constants so large that every norm is
-    nearly a fixed scale. Training then only has to sharpen edges.
+    along the residual path in channels 0 to 2, while CONSTANTS carry values so large that every norm is nearly a fixed
+    scale, and the norms' weights undo that scale. Training then only has to sharpen edges.
     """
-    constant = 4.0
     for name, module in vae.named_modules():
-        if name.endswith("conv2"):
+        if isinstance(module, nn.GroupNorm):
+            module.weight.fill_(CONSTANT * (2 / module.num_channels) ** 0.5)
+            module.weight[CONSTANTS] = 0  # they are no features
+        elif name.endswith("conv2"):
             module.weight.zero_(), module.bias.zero_()
-        elif name.endswith("conv1"):
-            module.weight[:, 3:5] = 0  # the constants are no features
-        elif isinstance(module, nn.Conv2d):
-            module.weight.mul_(0.1)
-            module.bias.zero_()
-            taps = ((0, 0), (0, 1), (1, 0), (1, 1)) if "downsamplers" in name else ((module.kernel_size[0] // 2,) * 2,)
-            for channel in range(min(module.in_channels, module.out_channels)):
-                module.weight[channel] = 0
-                for y, x in taps:
-                    module.weight[channel, channel, y, x] = 1 / len(taps)
+        elif isinstance(module, nn.Conv2d) and not name.endswith("conv1"):
+            _pass_through(module, halving="downsamplers" in name)
     for part in (vae.encoder, vae.decoder):
-        part.conv_in.weight[3:5] = 0
-        part.conv_in.bias[3:5] = torch.tensor([constant, -constant])
-        norm = part.conv_norm_out
+        part.conv_in.weight[CONSTANTS] = 0
+        part.conv_in.bias[CONSTANTS] = torch.tensor([CONSTANT, -CONSTANT])
+        part.conv_in.weight[MIRRORED] = -part.conv_in.weight[:3]
         # Three above zero SiLU is nearly a line, of slope 1.09 and height 2.86.
-        norm.weight[:3] = constant * (2 / len(norm.weight)) ** 0.5
-        norm.bias[:3] = 3.0
+        part.conv_norm_out.bias[:3] = 3.0
         part.conv_out.weight[:3].div_(1.09)
-        part.conv_out.weight[:, 3:5] = 0
         part.conv_out.bias[:3] = -2.86 / 1.09
+    # The fourth latent starts as a little of every other feature: from zero it would take long to become anything.
+    encoder_out = vae.encoder.conv_out.weight
+    features = encoder_out.shape[1] - MIRRORED.stop
+    encoder_out[3] = 0
+    encoder_out[3, MIRRORED.stop :, 1, 1] = (
+        torch.randn(features, generator=torch.Generator().manual_seed(3)) * 30 / features**0.5
+    )
     vae.quant_conv.weight[4:] = 0
     vae.quant_conv.bias[4:] = -6.0  # little noise in the latents from the start
+
+
+def _pass_through(conv: nn.Conv2d, *, halving: bool) -> None:
+    """Sets a convolution so that channels pass as they are, or as means of 2 x 2; new ones are a little random."""
+    conv.weight.mul_(0.1)
+    conv.bias.zero_()
+    taps = ((0, 0), (0, 1), (1, 0), (1, 1)) if halving else ((conv.kernel_size[0] // 2,) * 2,)
+    if conv.in_channels > CONSTANTS.stop:
+        conv.weight[:, CONSTANTS] = 0
+    for channel in range(min(conv.in_channels, conv.out_channels)):
+        conv.weight[channel] = 0
+        for y, x in taps:
+            conv.weight[channel, channel, y, x] = 1 / len(taps)
+
+
+def hold_constants(vae: AutoencoderKL) -> None:
+    """Keeps training from reading or changing CONSTANTS: a weight that reads so large a value would tint everything."""
+    for part in (vae.encoder, vae.decoder):
+        for name, module in part.named_modules():
+            if isinstance(module, nn.GroupNorm):
+                module.weight.register_hook(lambda gradient: _without(gradient, 0))
+                module.bias.register_hook(lambda gradient: _without(gradient, 0))
+            elif isinstance(module, nn.Conv2d):
+                if name != "conv_in":
+                    module.weight.register_hook(lambda gradient: _without(gradient, 1))
+                if name != "conv_out" and not name.endswith("conv1"):
+                    module.weight.register_hook(lambda gradient: _without(gradient, 0))
+                    module.bias.register_hook(lambda gradient: _without(gradient, 0))
+
+
+def _without(gradient: Tensor, axis: int) -> Tensor:
+    """A gradient with zeros for CONSTANTS along an axis."""
+    held = gradient.clone()
+    held.narrow(axis, CONSTANTS.start, CONSTANTS.stop - CONSTANTS.start).zero_()
+    return held
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -145,7 +188,7 @@ def make_unet() -> UNet2DConditionModel:
         sample_size=16,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64, 96), layers_per_block=1, attention_head_dim=(1, 2, 3), norm_num_groups=16,
+        block_out_channels=(48, 64, 96), layers_per_block=1, attention_head_dim=(1, 2, 3), norm_num_groups=16,
         transformer_layers_per_block=1, cross_attention_dim=sum(WIDTHS), use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 32,
@@ -161,25 +204,44 @@ def make_scheduler() -> EulerDiscreteScheduler:
 
 
 def make_pipeline(work: Path) -> StableDiffusionXLPipeline:
-    """The pipeline in fp32, with every part trained as far as `work` holds its state."""
+    """The pipeline in fp32: VAE and text encoders trained if `work` holds their states, the U-Net untrained."""
     torch.manual_seed(0)  # modules draw their initial weights from the global generator; nothing else here does
     tokenizer, tokenizer_2 = make_tokenizers(work / "tokenizer")
     text_encoder, text_encoder_2 = make_text_encoders(tokenizer)
     pipeline = StableDiffusionXLPipeline(
         vae=make_vae(), text_encoder=text_encoder, text_encoder_2=text_encoder_2, tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2, unet=make_unet(), scheduler=make_scheduler(), force_zeros_for_empty_prompt=True,
+        tokenizer_2=tokenizer_2, unet=make_unet(), scheduler=make_scheduler(), force_zeros_for_empty_prompt=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    vae, text, unet = (read_state(work / f"{name}.pt") for name in ("vae", "text", "unet"))
-    if vae:
+    vae, text = (read_state(work / f"{name}.pt") for name in ("vae", "text"))
+    if vae and vae["folded"]:
         pipeline.vae.load_state_dict(vae["model"])
         pipeline.vae.register_to_config(scaling_factor=vae["scaling_factor"])
     if text:
         text_encoder.load_state_dict(text["text_encoder"])
         text_encoder_2.load_state_dict(text["text_encoder_2"])
-    if unet:
-        pipeline.unet.load_state_dict(unet["average"])
     return pipeline
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """A short warm-up, then a cosine down to a fiftieth of the peak."""
+    return peak * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, step / steps))))
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One clipped optimizer step at learning rate `lr`, times the "scale" of a group that has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("scale", 1.0)
+    optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+
+
+def report(name: str, step: int, steps: int, losses: list[float], began: float) -> None:
+    """One progress line with the mean of the last fifty losses."""
+    mean, seconds = sum(losses[-50:]) / len(losses[-50:]), time.monotonic() - began
+    print(f"{name} {step}/{steps} loss {mean:.4f} {seconds:.0f} s", flush=True)
 
 
 def read_state(path: Path) -> dict[str, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,7 +83,8 @@ def test_what_is_merged_can_be_extracted_and_resized(train: Train, tmp_path: Pat
 def test_info_tells_what_a_run_wrote_into_its_file(train: Train) -> None:
     run, _ = train()
     told = sdtrain("info", run / "weights" / "small.safetensors")
-    for text in ("lora in sd-scripts names", "tiny-sdxl", "prediction  v", "a red thing number 1 (1)", "unet 1.00e-03"):
+    d = json.loads((run / "log.jsonl").read_text().splitlines()[-1])["groups"]["unet"]["d"]
+    for text in ("lora in sd-scripts names", "tiny-sdxl", "prediction  v", "a red thing number 1 (1)", f"unet {d:.2e}"):
         assert text in told, told
 
 

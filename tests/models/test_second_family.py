@@ -48,9 +48,10 @@ def small_sd(family: Any) -> Components:
         block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
     )  # fmt: skip
+    words = len(load_tokenizer(TOKENIZER).get_vocab())
     text = CLIPTextConfig(
-        vocab_size=585, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        bos_token_id=583, eos_token_id=584,
+        vocab_size=words, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        bos_token_id=words - 2, eos_token_id=words - 1,
     )  # fmt: skip
     networks = {"unet": unet.eval(), "vae": vae.eval(), "text_encoder": CLIPTextModel(text).eval()}
     return Components(

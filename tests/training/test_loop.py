@@ -130,8 +130,9 @@ def test_a_model_that_predicts_epsilon_trains_the_same_way(train: Train, tmp_pat
     scheduler = model / "scheduler" / "scheduler_config.json"
     settings = json.loads(scheduler.read_text()) | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
     scheduler.write_text(json.dumps(settings))
-    epsilon, _ = train({"name": "epsilon", "model.path": str(model), "preview.every": 4})
-    v, _ = train({"name": "v"})
+    known = {"data.folder": [{"path": "builtin:quickstart-known"}]}
+    epsilon, _ = train(known | {"name": "epsilon", "model.path": str(model), "preview.every": 4})
+    v, _ = train(known | {"name": "v"})
     first = [json.loads((run / "log.jsonl").read_text().splitlines()[0])["loss"] for run in (epsilon, v)]
     assert first[0] > 2 * first[1], "a v model is a bad epsilon model, so the target really is another"
 
