@@ -20,9 +20,9 @@ def merge_into(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapt
     type the layer is stored in: the order of the adapters does not matter. Raises UserError for adapters of a network
     that was not handed in.
     """
-    homeless = sorted({name for one, _ in adapters for name in one} - networks.keys())
-    if homeless:
-        raise user_error("merge", homeless[0], "has adapters, but no such network is in this model; choose another")
+    unknown = sorted({name for one, _ in adapters for name in one} - networks.keys())
+    if unknown:
+        raise user_error("merge", unknown[0], "has adapters, but no such network is in this model; choose another")
     changed = 0
     for component, network in networks.items():
         layers = dict(plain_modules(network))

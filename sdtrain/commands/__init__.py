@@ -1,1 +1,1 @@
-"""What each command of sdtrain does, a file a command."""
+"""What each command of `sdtrain` does, one file per command."""

@@ -1,4 +1,4 @@
-"""Everything that can be wrong with a run, found without torch and without changing anything."""
+"""`sdtrain check`: finds everything that can be wrong with a run, without torch and without changing anything."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sdtrain.training.start import inspect_run
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
     """Check the config, its model and every picture; print what a run would see.
 
-    Raises UserError with all that is wrong: each is looked at as far as the others allow.
+    Raises UserError with all that is wrong; each part is looked at as far as the others allow.
     """
     draft = read_draft(path, overrides)
     facts, examples = inspect_run(draft, decode=True)
@@ -42,7 +42,7 @@ def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
 
 
 def report_lines(report: DataReport) -> list[str]:
-    """What the pictures are like, a line each."""
+    """Return what the pictures are like, one fact per line."""
     buckets = ", ".join(f"{num} at {width}x{height}" for (width, height), num in report.buckets)
     lines = [
         f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "

@@ -1,4 +1,4 @@
-"""`sdtrain export`: the averaged weights of a run in another format, or of an earlier step."""
+"""`sdtrain export`: writes the averaged weights of a run in another format, or those of an earlier step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from sdtrain.training.states import SavedState, load_state, saved_states
 
 
 def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -> Path:
-    """Write the averaged weights of a run's training state in a format; returns where. Raises UserError."""
+    """Write the averaged weights of a run's training state in a format; return the path. Raises UserError.
+
+    step: which state, None for the newest. out: where to write, None for the run's `weights/`.
+    """
     config = stored_config(folder)
     state = _state(folder, step)
     device = pick_device(config)

@@ -19,7 +19,10 @@ from sdtrain.models.model import Model
 
 
 def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "") -> int:
-    """Write the LoRA that makes `tuned` of `base`, as near as its rank allows; how many layers it has."""
+    """Write the LoRA that turns `base` into `tuned`, as near as its rank allows; return the number of its layers.
+
+    Raises UserError.
+    """
     (before, size), (after, _) = read_base(base, components), read_base(tuned, components)
     meant = cast(TargetPreset, targets) if targets in get_args(TargetPreset) else [targets]
     modules = select_targets(before.networks, meant, unused=before.unused_layers)
@@ -31,7 +34,7 @@ def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path,
 
 
 def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: str = "") -> LoraFile:
-    """Write a LoRA file with another rank, as near as that allows; what was read. Raises UserError."""
+    """Write a LoRA file with another rank, as near as that allows; return what was read. Raises UserError."""
     model, size = read_base(base, components)
     read = read_lora(file, model.networks)
     _write(out, resize(read.adapters, rule), model, base, read.metadata, resolution_of(read.metadata) or size)
@@ -39,15 +42,15 @@ def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: st
 
 
 def _write(
-    out: Path, adapters: Adapters, model: Model, base: str, said: Mapping[str, str], resolution_px: Resolution
+    out: Path, adapters: Adapters, model: Model, base: str, metadata: Mapping[str, str], resolution_px: Resolution
 ) -> None:
     facts = FileFacts(
         title=out.stem,
         date=now(),
         prediction=model.prediction,
         resolution_px=resolution_px,
-        steps=steps_of(said),
+        steps=steps_of(metadata),
         base_model=Path(base).name,
-        config_toml=said.get(CONFIG_KEY, ""),
+        config_toml=metadata.get(CONFIG_KEY, ""),
     )
     write_lora(out, adapters, model.networks, names="sd-scripts", facts=facts)

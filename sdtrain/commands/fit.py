@@ -1,4 +1,4 @@
-"""`sdtrain fit`: read, refuse what cannot work, then train."""
+"""`sdtrain fit`: reads the settings, refuses what cannot work, then trains."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from sdtrain.training.watching.records import Watcher
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a run left."""
+    """What a run left behind."""
 
     folder: Path
     """The run's folder."""
     steps: int
-    """Steps that are done, those of earlier sittings included."""
+    """The number of steps that are done, those of earlier sittings included."""
     finished: bool
-    """Whether these are all that were planned; else it was stopped, and `resume=True` goes on."""
+    """Whether all planned steps are done; else the run was stopped, and `resume=True` goes on."""
     weights: Path | None
     """The file with the averaged weights; None where the run is not finished."""
 
@@ -62,7 +62,7 @@ def fit(
 
 
 def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume: bool) -> FitResult:
-    """Train what a config file says. Raises UserError."""
+    """Train what a config file says. Raises UserError, see `fit`."""
     return fit_draft(draft_run(read_written(path, overrides), resume=resume), console, resume=resume)
 
 
@@ -75,10 +75,10 @@ def fit_settings(
     fetch: bool = True,
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
-    """Train what settings say. Raises UserError.
+    """Train what settings say. Raises UserError, see `fit`.
 
-    source: what the settings were read from, named in what the user is told. fetch: get a model that is named by a hub
-    id and not in the local cache.
+    source: what the settings were read from, which messages name. fetch: whether a model that is named by a hub id
+    and not in the local cache is fetched.
     """
     require_own_folder(config, source, resume=resume)
     return fit_draft(draft_of_config(config, source), console, resume=resume, fetch=fetch, watchers=watchers)
@@ -87,7 +87,7 @@ def fit_settings(
 def fit_draft(
     draft: Draft, console: Console, *, resume: bool, fetch: bool = True, watchers: Sequence[Watcher] = ()
 ) -> FitResult:
-    """Train what a draft says, unless something is wrong with it, its model or its pictures: UserError then."""
+    """Train what a draft says. Raises UserError if anything is wrong with it, its model or its pictures."""
     opened, examples = inspect_run(draft, decode=False, fetch=fetch)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told

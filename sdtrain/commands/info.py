@@ -1,4 +1,4 @@
-"""`sdtrain info`: what a safetensors file says of itself; no torch."""
+"""`sdtrain info`: shows what a safetensors file says about itself; no torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdtrain.training.watching.text import facts_table
 
 
 def file_info(path: Path) -> Table:
-    """What is in a file, in two columns. Raises UserError when it is missing or damaged."""
+    """Return what is in a file as a table of two columns. Raises UserError when it is missing or damaged."""
     found = describe_file(path)
     rows = {key: value for key, value in _rows(found).items() if value}
     return facts_table({"file": f"{path}, {found.num_bytes / 2**20:.1f} MiB", **rows})
@@ -39,7 +39,7 @@ def _rows(found: FileDescription) -> dict[str, str]:
 
 
 def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:
-    """`16` where all layers have it, else each value with its number of layers."""
+    """Return `16` where all layers have that value, else each value with its number of layers."""
     if len(values) == 1:
         return f"{next(iter(values)):g}"
     return ", ".join(f"{value:g} ({layers} layers)" for value, layers in values.items())

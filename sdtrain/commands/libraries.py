@@ -1,4 +1,4 @@
-"""The libraries below: how they behave in a terminal, and which are there."""
+"""The libraries that sdtrain is built on: keeps them quiet, and tells their versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from importlib import metadata
 from sdtrain import __version__
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
-"""Libraries whose versions decide what a run does."""
+"""The libraries whose versions decide what a run does."""
 
 
 def quiet_libraries() -> None:
@@ -20,7 +20,7 @@ def quiet_libraries() -> None:
 
 
 def versions() -> list[str]:
-    """What a report of a problem should name, a line each; nothing is imported for it."""
+    """Return what a report of a problem should name, one version per line; nothing is imported for it."""
     return [
         f"sdtrain {__version__}",
         f"Python {platform.python_version()}",

@@ -1,4 +1,4 @@
-"""LoRA files for people who work with diffusers pipelines in Python."""
+"""Reads and merges LoRA files for people who work with diffusers pipelines in Python."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def load_lora(path: Path | str, target: DiffusionPipeline | Mapping[str, nn.Module]) -> LoraFile:
-    """The adapters in a LoRA file of any tool, by network and layer; nothing is changed.
+    """Return the adapters in a LoRA file of any tool, by network and layer; nothing is changed.
 
     Every kind and naming that sdtrain knows is read, with the alphas as they were trained.
 
@@ -32,10 +32,10 @@ def load_lora(path: Path | str, target: DiffusionPipeline | Mapping[str, nn.Modu
 
 
 def merge_lora(path: Path | str, target: DiffusionPipeline | Mapping[str, nn.Module], weight: float = 1.0) -> int:
-    """Add a LoRA file, times a weight, to the weights of a pipeline or of networks, in place; how many layers changed.
+    """Add a LoRA file, times a weight, to a pipeline's or networks' weights in place; return how many layers changed.
 
-    Kinds that diffusers cannot load, such as LoHa, LoKr and OFT, work too, for each becomes a change of the weights.
-    The weights of before do not come back, but by loading them again.
+    Kinds that diffusers cannot load, such as LoHa, LoKr and OFT, work too, for each becomes a change of the
+    weights. Only loading the weights again brings those of before back.
 
     Raises:
         UserError: see `load_lora`; then nothing was changed.

@@ -1,4 +1,4 @@
-"""`sdtrain merge`: a base model with LoRAs put into it."""
+"""`sdtrain merge`: writes a base model with LoRAs merged into it."""
 
 from __future__ import annotations
 
@@ -21,20 +21,26 @@ CPU = torch.device("cpu")
 
 
 def read_base(path: str, components: str = "") -> tuple[Model, Resolution]:
-    """A model on the CPU, its networks in float32, and the size of the pictures it was made for. Raises UserError."""
+    """Return a model on the CPU, with networks in float32, and the size of the pictures that it was made for.
+
+    Raises UserError.
+    """
     config = ModelConfig(path=path, components=components)
     opened = open_model(config, path)
     return load_model(opened, config, device=CPU, dtype=torch.float32), trained_size(opened)
 
 
 def trained_size(opened: OpenedModel) -> Resolution:
-    """The size of the pictures a model was made for: what its file says, or else that of its family."""
-    said = resolution_of(opened.metadata)
-    return said or opened.family.native_resolution(predicts_v=opened.prediction == "v_prediction")
+    """Return the size of the pictures that a model was made for, by its file or else by its family."""
+    size = resolution_of(opened.metadata)
+    return size or opened.family.native_resolution(predicts_v=opened.prediction == "v_prediction")
 
 
 def merge(base: str, files: Sequence[tuple[Path, float]], out: Path, layout: Layout, components: str = "") -> int:
-    """Write `base` with adapter files merged in, each times its weight; how many layers changed. Raises UserError."""
+    """Write `base` with adapter files merged in, each times its weight; return how many layers changed.
+
+    Raises UserError.
+    """
     model, size = read_base(base, components)
     adapters = [(read_lora(path, model.networks).adapters, weight) for path, weight in files]
     changed = merge_into(model.networks, adapters)

@@ -1,4 +1,4 @@
-"""Pictures from a finished run or from a weights file."""
+"""`sdtrain sample`: draws pictures with a finished run or a weights file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from sdtrain.training.start import stored_config
 from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
 
 SEEDS = (0, 1, 2, 3)
-"""Seeds that are drawn where none are named."""
+"""The seeds of the pictures where none are named."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures that were drawn, and with what."""
+    """Pictures that were drawn, and the weights that they show."""
 
     rows: list[list[Image.Image]]
-    """A row per prompt, a column per seed."""
+    """One row per prompt, one column per seed."""
     title: str
-    """The run and the step its weights are of."""
+    """The name of the run, and the step of its weights."""
 
 
 def sample(
@@ -46,14 +46,14 @@ def sample(
     *,
     overrides: Sequence[str] = (),
 ) -> list[list[Image.Image]]:
-    """Draw prompts x seeds with the averaged weights of a run: a row per prompt, a column per seed.
+    """Draw prompts x seeds with the averaged weights of a run; return one row per prompt, with one column per seed.
 
     Nothing is written. A seed means the same noise for every prompt, and the same as in the previews of a run.
 
     Args:
         source: a finished run's folder, or a weights file that sdtrain wrote.
         prompts: what to show.
-        seeds: one picture each.
+        seeds: one picture per seed and prompt.
         overrides: settings to change, each as `key=value`, for example `preview.guidance_scale=4.0`.
 
     Raises:
@@ -72,7 +72,7 @@ def sample_to_files(
     overrides: Sequence[str],
     console: Console,
 ) -> None:
-    """Draw prompts x seeds with the averaged weights in `source`: one file per picture, and a labelled grid."""
+    """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid."""
     drawn = draw(source, prompts, seeds, overrides)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     for index, pictures in enumerate(drawn.rows):
@@ -85,7 +85,7 @@ def sample_to_files(
 
 
 def draw(source: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:
-    """Pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
+    """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
     weights = _weights_file(source)
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
@@ -118,7 +118,7 @@ def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], ove
 
 
 def load_with_weights(run: Run, weights: Path) -> Model:
-    """The model of a run with the weights of a file in its layers. Raises UserError."""
+    """Return the model of a run with the weights of a file in its layers. Raises UserError."""
     method = run.config.method
     match method:
         case LoraConfig():

@@ -1,1 +1,1 @@
-"""Settings: declared, read, written. No torch here, so that `sdtrain check` is quick."""
+"""Settings: declared, read and written; no torch here, so that `sdtrain check` is quick."""

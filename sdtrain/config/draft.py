@@ -1,4 +1,4 @@
-"""A config read as far as it goes, so that one mistake does not hide the next.
+"""Reads a config as far as it goes, so that one mistake does not hide the next.
 
 What is wrong is told, and put out of the way: an unknown setting is left out, a wrong value gives way to its default or
 to a stand-in. So there is always a Config to go on with, beside a list of those settings that are not to be believed.
@@ -33,15 +33,15 @@ STAND_INS: dict[Location, Any] = {
     ("data", "folder", 0): {"path": ""},
     ("data", "folder", 0, "path"): "",
 }
-"""Values of settings without a default; 0 stands for any place in a list."""
+"""Values that stand in for settings without a default; 0 stands for any index of a list."""
 
 
 @dataclass(frozen=True)
 class Written:
     """A plain table as a person wrote it.
 
-    source: where it was read from. plain: as it stands there. table: with the overrides put in. problems: of overrides
-    that could not be.
+    source: where it was read from. plain: the table as it stands there. table: the same with the overrides put in.
+    overrides: those that were put in. problems: those of overrides that could not be.
     """
 
     source: str
@@ -53,7 +53,10 @@ class Written:
 
 @dataclass(frozen=True)
 class Draft:
-    """A config that may be wrong. doubtful: settings whose value in `config` is not what the user meant."""
+    """A config that may be wrong.
+
+    doubtful: the settings whose value in `config` is not what the user meant.
+    """
 
     written: Written
     config: Config
@@ -61,10 +64,12 @@ class Draft:
     problems: tuple[Problem, ...]
 
     def knows(self, *settings: str) -> bool:
-        """Whether all of these settings, and what is in them, are as the user meant them."""
-        places = [location_of(setting) for setting in settings]
+        """Return whether all of these settings, and all settings inside them, are as the user meant them."""
+        asked = [location_of(setting) for setting in settings]
         return not any(
-            begins_with(place, doubt) or begins_with(doubt, place) for place in places for doubt in self.doubtful
+            begins_with(location, doubt) or begins_with(doubt, location)
+            for location in asked
+            for doubt in self.doubtful
         )
 
     @property
@@ -73,13 +78,13 @@ class Draft:
         return not self.problems and not self.written.problems
 
     def with_problems(self, problems: Iterable[Problem]) -> Draft:
-        """The draft with more problems."""
+        """Return the draft with more problems."""
         return replace(self, problems=(*self.problems, *problems))
 
     def with_new_problems(self, problems: Iterable[Problem]) -> Draft:
-        """The draft with more problems, but for those that only follow from what is known to be wrong.
+        """Return the draft with more problems, except those that only follow from what is known to be wrong.
 
-        A place has the problems of whoever complained about it first.
+        Where a setting or a file has problems already, no more are added.
         """
         taken = {problem.where for problem in self.problems}
         return self.with_problems(
@@ -87,14 +92,14 @@ class Draft:
         )
 
     def require_sound(self) -> Config:
-        """The config. Raises UserError with everything that is wrong."""
+        """Return the config. Raises UserError with everything that is wrong."""
         if not self.is_sound:
             raise told(self.written, self.problems)
         return self.config
 
 
 def draft_of(written: Written) -> Draft:
-    """The draft of what was written: checked against the schema, then by each rule whose settings are known."""
+    """Return the draft of what was written: checked against the schema, then by each rule whose settings are known."""
     config, mistakes = _checked(written.table)
     wrong = [mistake.meant if mistake.unknown else mistake.setting for mistake in mistakes]
     draft = Draft(
@@ -107,13 +112,16 @@ def draft_of(written: Written) -> Draft:
 
 
 def draft_of_config(config: Config, source: str) -> Draft:
-    """The draft of a config that is right in itself. source: what it was read from, named in what the user is told."""
+    """Return the draft of a config that is right in itself. source: what it was read from, which messages name."""
     table = config.model_dump(mode="python")
     return Draft(Written(source, table, table), config, (), ())
 
 
 def told(written: Written, problems: Sequence[Problem]) -> UserError:
-    """The error that tells problems of what was written: the file's in its order, then those of the command line."""
+    """Return the error with all problems of what was written.
+
+    Those of the file come first, in its order, then those of the command line.
+    """
     own: list[tuple[tuple[float, ...], Problem]] = []
     given: list[tuple[int, Problem]] = []
     for problem in problems:
@@ -133,7 +141,10 @@ def _settings(problem: Problem) -> tuple[str, ...]:
 
 
 def _override_of(written: Written, problem: Problem) -> Override | None:
-    """The override a problem comes from; the place itself counts before the other settings it follows from."""
+    """Return the override that a problem comes from, None when it is the file's.
+
+    The setting that the problem names counts before the other settings that the problem follows from.
+    """
     settings = _settings(problem)
     if not begins_with(location_of(settings[0]), location_of(problem.where)):
         return None  # the place is a file, which is what has to be mended
@@ -150,7 +161,7 @@ def _at_override(problem: Problem, override: Override) -> Problem:
 
 
 def _checked(table: Table) -> tuple[Config, list[Mistake]]:
-    """The config in a table, as far as it can be told, and what is wrong with the table."""
+    """Return the config in a table, as far as it can be read, and what is wrong with the table."""
     try:
         return Config.model_validate(with_preset(table)), []
     except ValidationError as error:
@@ -163,7 +174,7 @@ def _checked(table: Table) -> tuple[Config, list[Mistake]]:
 
 
 def _mend(table: Table, mistake: Mistake) -> None:
-    """Take a mistake out of a table, in place."""
+    """Take a mistake out of a table; the table itself is changed."""
     setting = mistake.setting
     pattern = tuple(0 if isinstance(part, int) else part for part in setting)
     if mistake.unknown or pattern not in STAND_INS:
@@ -175,7 +186,7 @@ def _mend(table: Table, mistake: Mistake) -> None:
 
 
 def _inner(table: Table, setting: Location) -> Any:
-    """The table or list that a setting stands in."""
+    """Return the table or list that a setting stands in."""
     value: Any = table
     for part in setting[:-1]:
         value = value[part]

@@ -1,4 +1,4 @@
-"""Settings people bring from other tools that have no place here, and what to do instead."""
+"""Settings that people bring from other tools and that do not exist here, and what to do instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configs that are made in Python, not read from a file."""
+"""Makes configs in Python, rather than reading them from a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sdtrain.config.schema import Config
 
 
 def make_config(settings: Mapping[str, Any]) -> Config:
-    """The config that nested settings mean, as from a TOML file: the preset filled in, everything checked.
+    """Return the config that nested settings mean, as from a TOML file: the preset filled in, everything checked.
 
     Raises UserError with every problem found.
     """
@@ -19,5 +19,8 @@ def make_config(settings: Mapping[str, Any]) -> Config:
 
 
 def chosen_settings(config: Config) -> dict[str, Any]:
-    """The settings that were chosen when a config was made, as a TOML file would have them: no defaults, no preset."""
+    """Return the settings that were chosen when a config was made, as a TOML file would have them.
+
+    Defaults and the preset's values are left out.
+    """
     return config.model_dump(mode="python", exclude_unset=True)

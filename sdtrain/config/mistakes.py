@@ -1,4 +1,4 @@
-"""What the schema finds wrong in a plain table, in words for the person who wrote it."""
+"""Turns what the schema finds wrong in a plain table into words for the person who wrote it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True)
 class Mistake:
-    """What is wrong at a setting.
+    """One setting that is wrong, and what is wrong with it.
 
-    unknown: whether there is no such setting. meant: the setting that a misspelt one most likely stands for; what it
-    was to be is not known then.
+    unknown: whether there is no such setting. meant: the setting that a misspelt one most likely stands for, whose
+    value is then not known.
     """
 
     setting: Location
@@ -33,12 +33,15 @@ class Mistake:
 
 
 def mistakes_in(errors: Sequence[ErrorDetails], table: Table) -> list[Mistake]:
-    """One mistake per place, from what pydantic says of a table."""
+    """Return one mistake per setting, from what pydantic says about a table."""
     return _one_each([_mistake(details, table) for details in errors])
 
 
 def all_settings() -> list[str]:
-    """Paths of every setting as errors print them; of a list's tables those of the first: `data.folder[0].path`."""
+    """Return the paths of all settings as errors print them.
+
+    Of a list of tables only the settings of the first are there: `data.folder[0].path`.
+    """
     return [*_settings_below(Config, ""), *(f"method.{name}" for name in FullConfig.model_fields)]
 
 
@@ -63,7 +66,7 @@ def _mistake(details: ErrorDetails, table: Table) -> Mistake:
 
 
 def _setting(details: ErrorDetails, table: Table) -> Location:
-    """Where in the table an error lies: pydantic's location without its own labels for the members of unions."""
+    """Return where in the table an error lies: pydantic's location without its own labels for the members of unions."""
     labelled = details["loc"]
     if len(labelled) > 1 and labelled[0] == "method":
         labelled = ("method", *labelled[2:])  # the second is the kind of method
@@ -85,7 +88,7 @@ def _shown(value: Any) -> str:
 
 
 def _unknown(setting: Location, table: Table) -> tuple[str, Location | None]:
-    """What to say of a setting that does not exist, and the one that is meant."""
+    """Return what to say about a setting that does not exist, and the setting that is most likely meant."""
     key = str(setting[-1])
     if key in REFUSED:
         return REFUSED[key], None
@@ -137,9 +140,10 @@ def _settings_below(model: type[BaseModel], prefix: str) -> Iterator[str]:
 
 
 def _one_each(mistakes: Sequence[Mistake]) -> list[Mistake]:
-    """Unions report a value once per member: the first of each place is kept, with what the others allow.
+    """Keep one mistake per setting, with what the others allow, for unions report a value once per member.
 
-    Where one member accepts a list and only an entry of it is wrong, that the whole is no other member says nothing.
+    Where one member accepts a list and only an entry of it is wrong, it does not count that the whole is no other
+    member.
     """
     merged: dict[Location, Mistake] = {}
     for mistake in mistakes:

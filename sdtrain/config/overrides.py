@@ -1,4 +1,4 @@
-"""`--set KEY=VALUE`: settings changed on the command line, and which mistakes are theirs."""
+"""`--set KEY=VALUE`: changes settings on the command line, and tells which mistakes come from there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sdtrain.errors import Problem
 
 Table = dict[str, Any]
 MOST_SHOWN = 80
-"""Longest KEY=VALUE that is shown whole."""
+"""The length of the longest KEY=VALUE that is shown whole."""
 
 
 @dataclass(frozen=True)
 class Override:
-    """One setting changed on the command line. text: as it was given, KEY=VALUE."""
+    """One setting that was changed on the command line. text: the KEY=VALUE as it was given."""
 
     text: str
     setting: Location
@@ -27,18 +27,18 @@ class Override:
 
     @property
     def place(self) -> str:
-        """How errors name it."""
+        """The name of the override in errors."""
         return place_of(self.text)
 
 
 def place_of(text: str) -> str:
-    """`--set KEY=VALUE` on one line, cut where it is long."""
+    """Return `--set KEY=VALUE` on one line, cut where it is long."""
     line = " ".join(text.split())
     return f"--set {line if len(line) <= MOST_SHOWN else line[: MOST_SHOWN - 3] + '...'}"
 
 
 def read_override(text: str) -> Override | Problem:
-    """The override in a `KEY=VALUE` text, or what is wrong with the text."""
+    """Return the override in a `KEY=VALUE` text, or what is wrong with the text."""
     found = split_path(text)
     if found and found[1].startswith("="):
         return Override(text, found[0], _value(found[1][1:].strip()))
@@ -46,9 +46,9 @@ def read_override(text: str) -> Override | Problem:
 
 
 def apply_overrides(table: Mapping[str, Any], texts: Sequence[str]) -> tuple[Table, list[Override], list[Problem]]:
-    """A table with `KEY=VALUE` texts put in one after the other, those that went in, and what is wrong with the others.
+    """Put `KEY=VALUE` texts into a copy of a table, one after the other.
 
-    The table that was given stays as it is.
+    Returns the changed table, the overrides that went in, and what is wrong with the others.
     """
     changed = deepcopy(dict(table))
     applied: list[Override] = []
@@ -65,10 +65,10 @@ def apply_overrides(table: Mapping[str, Any], texts: Sequence[str]) -> tuple[Tab
 
 
 def responsible(overrides: Sequence[Override], plain: Mapping[str, Any], location: Location) -> Override | None:
-    """The override that a problem at a location comes from, None when it is the file's. plain: the file's table.
+    """Return the override that a problem at a location comes from, None when it is the file's. plain: the file's table.
 
-    What is missing is missing in what somebody made: where the file has nothing of it, that is an override. And what
-    an override changed a part of is no longer what the file said.
+    Something missing is blamed on whoever made the table that lacks it: where the file has none of that table, an
+    override did. And a setting that an override changed in part is no longer what the file said.
     """
     for override in reversed(overrides):
         if begins_with(location, override.setting):
@@ -96,7 +96,7 @@ def _value(text: str) -> Any:
 
 
 def _cannot_go_in(table: Mapping[str, Any], setting: Location) -> str:
-    """Why nothing can be put at a location; empty when it can. The place after a list's last is free."""
+    """Return why nothing can be put at a location; empty when it can. The index after a list's last is free."""
     value: Any = table
     for depth, part in enumerate(setting):
         here = f"`{path_text(setting[:depth])}`"
@@ -118,7 +118,7 @@ def _cannot_go_in(table: Mapping[str, Any], setting: Location) -> str:
 
 
 def _out_of_nothing(setting: Location, depth: int) -> str:
-    """As above, where nothing stands yet: a new list begins with its first entry."""
+    """Return the same where nothing stands yet: a new list begins with its first entry."""
     for at in range(depth, len(setting)):
         if isinstance(setting[at], int) and setting[at] != 0:
             return f"`{path_text(setting[:at])}` has no entries; [0] would add one"

@@ -1,4 +1,4 @@
-"""A setting's name in writing, `data.folder[0].path`, and as a location, ("data", "folder", 0, "path")."""
+"""A setting's name in two forms: as text, `data.folder[0].path`, and as a location, ("data", "folder", 0, "path")."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _INDEX = re.compile(r"\[([0-9]{1,9})\]\s*")
 
 
 def path_text(location: Location) -> str:
-    """A location as errors print it and `--set` reads it; keys with odd characters stand in quotes, as in TOML."""
+    """Return a location as errors print it and `--set` reads it; keys with odd characters are quoted, as in TOML."""
     text = ""
     for part in location:
         if isinstance(part, int):
@@ -27,7 +27,7 @@ def path_text(location: Location) -> str:
 
 
 def split_path(text: str) -> tuple[Location, str] | None:
-    """The location that a text begins with, and what follows it; None when it does not begin with one.
+    """Return the location that a text begins with, and what follows it; None when it does not begin with one.
 
     Keys without quotes may hold anything but dots, brackets and `=`, so that `method.ranks.*attn2*` needs none.
     """
@@ -49,18 +49,18 @@ def split_path(text: str) -> tuple[Location, str] | None:
 
 
 def location_of(where: str) -> Location:
-    """The location that an error's place names; of a place that is no setting, such as a file, one of a single key."""
+    """Return the location that an error names; for what is no setting, such as a file, a location of a single key."""
     found = split_path(where)
     return found[0] if found and not found[1] else (where,)
 
 
 def begins_with(location: Location, start: Location) -> bool:
-    """Whether a location is another one or lies in it."""
+    """Return whether a location is `start` or lies inside it."""
     return location[: len(start)] == start
 
 
 def holds(table: Mapping[str, Any], location: Location) -> bool:
-    """Whether a plain table has something at a location."""
+    """Return whether a plain table has something at a location."""
     value: Any = table
     for part in location:
         if isinstance(part, int):
@@ -73,7 +73,10 @@ def holds(table: Mapping[str, Any], location: Location) -> bool:
 
 
 def order_in(table: Mapping[str, Any], location: Location) -> tuple[float, ...]:
-    """Sorts locations as they stand in a table; what is missing comes last in its section, a whole after its parts."""
+    """Return a key that sorts locations as they stand in a table.
+
+    What is missing comes last in its section, and a whole comes after its parts.
+    """
     order: list[float] = []
     value: Any = table
     for part in location:
@@ -88,12 +91,12 @@ def order_in(table: Mapping[str, Any], location: Location) -> tuple[float, ...]:
 
 
 def toml_key(key: str) -> str:
-    """A key as TOML writes it, quoted where it must be."""
+    """Return a key as TOML writes it, quoted where it must be."""
     return key if _BARE.fullmatch(key) else toml_string(key)
 
 
 def toml_string(text: str) -> str:
-    """A basic string of TOML, with its quotes."""
+    """Return a text as a basic string of TOML, with its quotes."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 

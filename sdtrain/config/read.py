@@ -1,4 +1,4 @@
-"""A TOML file becomes a Config, or one error that lists everything that is wrong with it."""
+"""Turns a TOML file into a Config, or into one error that lists everything that is wrong with it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from sdtrain.errors import Problem, UserError, user_error
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The config in a TOML file, with `key=value` overrides and the preset's values filled in.
+    """Return the config in a TOML file, with `key=value` overrides and the preset's values filled in.
 
-    Raises UserError with every problem found: syntax, unknown keys, wrong types, values out of range, impossible pairs.
+    Raises UserError with every problem found: syntax, unknown keys, wrong types, values out of range, impossible
+    pairs.
     """
     return read_draft(path, overrides).require_sound()
 
 
 def read_draft(path: Path, overrides: Sequence[str] = ()) -> Draft:
-    """What a TOML file with `key=value` overrides says, as far as it can be told.
+    """Return what a TOML file with `key=value` overrides means, as far as it can be told.
 
     Raises UserError only where there is nothing to go on with: no such file, or no TOML.
     """
@@ -31,7 +32,10 @@ def read_draft(path: Path, overrides: Sequence[str] = ()) -> Draft:
 
 
 def read_written(path: Path, overrides: Sequence[str] = ()) -> Written:
-    """The plain table in a TOML file and the one that `key=value` overrides make of it. Raises UserError, see above."""
+    """Return the plain table in a TOML file and the one that overrides make of it.
+
+    Raises UserError as `read_draft` does.
+    """
     try:
         plain = read_table(path)
     except UserError as error:
@@ -41,13 +45,13 @@ def read_written(path: Path, overrides: Sequence[str] = ()) -> Written:
 
 
 def overridden(plain: Table, source: str, overrides: Sequence[str]) -> Written:
-    """A plain table that was read from `source`, and the one that `key=value` overrides make of it."""
+    """Return a plain table that was read from `source`, and the one that `key=value` overrides make of it."""
     table, applied, problems = apply_overrides(plain, overrides)
     return Written(source, plain, table, tuple(applied), tuple(problems))
 
 
 def read_table(path: Path) -> Table:
-    """The plain table in a TOML file. Raises UserError."""
+    """Return the plain table in a TOML file. Raises UserError where there is no such file, or no TOML in it."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -63,7 +67,7 @@ def read_table(path: Path) -> Table:
 
 
 def resolve(table: Table, source: str, overrides: Sequence[str] = ()) -> Config:
-    """The Config that a table means with overrides, preset filled in.
+    """Return the Config that a table means with overrides, preset filled in.
 
     Raises UserError with everything that is wrong, naming `source` and the overrides.
     """
@@ -73,7 +77,7 @@ def resolve(table: Table, source: str, overrides: Sequence[str] = ()) -> Config:
 def differences(
     before: Mapping[str, Any], after: Mapping[str, Any], above: Location = ()
 ) -> list[tuple[str, Any, Any]]:
-    """(setting, value before, value after) of everything that differs between two resolved configs."""
+    """Return (setting, value before, value after) for everything that differs between two resolved configs."""
     found = []
     for key in [*before, *(key for key in after if key not in before)]:
         found += _differences_of(before.get(key), after.get(key), (*above, key))

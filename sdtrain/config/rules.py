@@ -1,4 +1,4 @@
-"""Settings that are fine alone and impossible together, each with the reason."""
+"""Rules about settings that are fine alone and impossible together, each with the reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ NOT_A_MULTIPLE = f"is not a multiple of {LATENT_FACTOR_PX}, the VAE's factor"
 
 @dataclass(frozen=True)
 class Rule:
-    """What cannot be meant. settings: all that `check` looks at; where one of them is wrong, the rule says nothing."""
+    """One combination of settings that is impossible.
+
+    settings: all that `check` looks at; where one of them is wrong itself, the rule says nothing.
+    """
 
     settings: tuple[str, ...]
     check: Callable[[Config], Iterator[Problem]]
@@ -168,9 +171,9 @@ RULES = (
 
 
 def broken_rules(config: Config, knows: Callable[..., bool]) -> Iterator[Problem]:
-    """What is impossible in a config, each problem with the settings it follows from.
+    """Yield what is impossible in a config, each problem with the settings that it follows from.
 
-    knows: whether settings are as the user meant them; a rule about one that is not says nothing.
+    knows: tells whether settings are as the user meant them; a rule about one that is not says nothing.
     """
     for rule in RULES:
         if knows(*rule.settings):

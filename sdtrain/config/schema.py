@@ -16,7 +16,7 @@ Count = Annotated[int, Field(ge=1)]
 
 
 class Settings(BaseModel):
-    """Frozen, strict about keys; numbers are not read out of strings."""
+    """The behaviour of every section: it is frozen and strict about keys, and numbers are not read out of strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 

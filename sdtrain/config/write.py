@@ -1,4 +1,4 @@
-"""A Config becomes TOML again: the resolved config of a run."""
+"""Turns a Config into TOML again: the resolved config of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sdtrain.config.schema import Config
 
 
 def config_to_toml(config: Config) -> str:
-    """TOML text that reads back as the same config."""
+    """Return TOML text that reads back as the same config."""
     return "\n".join(_table(config.model_dump(mode="python"), "")).strip() + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The batches of every step, from the cache."""
+"""The batches of every step, put together from the cache."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from sdtrain.data.order import Order, dropped
 class Encoders:
     """What turns pictures and captions into what is trained on; handed in, so that no model is seen here.
 
-    Both are called with one thing at a time, on the CPU, and may return tensors on any device and in any dtype. They
-    must not draw from random generators: what they return is cached. The fingerprints name the weights that they use.
+    `pixels` and `captions` are called with one thing at a time, on the CPU, and may return tensors on any device
+    and in any dtype. They must not draw from random generators: what they return is cached. The fingerprints name
+    the weights that they use.
     """
 
     pixels: Callable[[Tensor], Tensor]  # (n, 3, H, W) float32 in [-1, 1] -> latents (n, c, h, w), scaled for the U-Net
@@ -30,7 +31,7 @@ class Encoders:
     vae_fingerprint: str
     text_fingerprint: str
     sizes: Callable[[Tensor], dict[str, Tensor]]
-    """(n, 6) float32 sizes as `Placement.sizes` has them -> what a model is told of them, of n each."""
+    """Maps sizes (n, 6), float32, in the order of `Placement.sizes`, to the tensors that a model is told of them."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Row:
-    """One picture, ready to be batched."""
+    """One picture and where its latents lie, ready to be batched."""
 
     example: Example
     placement: Placement
@@ -55,7 +56,7 @@ class _Row:
 
 
 class Batches:
-    """What every step sees: a pure function of (seed, step), whatever was asked for before."""
+    """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before."""
 
     def __init__(
         self,
@@ -74,18 +75,18 @@ class Batches:
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps after which every picture was seen `repeats` times; a step may reach into the next epoch."""
+        """The number of steps in which every picture is seen `repeats` times; a step may reach into the next epoch."""
         return self._order.steps_per_epoch
 
     @property
     def num_examples(self) -> int:
-        """Pictures in an epoch, repeats counted."""
+        """The number of pictures in an epoch, repeats counted."""
         return self._order.num_images
 
     def at(self, step: int) -> Iterator[tuple[Batch, float]]:
-        """The micro-batches of a step, counted from 0, each with its share of the step's pictures; shares sum to 1.
+        """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
-        Raises UserError if a cache entry was damaged or removed during the run.
+        Steps are counted from 0. Raises UserError if a cache entry was damaged or removed during the run.
         """
         batches = self._order.step(step)
         num_images = sum(len(numbers) for numbers in batches)
@@ -121,10 +122,11 @@ def prepare_batches(
     seed: int,
     on_progress: Callable[[str, int, int], None],
 ) -> Batches:
-    """Encodes what the cache folder lacks and puts the batches in order. `examples` must be scan_folders' order.
+    """Encode what the cache folder lacks and return the batches. `examples` must be in the order of scan_folders.
 
-    `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must be
-    encoded and cannot be read before any is encoded, if an encoding is not finite, and if the cache cannot be written.
+    `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
+    be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
+    written.
     """
     buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
     pictures = [(example, place(example.width_px, example.height_px, buckets)) for example in examples]

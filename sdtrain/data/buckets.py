@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: which sizes there are and how a picture goes into its one. Pure arithmetic on pixels."""
+"""Aspect-ratio buckets: which sizes there are, and how a picture goes into its own. Pure arithmetic on pixels."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Placement:
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Original height and width, crop top and left, target height and width, for models that are told them."""
+        """Original height and width, crop top and left, target height and width, in pixels, as models are told them."""
         (width, height), (target_width, target_height) = self.original, self.bucket
         return height, width, self.crop_top, self.crop_left, target_height, target_width
 
@@ -81,5 +81,5 @@ def place(width_px: int, height_px: int, buckets: Iterable[tuple[int, int]]) -> 
 
 
 def _divide(numerator: int, denominator: int) -> int:
-    """The nearest whole number, halves up: never below the bucket's side when the exact quotient is not."""
+    """Return the nearest whole number, halves up: never below the bucket's side when the exact quotient is not."""
     return (numerator + denominator // 2) // denominator

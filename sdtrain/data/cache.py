@@ -1,6 +1,6 @@
 """Encoded pictures and captions on disk, one small safetensors file each.
 
-A file is named by a hash of everything its content follows from, so that it is never stale: an edited picture is
+A file is named by a hash of everything that its content follows from, so that it is never stale: an edited picture is
 looked up under another name. Files appear whole or not at all, so that several runs may share the folder.
 """
 
@@ -28,22 +28,22 @@ _CHECKSUM = "checksum"
 
 
 class DamagedError(Exception):
-    """The file is not what was written."""
+    """The file of an entry is missing or is not what was written."""
 
 
 def latents_path(cache: Path, file_digest: bytes, placement: Placement, vae_fingerprint: str) -> Path:
-    """Where the latents of a picture file in this placement by this VAE stand."""
+    """Return the path of the latents of a picture file in this placement by this VAE."""
     geometry = (placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top)
     return _path(cache, "latents", file_digest, repr(geometry), vae_fingerprint, str(PIXELS_VERSION))
 
 
 def caption_path(cache: Path, caption: str, text_fingerprint: str) -> Path:
-    """Where the encoding of a caption by these text encoders stands."""
+    """Return the path of the encoding of a caption by these text encoders."""
     return _path(cache, "captions", caption, text_fingerprint)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes an entry, whole or not at all. Raises UserError if there is no room or no permission."""
+    """Write an entry, whole or not at all. Raises UserError if there is no room or no permission."""
     try:
         write_safetensors(path, planned(tensors), {_CHECKSUM: _checksum(tensors)})
     except UserError as error:
@@ -52,7 +52,7 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry, as they were written. Raises DamagedError, also if there is no file."""
+    """Return the tensors of an entry as they were written. Raises DamagedError, also if there is no file."""
     try:
         header = read_header(path)
         tensors = read_tensors(header)
@@ -64,7 +64,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def is_whole(path: Path, *, thorough: bool) -> bool:
-    """Whether an entry is there and undamaged: thoroughly by its checksum, or quickly by its header and length."""
+    """Return whether an entry is there and undamaged.
+
+    thorough: whether its checksum is compared, which reads it all, or only its header and length.
+    """
     try:
         if thorough:
             read(path)
@@ -76,23 +79,23 @@ def is_whole(path: Path, *, thorough: bool) -> bool:
 
 
 def num_bytes(paths: Iterable[Path]) -> int:
-    """Size of those of the files that exist."""
+    """Return the size in bytes of those of the files that exist."""
     return sum(path.stat().st_size for path in set(paths) if path.exists())
 
 
 @dataclass(frozen=True)
 class Entries:
-    """Entries ready for use: in memory if they were few enough, else on disk. The results are the same."""
+    """Cache entries ready for use, in memory if they were few enough, else on disk. The results are the same."""
 
     held: Mapping[Path, dict[str, Tensor]]
 
     def get(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of an entry. Raises UserError if its file was damaged or removed during the run."""
+        """Return the tensors of an entry. Raises UserError if its file was damaged or removed during the run."""
         return self.held[path] if path in self.held else _read_for_use(path)
 
 
 def hold(paths: Iterable[Path], budget_bytes: int) -> Entries:
-    """Takes the entries into memory if all of them together fit into the budget. Raises UserError as Entries.get."""
+    """Read the entries into memory if all of them together fit into the budget. Raises UserError as Entries.get."""
     distinct = set(paths)
     return Entries({path: _read_for_use(path) for path in distinct} if num_bytes(distinct) <= budget_bytes else {})
 
@@ -116,7 +119,7 @@ def _path(cache: Path, kind: str, *fields: str | bytes) -> Path:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """A CRC over names, dtypes, shapes and bytes: against damage, not against malice, so that reading stays quick."""
+    """Return a CRC over names, dtypes, shapes and bytes: against damage, not malice, so that reading stays quick."""
     crc = 0
     for name, tensor in sorted(tensors.items()):
         crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)

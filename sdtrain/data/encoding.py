@@ -1,8 +1,8 @@
-"""Encoding what the cache lacks, once: each picture and each caption alone.
+"""Encodes what the cache lacks, once: each picture and each caption alone.
 
 Alone, because the last bits of an encoding depend on how many are encoded together. So an entry follows from its
-picture only, and a run on a cache that grew over many edits gives the same bits as a run that starts from nothing.
-A single 1024 px picture keeps a GPU busy; memory stays that of one picture.
+picture only, and a run on a cache that grew over many edits gives the same bits as a run that starts from nothing. A
+single 1024 px picture keeps a GPU busy; memory stays that of one picture.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def encode_pictures(
     cache: Path,
     on_progress: Progress,
 ) -> list[Path]:
-    """The cache entries of the pictures, in their order; those that were missing or damaged are encoded.
+    """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
     `encode` takes (1, 3, H, W) and returns (1, c, h, w). Raises UserError with all pictures that would have to be
-    encoded and cannot be read, before any is encoded; and if an encoding is not finite.
+    encoded and cannot be read, before any is encoded; also if an encoding is not finite.
     """
     digests = map_ahead(_file_digest, [example.path for example, _ in pictures])
     paths: list[Path] = []
@@ -61,7 +61,7 @@ def encode_captions(
     cache: Path,
     on_progress: Progress,
 ) -> dict[str, Path]:
-    """The cache entry of each caption; those that were missing or damaged are encoded, each one once.
+    """Return the path of each caption's cache entry; entries missing or damaged are encoded first, each caption once.
 
     `encode` takes one caption and returns named tensors with a leading dimension of 1.
     """
@@ -74,13 +74,16 @@ def encode_captions(
 
 
 def _missing(wanted: dict[Path, T]) -> dict[Path, T]:
-    """What is not in the cache or damaged there. Checksums are checked where the entries will be read into memory."""
+    """Return what is not in the cache or damaged there.
+
+    Checksums are compared where the entries will be read into memory anyway.
+    """
     thorough = store.num_bytes(wanted) <= store.HELD_BYTES
     return {path: thing for path, thing in wanted.items() if not store.is_whole(path, thorough=thorough)}
 
 
 def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
-    """Raises UserError with all pictures that cannot be read or that are not what was scanned."""
+    """Raise UserError with all pictures that cannot be read or that are not what was scanned."""
 
     def reason(picture: Picture) -> str:
         example, _ = picture
@@ -117,7 +120,7 @@ def _file_digest(path: Path) -> bytes:
 
 
 def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:
-    """Writes the only row of each tensor. Raises UserError if a number is not finite: it would ruin every later run."""
+    """Write the only row of each tensor. Raises UserError if a number is not finite: it would ruin every later run."""
     rows = {name: tensor[0].detach().to("cpu") for name, tensor in encoded.items()}
     if not all(torch.isfinite(row).all() for row in rows.values()):
         what = f"the {encoder} gives NaN or infinity for it; its weights are damaged or do not belong to this model"

@@ -41,8 +41,8 @@ class Order:
     def step(self, step: int) -> list[tuple[int, ...]]:
         """Return the micro-batches of a step; a picture is named by its number."""
         first = step * self._accumulation
-        places = (divmod(place, self.batches_per_epoch) for place in range(first, first + self._accumulation))
-        return [self.epoch(epoch)[place] for epoch, place in places]
+        positions = (divmod(index, self.batches_per_epoch) for index in range(first, first + self._accumulation))
+        return [self.epoch(epoch)[position] for epoch, position in positions]
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """Return all micro-batches of an epoch in the order in which they are seen."""

@@ -1,15 +1,15 @@
-"""The names that layers and parameters had before peft put adapters around them; by name alone, no peft, no torch."""
+"""The names that layers and parameters had before peft put adapters around them, by name alone: no peft, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 BELOW = ".base_layer"
-"""What peft calls the frozen layer inside an adapter."""
+"""The name that peft gives to the frozen layer inside an adapter."""
 
 
 def plain_names(names: Iterable[str]) -> dict[str, str]:
-    """Name without adapters -> name now, of everything that is no adapter, in the order given.
+    """Return name without adapters -> name now, for everything that is no adapter, in the order given.
 
     `names` are all modules, or all parameters, of one network. A layer with an adapter is named `x` and holds the
     frozen `x.base_layer` and the adapter's own parts; the frozen one counts as `x` and the parts are left out.

@@ -1,4 +1,4 @@
-"""The families there are, and which of them a model is of."""
+"""All families that are known, and how to tell which of them a model is of."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from sdtrain.families.words import Component
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (SDXL, SD1, SD2)}
 FIRST_LAYER = "input_blocks.0.0.weight"
-"""The U-Net's first layer, below the family's prefix: every single file has it."""
+"""The key of the U-Net's first layer, below the family's prefix, which every single file has."""
 
 
 def family_of_file(names: Collection[str]) -> Family | None:
-    """The family of a single file, by the names of its U-Net and its text encoders; None for no whole checkpoint."""
+    """Return the family of a single file by the names of its tensors; None where it is no whole checkpoint."""
     for family in FAMILIES.values():
         prefixes = tuple(encoder.prefix for encoder in family.text_encoders)
         if family.unet_prefix + FIRST_LAYER in names and any(name.startswith(prefixes) for name in names):
@@ -24,10 +24,10 @@ def family_of_file(names: Collection[str]) -> Family | None:
 
 
 def family_of_folder(parts: Collection[str], unet: Mapping[str, object], pipeline: str) -> Family | None:
-    """The family of a diffusers folder; None for one with more text encoders than any family has.
+    """Return the family of a diffusers folder; None for one with more text encoders than any family has.
 
     Args:
-        parts: names of its sub-folders.
+        parts: the names of its sub-folders.
         unet: the U-Net's configuration.
         pipeline: the class that `model_index.json` names, which decides where only one family has it.
     """
@@ -45,12 +45,12 @@ def family_of_folder(parts: Collection[str], unet: Mapping[str, object], pipelin
 def family_of_networks(
     components: Collection[Component | str], *, takes_sizes: bool | None, text_widths: Collection[int]
 ) -> Family:
-    """The family that networks in memory are of, be it all of a model or some.
+    """Return the family that networks in memory are of, be they all or some of a model's.
 
     Args:
-        components: what the networks are called.
-        takes_sizes: whether the U-Net is told sizes; None: the U-Net is not among them.
-        text_widths: widths of text that their layers read.
+        components: the names of the networks.
+        takes_sizes: whether the U-Net is told sizes; None where the U-Net is not among them.
+        text_widths: the widths of text that their layers read.
     """
     fitting = [
         family

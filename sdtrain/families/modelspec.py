@@ -1,4 +1,4 @@
-"""Metadata of model files after Stability AI's model specification 1.0.1, which inference tools display and obey."""
+"""Header entries after Stability AI's model specification 1.0.1, which inference tools display and obey."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from sdtrain.families.words import Resolution
 
 @dataclass(frozen=True)
 class Description:
-    """What people should read about a file. resolution_px: the size of pictures it was trained on; date: ISO 8601."""
+    """What people should read about a file.
+
+    resolution_px: the size of the pictures that it was trained on. date: in ISO 8601, empty for now.
+    """
 
     title: str
     resolution_px: Resolution
@@ -22,11 +25,14 @@ class Description:
     text: str = ""
     license: str = ""
     more: Mapping[str, str] = field(default_factory=dict)
-    """Further header entries as they are, such as the run's settings."""
+    """Further header entries, which are written as they are, such as the run's settings."""
 
 
 def spec_metadata(description: Description, family: Family, scheduler: Mapping[str, Any]) -> dict[str, str]:
-    """Header entries of a whole checkpoint. The hash is added by the writer, which alone knows the bytes."""
+    """Return the header entries of a whole checkpoint. The writer adds the hash, as it alone knows the bytes.
+
+    scheduler: the configuration of the noise schedule, which says what the model predicts.
+    """
     predicts_v = scheduler.get("prediction_type") == "v_prediction"
     entries = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -47,7 +53,10 @@ def spec_metadata(description: Description, family: Family, scheduler: Mapping[s
 
 
 def lora_words(family: Family, *, predicts_v: bool, resolution_px: int) -> dict[str, str]:
-    """Header entries of a LoRA on the model below it, in the standard's words and in those of sd-scripts."""
+    """Return the header entries of a LoRA that name the model below it, in the standard's and in sd-scripts' words.
+
+    resolution_px: the longer side of the pictures that it was trained on.
+    """
     words = family.words
     return {
         "modelspec.architecture": f"{family.architecture(predicts_v=predicts_v, resolution_px=resolution_px)}/lora",

@@ -1,7 +1,7 @@
 """The names of tensors in the original checkpoint layout, derived by rule from diffusers' names.
 
-Only one direction is written down: from a network's own parameter names to the place in the original layout. The way
-back is the inverse of that table, so that the two can never disagree.
+Only one direction is written down: from a network's own parameter names to the original layout. The other direction is
+the inverse of that mapping, so that the two can never disagree.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ Form = Literal["same", "transposed", "convolution"]
 class Place:
     """Where a parameter lies in the original layout.
 
-    third: which third of the rows of a fused query-key-value matrix it is; None for a tensor of its own.
-    form: `transposed` matrices stand there as (in, out), a `convolution` has two trailing ones in its shape.
+    key: the name of the tensor. third: which third of the rows of a fused query-key-value matrix it is; None for a
+    tensor of its own. form: `transposed` matrices are stored as (in, out), a `convolution` has two trailing ones in
+    its shape.
     """
 
     key: str
@@ -31,9 +32,10 @@ class Place:
 
 
 def places_of(family: Family, component: Component, names: Iterable[str]) -> dict[str, Place]:
-    """The place, prefix included, of every parameter of a network.
+    """Return where every parameter of a network lies in the original layout, prefix included.
 
-    Text encoders' names start with `text_model.` or, as transformers 5 has it for encoders without projection, not.
+    Names of text encoders may begin with `text_model.` or not: transformers 5 leaves it out for encoders without
+    projection.
     """
     prefix = family.prefix_of(component)
     names = list(names)
@@ -69,7 +71,7 @@ RESNET = {
 
 
 def original_unet_names(layers: Iterable[str]) -> dict[str, str]:
-    """Original names, without prefix, of a U-Net's layers by their own; layers that no rule knows are left out."""
+    """Return a U-Net layer's own name -> original name, without prefix; layers that no rule knows are left out."""
     names = [f"{layer}.weight" for layer in layers]
     rule = _unet_names(names)
     found = {name: rule(name) for name in names}
@@ -88,14 +90,21 @@ def _unet_rule(names: list[str]) -> Callable[[str], Place]:
 
 
 def _unet_names(names: list[str]) -> Callable[[str], str | None]:
-    """From the U-Net's own names to original ones; `names` are all of them, from which the blocks are counted."""
+    """Return the rule from the U-Net's own names to original ones.
+
+    names: all names of the U-Net, from which its blocks are counted.
+    """
     resnets = {match[1] for name in names if (match := re.match(r"down_blocks\.0\.resnets\.(\d+)\.", name))}
     attends = {match[1] for name in names if (match := re.match(r"up_blocks\.(\d+)\.attentions\.", name))}
     return lambda name: _unet_key(name, len(resnets), attends)
 
 
 def _unet_key(name: str, layers: int, attends: set[str]) -> str | None:
-    """Blocks are numbered through: each down block has its layers and a downsampler, each up block a layer more."""
+    """Return the original name of a parameter, None where no rule knows it.
+
+    The original layout numbers blocks through: each down block has its layers and a downsampler, each up block a
+    layer more.
+    """
     stem, _, leaf = name.rpartition(".")
     if stem in UNET_ENDS:
         return f"{UNET_ENDS[stem]}.{leaf}"
@@ -137,7 +146,10 @@ def _vae_rule(names: list[str]) -> Callable[[str], Place]:
 
 
 def _vae_place(name: str, blocks: int) -> Place:
-    """The original counts the decoder's blocks from the finest, diffusers from the coarsest."""
+    """Return where a parameter of the VAE lies; the original counts the decoder's blocks from the finest.
+
+    diffusers counts them from the coarsest.
+    """
     name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
     if match := re.match(r"(\w+)\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
         side, layer, leaf = match.groups()
@@ -155,14 +167,14 @@ def _vae_place(name: str, blocks: int) -> Place:
 
 
 def old_vae_name(name: str) -> str:
-    """The name a parameter of the VAE's attention had in older diffusers folders; others keep theirs."""
+    """Return the name that a parameter of the VAE's attention had in older diffusers folders; others keep theirs."""
     for new, old in OLD_VAE_ATTENTION.items():
         name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
     return name
 
 
 def new_vae_name(name: str) -> str:
-    """The way back from `old_vae_name`; names that are new already stay."""
+    """Return the present name of a parameter that `old_vae_name` renamed; names that are new already stay."""
     for new, old in OLD_VAE_ATTENTION.items():
         name = name.replace(f"attentions.0.{old}.", f"attentions.0.{new}.")
     return name
@@ -186,9 +198,9 @@ OPEN_CLIP_LAYERS = {
 
 
 def with_text_prefix(name: str) -> str:
-    """The name of a text encoder's layer or parameter in files: below `text_model.`, but for the projection.
+    """Return the name of a text encoder's layer or parameter in files: below `text_model.`, except for the projection.
 
-    transformers 5 dropped the prefix from one of the two classes.
+    transformers 5 dropped the prefix from one of its two classes.
     """
     return name if name.split(".")[0] in ("text_model", "text_projection") else f"text_model.{name}"
 

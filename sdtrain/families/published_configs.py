@@ -1,4 +1,4 @@
-"""The published configurations of SDXL, and what other families change; facts that tensor shapes cannot tell.
+"""The published configurations of SDXL, of which other families change some entries: what tensor shapes cannot tell.
 
 Source: the config files of stabilityai/stable-diffusion-xl-base-1.0. The U-Net has 2,567,463,684 parameters in 1,680
 tensors, the VAE 83,653,863, the text encoders 123,060,480 and 694,659,840.
@@ -74,7 +74,7 @@ OPEN_CLIP_G_TEXT: dict[str, Any] = {
 }
 
 HEAD_WIDTH = 64
-"""Channels of an attention head, in all networks but the U-Net of SD 1.x."""
+"""The channels of an attention head, in all networks but the U-Net of SD 1.x."""
 
 SCHEDULER: dict[str, Any] = {
     "_class_name": "EulerDiscreteScheduler",

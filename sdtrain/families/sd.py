@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x and 2.x and their fine-tunes."""
+"""The records of Stable Diffusion 1.x and 2.x and their fine-tunes."""
 
 from __future__ import annotations
 

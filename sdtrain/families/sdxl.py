@@ -1,4 +1,4 @@
-"""SDXL, its fine-tunes and its smaller relatives."""
+"""The record of SDXL, its fine-tunes and its smaller relatives."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ SDXL = Family(
 )
 
 REFINER_TEXT = "conditioner.embedders.0.model."
-"""What marks SDXL's refiner, which is no base model: its only text encoder lies in the first one's place."""
+"""The prefix that marks SDXL's refiner, which is no base model: its only text encoder lies where the first should."""

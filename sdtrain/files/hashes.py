@@ -1,4 +1,4 @@
-"""What other tools know a file by: hashes of its tensors, taken while they are written."""
+"""The hashes by which other tools know a file, taken of its tensors while they are written."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ import hashlib
 from dataclasses import dataclass
 
 LEGACY_WINDOW = (0x100000, 0x110000)
-"""The bytes of a file that the first LoRA tools hashed."""
+"""The range of bytes of a file that the first LoRA tools hashed."""
 
 
 @dataclass(frozen=True)
 class Hashes:
-    """What the tensors of a file hash to."""
+    """The hashes of a file's tensors."""
 
     data: str
-    """SHA-256 of all bytes after the header, which is what readers compare `sshs_model_hash` with."""
+    """The SHA-256 of all bytes after the header, which is what readers compare `sshs_model_hash` with."""
     legacy: str
-    """First 8 digits of the SHA-256 of bytes 0x100000 to 0x110000 of the file as it is with `ss_` metadata alone."""
+    """The first 8 digits of the SHA-256 of LEGACY_WINDOW, in the file as it would be with `ss_` metadata alone."""
 
 
 NO_HASHES = Hashes("0" * 64, "0" * 8)
-"""What stands in a header until the tensors are written; as long as real ones, so that nothing moves."""
+"""Stands in a header until the tensors are written; it is as long as real hashes, so that nothing moves."""
 
 
 class Hasher:
-    """Takes the bytes of the tensors in the order of the file."""
+    """Hashes the bytes of a file's tensors as they are written."""
 
     def __init__(self, legacy_start: int) -> None:
-        """legacy_start: where the tensors begin in the file with `ss_` metadata alone, in bytes."""
+        """Begin before the first tensor.
+
+        legacy_start: where the tensors begin, in bytes, in the file as it would be with `ss_` metadata alone.
+        """
         self._position = legacy_start
         self._data, self._legacy = hashlib.sha256(), hashlib.sha256()
 
     def update(self, chunk: memoryview) -> None:
-        """The next bytes."""
+        """Hash the next bytes, in the order of the file."""
         self._data.update(chunk)
         first, last = (max(0, min(len(chunk), edge - self._position)) for edge in LEGACY_WINDOW)
         self._legacy.update(chunk[first:last])
         self._position += len(chunk)
 
     def hashes(self) -> Hashes:
-        """Of all bytes so far."""
+        """Return the hashes of all bytes so far."""
         return Hashes(self._data.hexdigest(), self._legacy.hexdigest()[:8])

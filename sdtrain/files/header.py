@@ -1,4 +1,4 @@
-"""The header of a safetensors file: names, types, shapes and places of its tensors, read without torch."""
+"""Reads the header of a safetensors file without torch: which tensors it holds and where their bytes lie."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sdtrain.errors import Problem, UserError, user_error
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 LARGEST = 2**56
-"""Numbers in a tensor; more cannot be counted in bytes, even where a side of none makes it empty."""
+"""The most numbers in a tensor, counted as if no side were 0; more could not be counted in bytes."""
 PICKLE_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 SETTINGS = ("model.path", "model.vae", "model.components")
 BITS = {
@@ -31,12 +31,15 @@ SCALARS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h
     "U16": "H",
     "U8": "B",
 }
-"""Types of single numbers, as the module `struct` spells them."""
+"""The types whose single numbers can be read, and how the module `struct` spells them."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its type as the format spells it, its shape, and where its bytes lie in the file."""
+    """One tensor of a file: its type as the format spells it, its shape, and where its bytes lie in the file.
+
+    start and end: byte positions counted from the beginning of the file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -46,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds."""
+    """What a safetensors file holds: its tensors by name, and its metadata."""
 
     path: Path
     entries: dict[str, Entry]
@@ -54,7 +57,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The checked header of a whole safetensors file.
+    """Read and check the header of a whole safetensors file.
 
     Raises UserError for a pickle, a truncated file, or anything else whose bytes are not what its header promises.
     """
@@ -81,7 +84,7 @@ def read_header(path: Path) -> Header:
 
 
 def _require_file(path: Path) -> None:
-    """Opening a pipe would wait for ever, and a device has no size."""
+    """Refuse what is no regular file: opening a pipe would wait for ever, and a device has no size."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise user_error(str(path), path.name, "is a folder, not a safetensors file; name the file in it")
@@ -106,29 +109,29 @@ def _parse(path: Path, text: bytes, data_start: int, file_bytes: int) -> Header:
         content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles)
         if not isinstance(content, dict):
             raise TypeError("it is no JSON table")
-        metadata = content.pop("__metadata__", None) or {}
+        stored = content.pop("__metadata__", None) or {}
         entries = {_printable(name): _entry(name, value, data_start) for name, value in content.items()}
-        said = {_printable(str(key)): _printable(str(value)) for key, value in metadata.items()}
+        metadata = {_printable(str(key)): _printable(str(value)) for key, value in stored.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise user_error(str(path), path.name, f"has a damaged safetensors header ({error}); fetch it again") from None
     problem = _size_problem(entries, data_start, file_bytes)
     if problem:
         raise user_error(str(path), path.name, problem)
-    return Header(path, entries, said)
+    return Header(path, entries, metadata)
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON table; readers do not agree which of two equal names counts."""
+    """Return a JSON table. Raises ValueError for equal names, as readers do not agree which of two counts."""
     table = dict(pairs)
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
-        double = next(name for place, name in enumerate(names) if name in names[:place])
+        double = next(name for index, name in enumerate(names) if name in names[:index])
         raise ValueError(f"`{double}` stands in it twice")
     return table
 
 
 def _printable(text: str) -> str:
-    """The text itself. Raises ValueError for halves of characters, which JSON can spell and no screen can show."""
+    """Return the text itself. Raises ValueError for halves of characters, which JSON can spell and no screen shows."""
     text.encode("utf-8")
     return text
 
@@ -147,7 +150,7 @@ def _entry(name: str, value: dict[str, Any], data_start: int) -> Entry:
 
 
 def _size_problem(entries: dict[str, Entry], data_start: int, file_bytes: int) -> str:
-    """What is wrong between the header and the bytes behind it; empty when nothing is."""
+    """Return what is wrong between the header and the bytes behind it; empty when nothing is."""
     expected = data_start
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.dtype not in BITS:
@@ -164,9 +167,10 @@ def _size_problem(entries: dict[str, Entry], data_start: int, file_bytes: int) -
 
 
 def read_scalars(header: Header, suffix: str) -> dict[str, float]:
-    """Values of the one-element tensors whose names end in `suffix`, by name; types that are no numbers are left out.
+    """Return the values of the one-element tensors whose names end in `suffix`, by name.
 
-    Raises UserError when the file changed since its header was read.
+    Tensors whose type is not in SCALARS or BF16 are left out. Raises UserError when the file changed since its
+    header was read.
     """
     values = {}
     try:
@@ -188,10 +192,10 @@ def _number(dtype: str, raw: bytes) -> float:
 
 
 def header_bytes(shapes: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """Length and JSON header of a safetensors file, padded with blanks to a multiple of eight bytes.
+    """Return the length and the JSON header of a safetensors file, padded with blanks to a multiple of eight bytes.
 
-    shapes: type and shape of every tensor, in the order their bytes will follow. Metadata is sorted, so that the same
-    content gives the same bytes.
+    shapes: type and shape of every tensor, in the order in which their bytes will follow. Metadata is sorted, so
+    that the same content gives the same bytes.
     """
     content: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     start = 0
@@ -205,7 +209,7 @@ def header_bytes(shapes: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapp
 
 
 def explain(error: UserError) -> str:
-    """A UserError about a file in one sentence, to stand at the setting that names the file."""
+    """Return a UserError about a file as one sentence, to stand at the setting that names the file."""
     return "; ".join(_sentence(error.source, problem) for problem in error.problems)
 
 

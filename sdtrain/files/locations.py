@@ -1,4 +1,4 @@
-"""Where the things lie that a config names: inside the package, or where the path says."""
+"""Finds the things that a config names: inside the package, or where the path says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BUILTIN_FOLDER = Path(__file__).resolve().parents[1] / "builtin"
 
 
 def location(path: str) -> Path:
-    """The file or folder of a path in a config; `builtin:NAME` is inside the package, `~` is the user's home."""
+    """Return the file or folder of a path in a config; `builtin:NAME` is inside the package, `~` is the user's home."""
     if path.startswith(BUILTIN):
         return BUILTIN_FOLDER / path.removeprefix(BUILTIN)
     return Path(path).expanduser()

@@ -1,8 +1,8 @@
 """Names of files that are not finished, and what becomes of those that a killed process left.
 
-A file is written under such a name beside its place and renamed when it is whole. The name begins with a dot and says
-who writes: `.model.safetensors.1f3a9c02-4711-8d5e01aa.partial` is process 4711 of the machine 1f3a9c02, and the last
-part tells its own files apart. So the next writer in the folder can see that nobody will finish the file.
+A file is written under such a name in the folder it belongs to and renamed when it is whole. The name begins with a dot
+and says who writes: `.model.safetensors.1f3a9c02-4711-8d5e01aa.partial` is process 4711 of the machine 1f3a9c02, and
+the last part tells its own files apart. So the next writer in the folder can see that nobody will finish the file.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from pathlib import Path
 from typing import Literal
 
 End = Literal["partial", "old"]
-"""`partial` is worth nothing. `old` is a whole folder, moved aside for the moment until the new one has its name."""
+"""`partial` is unfinished and worth nothing; `old` is a whole folder, moved aside until the new one has its name."""
 
 NAME = re.compile(r"\.(?P<name>.+)\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}\.(?P<end>partial|old)")
 SHOWN_LETTERS = 48
-"""So much of a long name is kept in a `partial` one: file systems allow 255 bytes, some of which the rest needs."""
+"""How many letters of a name a `partial` one keeps: file systems allow 255 bytes, and the rest needs some of them."""
 UNTOUCHED_ELSEWHERE_S = 3600.0
 UNTOUCHED_HERE_S = 24 * 3600.0
-"""After so long without a change a file is left over whoever seems to write it: numbers of processes are used again."""
+"""After this time without a change a file is left over, even where its process runs: process numbers are reused."""
 
 
 def temporary_name(path: Path, end: End) -> Path:
-    """A fresh name beside `path`; no two calls give the same, in whatever thread, process or machine."""
+    """Return a fresh name beside `path`; no two calls give the same, in whatever thread, process or machine."""
     shown = path.name[:SHOWN_LETTERS] if end == "partial" else path.name
     return path.with_name(f".{shown}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}.{end}")
 
 
 @cache
 def _machine() -> str:
-    """Eight digits for this machine and, in a container, its own count of processes."""
+    """Return eight digits for this machine and, in a container, for its own numbering of processes."""
     try:
         processes = Path("/proc/self/ns/pid").stat().st_ino
     except OSError:  # not Linux
@@ -47,15 +47,16 @@ def _machine() -> str:
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a name is one of ours for things that are not finished: never a result."""
+    """Return whether a name is one that we give to unfinished things, which are never a result."""
     return NAME.fullmatch(path.name) is not None
 
 
 def is_left_over(path: Path) -> bool:
-    """Whether nobody will finish what lies under a temporary name.
+    """Return whether nobody will finish what lies under a temporary name.
 
-    That is so when the process that its name gives has ended. Of processes on another machine nothing is known here,
-    so theirs are left over after an hour without a change; those of a living process of this machine after a day.
+    That is so when the process that its name gives has ended. Of processes on another machine nothing is known
+    here, so theirs are left over after an hour without a change; those of a living process of this machine after a
+    day.
     """
     found = NAME.fullmatch(path.name)
     if found is None:
@@ -79,7 +80,7 @@ def _is_running(process: int) -> bool:
 
 
 def _untouched_s(path: Path) -> float:
-    """Seconds since anything in a file or folder changed; 0 when it is gone meanwhile."""
+    """Return the seconds since anything in a file or folder changed; 0 when it is gone meanwhile."""
     try:
         newest = max(entry.lstat().st_mtime for entry in (path, *path.rglob("*")))
     except OSError:

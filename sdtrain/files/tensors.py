@@ -1,4 +1,4 @@
-"""Tensors in and out of safetensors files, one at a time: never a second copy of a model in memory.
+"""Reads and writes tensors of safetensors files, one at a time: never a second copy of a model in memory.
 
 The reader and the writer are our own (the format is a length, a JSON header and the tensors): a file can be gigabytes,
 so it is hashed while it is written, its size is known before the first byte, and the same tensors give the same bytes.
@@ -39,12 +39,12 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Seal = Callable[[Hashes], Mapping[str, str]]
-"""Metadata that follows from the hashes of the tensors; as long for one file's hashes as for another's."""
+"""Maps the hashes of the tensors to metadata, which must be as long for one file's hashes as for another's."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that will be written: its type and shape now, its values when it is its turn."""
+    """A tensor that will be written: its type and shape now, its values only when it is its turn."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -52,12 +52,12 @@ class Planned:
 
     @property
     def num_bytes(self) -> int:
-        """Its size in the file."""
+        """The size of the tensor in the file, in bytes."""
         return math.prod(self.shape) * BITS[NAMES[self.dtype]] // 8
 
 
 def planned(tensors: Mapping[str, Tensor]) -> dict[str, Planned]:
-    """Tensors that are in memory already, to be written as they are."""
+    """Return tensors that are in memory already as ones that will be written as they are."""
     return {name: _as_it_is(tensor) for name, tensor in tensors.items()}
 
 
@@ -75,8 +75,8 @@ def write_safetensors(
 ) -> Hashes:
     """Write a file whole or not at all. Returns the hashes of its tensors; without a seal nothing is hashed.
 
-    seal: what else stands in the header once the tensors and with them their hashes are known. finite_only: whether a
-    value that is not finite in its type is refused. Raises UserError then, and as `atomic_file` does.
+    seal: gives the metadata that is added once the tensors, and with them their hashes, are known. finite_only:
+    whether a value that is not finite in its type is refused. Raises UserError then, and as `atomic_file` does.
     """
     # The widest types first, as the format advises, so that every tensor is aligned to its type.
     order = sorted(tensors, key=lambda name: (-BITS[NAMES[tensors[name].dtype]], name))
@@ -120,7 +120,7 @@ def _not_finite(values: Tensor, dtype: torch.dtype) -> str:
 
 
 def read_tensors(header: Header) -> dict[str, Tensor]:
-    """All tensors of a file, on the CPU, as stored.
+    """Read all tensors of a file, on the CPU, as they are stored.
 
     Raises UserError when the file changed since its header was read.
     """
@@ -132,7 +132,7 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
 
 
 def read_tensor(file: FileIO, entry: Entry, third: int | None = None) -> Tensor:
-    """One tensor as it is stored, or a third of its rows.
+    """Read one tensor as it is stored, or with `third` that third of its rows.
 
     Bytes are read straight into the tensor. A memory map would show the same pages a second time in the process's
     resident size and would crash the run if the file were overwritten meanwhile.
@@ -148,7 +148,7 @@ def read_tensor(file: FileIO, entry: Entry, third: int | None = None) -> Tensor:
 
 
 def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    """Return the bytes of a contiguous tensor on the CPU, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
 
 

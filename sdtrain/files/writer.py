@@ -4,7 +4,7 @@
 - It is on the disk when the call returns, in a power cut too: the file before it gets its name, its folder after that.
 - Room is looked for before the first byte, where the size is known.
 - What the operating system refuses is told as a sentence: a UserError that says what to do.
-- Only a regular file takes the place of a file and only a folder that of a folder; a link stays, what it means is
+- Only a regular file replaces a file and only a folder replaces a folder; a link stays, and what it points to is
   written.
 - What a killed process left under a temporary name is removed by the next writer in that folder (`temporary`).
 """
@@ -25,65 +25,68 @@ from sdtrain.errors import UserError, user_error
 from sdtrain.files.temporary import remove, remove_left_overs, temporary_name
 
 SPARE_BYTES = 64 * 2**20
-"""At most this much disk space is left to others, and no more than a hundredth of what is written."""
+"""The most disk space that is left to others; it is no more than a hundredth of what is written either."""
 
 
 @contextmanager
 def atomic_file(path: Path, num_bytes: int = 0) -> Iterator[BinaryIO]:
-    """An open file whose content is that of `path` once the block has ended well; else nothing has changed.
+    """Open a file whose content becomes that of `path` once the block has ended well; else nothing has changed.
 
     num_bytes: how much will be written, as far as it is known. Raises UserError when there is no room for it, when
-    `path` is no place for a file, and when the file cannot be written.
+    no file can stand at `path`, and when the file cannot be written.
     """
     with _told(path):
-        place = _prepared(path, stat.S_ISREG, num_bytes)
-        partial = temporary_name(place, "partial")
+        target = _prepared(path, stat.S_ISREG, num_bytes)
+        partial = temporary_name(target, "partial")
         try:
             with partial.open("xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(place)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
-    _sync_names(place.parent)
+    _sync_names(target.parent)
 
 
 @contextmanager
 def atomic_folder(path: Path, num_bytes: int = 0) -> Iterator[Path]:
-    """A new folder that becomes `path` once the block has ended well; else nothing has changed.
+    """Make a new folder that becomes `path` once the block has ended well; else nothing has changed.
 
-    A folder that is there already is moved aside, not deleted, before the new one has its name: after a kill between
-    the two renames the next writer gives it its name back. Raises UserError as `atomic_file` does.
+    A folder that is there already is moved aside, not deleted, before the new one has its name: after a kill
+    between the two renames the next writer gives it its name back. Raises UserError as `atomic_file` does.
     """
     with _told(path):
-        place = _prepared(path, stat.S_ISDIR, num_bytes)
-        partial = temporary_name(place, "partial")
+        target = _prepared(path, stat.S_ISDIR, num_bytes)
+        partial = temporary_name(target, "partial")
         try:
             partial.mkdir()
             yield partial
             for inner in (*partial.rglob("*"), partial):
                 sync(inner)
-            old = _take_place(partial, place)
+            old = _rename_over(partial, target)
         finally:
             remove(partial)
-    _sync_names(place.parent)
+    _sync_names(target.parent)
     if old is not None:
         remove_folder(old)
 
 
-def _take_place(partial: Path, place: Path) -> Path | None:
-    """Rename a finished folder over another, which no file system does in one step; where the other is now, if any."""
-    if not place.exists():
-        partial.rename(place)
+def _rename_over(partial: Path, target: Path) -> Path | None:
+    """Rename a finished folder over another; return where the other is now, None if there was none.
+
+    No file system does this in one step.
+    """
+    if not target.exists():
+        partial.rename(target)
         return None
-    old = temporary_name(place, "old")
+    old = temporary_name(target, "old")
     try:
-        place.rename(old)
-        partial.rename(place)
+        target.rename(old)
+        partial.rename(target)
     except BaseException:
-        if old.exists() and not place.exists():
-            old.rename(place)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
     return old
 
@@ -96,10 +99,10 @@ def remove_folder(path: Path) -> None:
 
 
 def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Path:
-    """Where the content belongs: `path`, or what a link means. Its folder is there, without what was left over in it.
+    """Return the path that is written: `path`, or what a link points to. Its folder is made, without left-over files.
 
-    is_right: whether what is there already, told by its mode, may be replaced. Raises UserError when it may not, and
-    when there is no room for so many bytes.
+    is_right: whether what is there already, told by its mode, may be replaced. Raises UserError when it may not,
+    and when there is no room for `num_bytes`.
     """
     try:
         mode = path.stat().st_mode
@@ -107,12 +110,12 @@ def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Pa
         mode = None
     if mode is not None and not is_right(mode):
         raise user_error(str(path), path.name, _wrong_place(mode))
-    place = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if place.parent.is_dir():
-        remove_left_overs(place.parent)
-    check_space(place, num_bytes)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.parent.is_dir():
+        remove_left_overs(target.parent)
+    check_space(target, num_bytes)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
 
 
 def _wrong_place(mode: int) -> str:
@@ -125,7 +128,7 @@ def _wrong_place(mode: int) -> str:
 
 @contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """What the operating system refuses becomes a UserError about `path`; its cause is the OSError."""
+    """Turn what the operating system refuses into a UserError about `path`, whose cause is the OSError."""
     try:
         yield
     except OSError as error:
@@ -194,11 +197,14 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write a JSON file as the libraries write theirs, whole or not at all. Raises UserError as `atomic_file` does."""
+    """Write a JSON file in the form that diffusers and transformers use, whole or not at all.
+
+    Raises UserError as `atomic_file` does.
+    """
     write_text(path, json.dumps(dict(content), indent=2, sort_keys=True) + "\n")
 
 
 def reason(error: UserError) -> str:
-    """What the operating system said when a file could not be written, for those who have advice of their own."""
+    """Return what the operating system said when a file could not be written, for callers with advice of their own."""
     cause = error.__cause__
     return cause.strerror or str(cause) if isinstance(cause, OSError) else error.problems[0].what

@@ -1,1 +1,1 @@
-"""What a checkpoint becomes: networks, noise schedule and how prompts reach them."""
+"""The networks that train: loading and freezing them, how prompts reach them, how they draw pictures."""

@@ -1,4 +1,4 @@
-"""What all families share: a VAE around the latents, a noise schedule, guided sampling; plain functions."""
+"""What all families share, as plain functions: the VAE around the latents, the noise schedule, loading and saving."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from sdtrain.models.model import Layout
 from sdtrain.models.prompts import Tokenizer
 
 EncodeText = Callable[[Sequence[str]], dict[str, Tensor]]
-"""n texts -> what the text encoders make of them, each tensor with n in front."""
+"""Maps n texts to what the text encoders make of them: tensors by name, each with n in front."""
 
 
 def resolved(components: Components, config: ModelConfig) -> Components:
-    """The components with what the user decided instead of `auto`: what is trained, sampled and written."""
+    """Return the components with the user's own choices in place of `auto`: what is trained, sampled and written."""
     return replace(
         components,
         scheduler_config=resolved_scheduler(components.scheduler_config, config),
@@ -36,10 +36,10 @@ def resolved(components: Components, config: ModelConfig) -> Components:
 
 
 def encode_captions(encode: EncodeText, captions: Sequence[str], no_caption: NoCaption) -> dict[str, Tensor]:
-    """The conditioning of n captions, where an empty one is what the model takes for no caption; differentiable.
+    """Return the conditioning of n captions, an empty one conditioned as `no_caption` says; gradients flow through it.
 
-    The empty string is encoded alone: the last bits of an encoding depend on how many texts are encoded together, and
-    no caption is to be the same bits in a batch, in the cache and in a preview.
+    The empty string is encoded alone: the last bits of an encoding depend on how many texts are encoded together,
+    and no caption is to be the same bits in a batch, in the cache and in a preview.
     """
     texts = [caption for caption in captions if caption.strip()]
     if len(texts) == len(captions):
@@ -56,7 +56,7 @@ def encode_captions(encode: EncodeText, captions: Sequence[str], no_caption: NoC
 
 
 def resolved_scheduler(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """The scheduler's configuration with what the user decided instead of `auto`."""
+    """Return the scheduler's configuration with the user's own choices in place of `auto`."""
     resolved = dict(scheduler)
     if config.prediction != "auto":
         resolved["prediction_type"] = config.prediction
@@ -66,12 +66,12 @@ def resolved_scheduler(scheduler: Mapping[str, Any], config: ModelConfig) -> dic
 
 
 def prediction_of(scheduler: Mapping[str, Any]) -> Prediction:
-    """What the U-Net predicts, by its scheduler's configuration."""
+    """Return what the U-Net predicts, read from its scheduler's configuration."""
     return "v_prediction" if scheduler.get("prediction_type") == "v_prediction" else "epsilon"
 
 
 def schedule_of(scheduler: Mapping[str, Any]) -> NoiseSchedule:
-    """The noise schedule of a scheduler's configuration. Raises ValueError for betas that are not known."""
+    """Return the noise schedule of a scheduler's configuration. Raises ValueError for betas that are not known."""
     betas = betas_of(
         scheduler["beta_schedule"], scheduler["beta_start"], scheduler["beta_end"], scheduler["num_train_timesteps"]
     )
@@ -79,14 +79,17 @@ def schedule_of(scheduler: Mapping[str, Any]) -> NoiseSchedule:
 
 
 def latent_shape_of(vae: nn.Module) -> tuple[int, int]:
-    """(channels, pixels per latent) of a VAE."""
+    """Return the number of a VAE's latent channels, and the width in pixels that one latent stands for."""
     config: Any = vae.config
     return int(config.latent_channels), 2 ** (len(config.block_out_channels) - 1)
 
 
 @torch.no_grad()
 def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
-    """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8), the mode of the VAE's distribution."""
+    """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32.
+
+    The latents are the mode of the VAE's distribution, so that nothing is drawn at random.
+    """
     mode: Tensor = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist.mode()
     shift, scale = _latent_scale(vae)
     return (mode - shift) * scale
@@ -94,7 +97,10 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """The way back, clamped to [-1, 1], on the CPU; always float32, the SDXL VAE overflows in fp16."""
+    """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], float32 on the CPU.
+
+    The VAE computes in float32, because that of SDXL overflows in float16.
+    """
     shift, scale = _latent_scale(vae)
     unscaled = latents.to(vae.device, torch.float32) / scale + shift
     pictures = [vae.decode(one[None]).sample for one in unscaled]
@@ -113,7 +119,7 @@ def write_checkpoint(
     dtype: torch.dtype | None,
     change: Change | None,
 ) -> None:
-    """The whole model in a layout; see `Model.write_checkpoint`. Raises UserError for a full disk."""
+    """Write the whole model in a layout, see `Model.write_checkpoint`. Raises UserError for a full disk."""
     match layout:
         case "single-file":
             write_single_file(components, path, description, dtype=dtype, change=change)
@@ -124,21 +130,24 @@ def write_checkpoint(
 
 
 def fingerprints(components: Components, caption_chunks: int) -> tuple[str, str]:
-    """Digests of all that makes latents of pictures, and of all that makes conditioning of captions, also of none."""
+    """Return two digests: of all that makes latents of pictures, and of all that makes conditioning of captions.
+
+    The second one covers what stands for no caption, too.
+    """
     text = digest_weights(*components.text_encoders.values())
     reading = digest_tokenizers(*components.tokenizers)
     return digest_vae(components.vae), f"{text} {reading} {caption_chunks} {components.no_caption}"
 
 
 def move_encoders(components: Components, device: torch.device, *, text: bool) -> None:
-    """Put the VAE (and with `text` the text encoders) on a device."""
+    """Move the VAE, and with `text` the text encoders too, to a device."""
     components.vae.to(device)
     for encoder in components.text_encoders.values() if text else ():
         encoder.to(device)
 
 
 def unused_layers(components: Components) -> dict[str, tuple[str, ...]]:
-    """Names of the modules whose output nobody reads, by network; only networks that have such."""
+    """Return the names of the modules whose output nobody reads, by network; networks without any are left out."""
     found: dict[str, tuple[str, ...]] = {}
     for encoder in components.family.text_encoders:
         network: Any = components.networks[encoder.component]
@@ -149,20 +158,23 @@ def unused_layers(components: Components) -> dict[str, tuple[str, ...]]:
 
 
 def freeze(components: Components, device: torch.device) -> None:
-    """Make every network one that only computes, the U-Net on `device`."""
+    """Freeze every network, put it into evaluation mode, and move the U-Net to `device`."""
     for network in components.networks.values():
         network.requires_grad_(False).eval()
     components.unet.to(device)
 
 
 def digest_vae(vae: Any) -> str:
-    """A digest of all that makes latents: the weights, and how latents are shifted and scaled."""
+    """Return a digest of all that makes latents: the VAE's weights, and how latents are shifted and scaled."""
     shift, scale = _latent_scale(vae)
     return f"{digest_weights(vae)} {shift} {scale}"
 
 
 def digest_tokenizers(*tokenizers: Tokenizer) -> str:
-    """A digest of how captions become tokens: vocabulary, padding, and what becomes of a text with every rule in it."""
+    """Return a digest of how captions become tokens.
+
+    It covers the vocabulary, the padding, and the tokens of a text that needs every rule of a tokenizer.
+    """
     probe = "A photo of  3 cats' café, (red:1.2) don't_stop\n日本 🦊"
     digest = hashlib.blake2b(digest_size=16)
     for tokenizer in tokenizers:
@@ -173,7 +185,7 @@ def digest_tokenizers(*tokenizers: Tokenizer) -> str:
 
 
 def digest_weights(*networks: nn.Module) -> str:
-    """A digest of all weights, by name and value."""
+    """Return a digest of all weights of the networks, by name, type, shape and value."""
     digest = hashlib.blake2b(digest_size=16)
     for network in networks:
         for name, tensor in sorted(network.state_dict().items()):

@@ -1,4 +1,4 @@
-"""From a model that was opened to the family that can train it."""
+"""The one place that chooses which family's class trains a model that was opened."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from sdtrain.models.sdxl import load_sdxl
 def load_model(
     opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
 ) -> Model:
-    """The opened model: frozen, in evaluation mode, its U-Net on `device`.
+    """Load a model that was opened: frozen, in evaluation mode, its U-Net on `device`.
 
-    config: the settings it was opened with, for what the user decides instead of the model. Raises UserError.
+    config: the settings it was opened with, for what the user decides instead of the model. Raises UserError for
+    weights that do not fit.
     """
     family = opened.family.name
     match family:

@@ -1,4 +1,4 @@
-"""What the training loop needs of a model family."""
+"""The Protocol that every model family fulfils: all that the training loop needs of one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Layout = Literal["single-file", "folder"]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a picture is sampled: Euler steps, classifier-free guidance (1: off), size in pixels."""
+    """How a picture is sampled: the number of Euler steps, the guidance scale (1 is off) and the size in pixels."""
 
     num_inference_steps: int
     guidance_scale: float
@@ -35,11 +35,11 @@ class Model(Protocol):
 
     @property
     def family(self) -> Family:
-        """What its family is made of."""
+        """The record of what models of this family are made of."""
 
     @property
     def device(self) -> torch.device:
-        """Where the U-Net computes."""
+        """The device on which the U-Net computes."""
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -47,55 +47,58 @@ class Model(Protocol):
 
     @property
     def unused_layers(self) -> Mapping[str, tuple[str, ...]]:
-        """Prefixes of module names whose output nobody reads, per network; they never enter a group."""
+        """The prefixes of module names whose output nobody reads, per network; these modules are never trained."""
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """How much signal is left at every timestep."""
+        """The noise schedule: how much signal is left at every timestep."""
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """The same as diffusers' Euler scheduler reads it, for sampling."""
+        """The noise schedule's configuration as diffusers' Euler scheduler reads it, for sampling."""
 
     @property
     def prediction(self) -> Prediction:
-        """What the U-Net predicts."""
+        """What the U-Net predicts: the noise (epsilon) or v."""
 
     @property
     def no_caption(self) -> NoCaption:
-        """What the model takes for no caption."""
+        """What conditions the U-Net where a picture has no caption: the encoded empty string, or zeros."""
 
     @property
     def latent_shape(self) -> tuple[int, int]:
-        """(channels, pixels per latent) of the VAE."""
+        """The number of the VAE's latent channels, and the width in pixels that one latent stands for."""
 
     def fingerprints(self) -> tuple[str, str]:
-        """Digests of the VAE's and of the text encoders' weights, for the cache."""
+        """Return two digests, one of all that makes latents and one of all that makes conditioning, for the cache."""
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8) float32."""
+        """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32."""
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The way back, clamped to [-1, 1], on the CPU."""
+        """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """The conditioning of n captions, each tensor with n in front; differentiable.
+        """Return the conditioning of n captions by name, each tensor with n in front; gradients flow through it.
 
-        An empty caption is no caption, wherever it comes from: dropped, missing, or a negative prompt left out. All of
-        them get the same bits, see `no_caption`.
+        An empty caption is no caption, wherever it comes from: dropped, missing, or a negative prompt left out.
+        All of them get the same bits, see `no_caption`.
         """
 
     def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
-        """The conditioning of n sizes, each tensor with n in front; empty for families that know no sizes.
+        """Return the conditioning of n sizes by name, each tensor with n in front; empty for families without sizes.
 
         sizes: (n, 6) float32, original height and width, crop top and left, target height and width, in pixels.
         """
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The U-Net's output for noisy latents (n, c, h, w), timesteps (n,) and conditioning by captions and sizes."""
+        """Return the U-Net's output (n, c, h, w) for noisy latents of that shape, timesteps (n,) and the conditioning.
+
+        The conditioning is that of captions and sizes together.
+        """
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
-        """Put the VAE (and with `text` the text encoders) on a device."""
+        """Move the VAE, and with `text` the text encoders too, to a device."""
 
     def write_checkpoint(
         self,
@@ -106,8 +109,8 @@ class Model(Protocol):
         dtype: torch.dtype | None = None,
         change: Change | None = None,
     ) -> None:
-        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder.
+        """Write the whole model as its networks are now, as one file in the original layout or as a diffusers folder.
 
-        dtype: of the stored weights; None: of each network as it was stored. change: what is written instead of a
-        weight, e.g. the weight with its adapter merged in.
+        dtype: the type in which all weights are stored; None stores each network as it was stored before.
+        change: gives the value to write instead of a weight, for example the weight with its adapter merged in.
         """

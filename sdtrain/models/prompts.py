@@ -1,4 +1,4 @@
-"""From captions to what the text encoders read: chunks of 75 tokens between a start and an end token."""
+"""Captions as the text encoders read them: chunks of 75 tokens between a start and an end token."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Tokenizer(Protocol):
 
 
 def token_chunks(tokenizer: Tokenizer, captions: Sequence[str], num_chunks: int) -> Tensor:
-    """Token ids (n, num_chunks, 77) int64 of n captions; what goes beyond the last chunk is cut.
+    """Return the token ids of n captions, (n, num_chunks, 77) int64; what goes beyond the last chunk is cut.
 
-    Every caption gets the same number of chunks, so that captions of any length stack. One chunk is exactly what the
-    tokenizer makes with padding and truncation to its maximum length.
+    Every caption gets the same number of chunks, so that captions of any length stack. One chunk is exactly what
+    the tokenizer makes with padding and truncation to its maximum length.
     """
     length = min(tokenizer.model_max_length, 77) - 2
     rows = []

@@ -1,4 +1,4 @@
-"""Pictures out of noise, on diffusers' Euler scheduler with classifier-free guidance."""
+"""Drawing pictures out of noise with diffusers' Euler scheduler and classifier-free guidance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from sdtrain.models.model import Model, SamplingSettings
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
-"""(noisy latents (n, c, h, w) as the network wants them, timestep ()) -> guided prediction (n, c, h, w)."""
+"""Maps noisy latents (n, c, h, w), scaled for the network, and a timestep () to a guided prediction (n, c, h, w)."""
 
 
 @torch.no_grad()
@@ -22,13 +22,13 @@ def sample(
     generators: Sequence[Generator],
     settings: SamplingSettings,
 ) -> Tensor:
-    """Pictures (n, 3, h, w) in [-1, 1] on the CPU for n prompts.
+    """Draw pictures (n, 3, h, w) in [-1, 1], on the CPU, for n prompts.
 
     Args:
-        model: any family's.
+        model: a model of any family.
         positive: the conditioning of the n prompts.
-        negative: that which guidance moves away from, of n prompts as well.
-        generators: one CPU generator for each picture, so that it does not depend on its neighbours.
+        negative: the conditioning that guidance moves away from, of n prompts as well.
+        generators: one CPU generator per picture, so that a picture does not depend on its neighbours.
         settings: how to sample.
     """
     height, width = settings.height_px, settings.width_px
@@ -52,14 +52,20 @@ def sample(
 
 
 def initial_noise(shape: tuple[int, int, int], generators: Sequence[Generator]) -> Tensor:
-    """(n, c, h, w) normal noise, one CPU generator a picture, so that a picture does not depend on its neighbours."""
+    """Draw normal noise (n, c, h, w), each picture of shape (c, h, w) from its own CPU generator.
+
+    So a picture does not depend on its neighbours.
+    """
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
 def sample_euler(
     denoise: Denoise, noise: Tensor, *, scheduler_config: Mapping[str, Any], num_inference_steps: int
 ) -> Tensor:
-    """Latents (n, c, h, w) from unit noise by Euler steps (arXiv 2206.00364, algorithm 1 without churn)."""
+    """Return latents (n, c, h, w) made from unit noise of that shape by Euler steps.
+
+    Source: arXiv 2206.00364, algorithm 1 without churn.
+    """
     from diffusers import EulerDiscreteScheduler
 
     scheduler = EulerDiscreteScheduler.from_config(dict(scheduler_config))
@@ -73,5 +79,8 @@ def sample_euler(
 
 
 def guided(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1)."""
+    """Return the guided prediction (n, c, h, w): unconditional + scale (conditional - unconditional).
+
+    This is classifier-free guidance, arXiv 2207.12598, eq. 6 with w = scale - 1.
+    """
     return unconditional + scale * (conditional - unconditional)

@@ -1,4 +1,4 @@
-"""The SD 1.x and 2.x families: one text encoder, no extra conditioning."""
+"""The Stable Diffusion 1.x and 2.x families: one text encoder, no conditioning but its output."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sdtrain.models.prompts import token_chunks
 
 
 class SD:
-    """Stable Diffusion 1.x, 2.x and their fine-tunes. Fulfils `Model`."""
+    """A model of Stable Diffusion 1.x or 2.x, or a fine-tune of one. Fulfils `Model`."""
 
     def __init__(self, components: Components, config: ModelConfig, device: torch.device, caption_chunks: int) -> None:
         self.components = latent_diffusion.resolved(components, config)
@@ -39,23 +39,26 @@ class SD:
         latent_diffusion.freeze(components, device)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Digests of all that makes latents of pictures, and of all that makes conditioning of captions."""
+        """Return two digests: of all that makes latents of pictures, and of all that makes conditioning of captions."""
         return latent_diffusion.fingerprints(self.components, self._caption_chunks)
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
-        """Put the VAE (and with `text` the text encoders) on a device."""
+        """Move the VAE, and with `text` the text encoder too, to a device."""
         latent_diffusion.move_encoders(self.components, device, text=text)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8)."""
+        """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32."""
         return latent_diffusion.encode_pixels(self.vae, pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The way back, clamped to [-1, 1], on the CPU."""
+        """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
         return latent_diffusion.decode_latents(self.vae, latents)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """prompt_embeds (n, 77 chunks, width): the encoder's output after its final norm; of "" what no caption is."""
+        """Return prompt_embeds (n, 77 chunks, width) of n captions: the encoder's output after its final norm.
+
+        An empty caption is conditioned as `no_caption` says.
+        """
         return latent_diffusion.encode_captions(self._encode, captions, self.no_caption)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -67,11 +70,11 @@ class SD:
         return {"prompt_embeds": output.last_hidden_state.unflatten(0, (num, chunks)).flatten(1, 2)}
 
     def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
-        """Nothing: these families know no sizes."""
+        """Return nothing: these families are not told sizes."""
         return {}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The U-Net's output (n, c, h, w); inputs are moved to its device and type."""
+        """Return the U-Net's output (n, c, h, w); its inputs are moved to its device and type."""
         device, dtype = self.device, self.unet.dtype
         text = conditioning["prompt_embeds"].to(device, dtype)
         output: Tensor = self.unet(noisy.to(device, dtype), timesteps.to(device), text, return_dict=False)[0]
@@ -86,12 +89,12 @@ class SD:
         dtype: torch.dtype | None = None,
         change: Change | None = None,
     ) -> None:
-        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder."""
+        """Write the whole model as its networks are now, as one file in the original layout or a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
 
 
 def load_sd(
     opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
 ) -> SD:
-    """The SD 1.x or 2.x model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
+    """Load a Stable Diffusion 1.x or 2.x model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
     return SD(load_components(opened, dtype), config, device, caption_chunks)

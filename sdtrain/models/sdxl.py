@@ -1,4 +1,4 @@
-"""The SDXL family: two text encoders, pooled text and sizes as extra conditioning."""
+"""The SDXL family: two text encoders, and pooled text and picture sizes as further conditioning."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdtrain.models.prompts import Tokenizer, token_chunks
 
 
 class SDXL:
-    """SDXL, its fine-tunes and its smaller relatives. Fulfils `Model`."""
+    """A model of SDXL, a fine-tune of it or one of its smaller relatives. Fulfils `Model`."""
 
     def __init__(self, components: Components, config: ModelConfig, device: torch.device, caption_chunks: int) -> None:
         self.components = latent_diffusion.resolved(components, config)
@@ -40,23 +40,26 @@ class SDXL:
         latent_diffusion.freeze(components, device)
 
     def fingerprints(self) -> tuple[str, str]:
-        """Digests of all that makes latents of pictures, and of all that makes conditioning of captions."""
+        """Return two digests: of all that makes latents of pictures, and of all that makes conditioning of captions."""
         return latent_diffusion.fingerprints(self.components, self._caption_chunks)
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
-        """Put the VAE (and with `text` the text encoders) on a device."""
+        """Move the VAE, and with `text` the text encoders too, to a device."""
         latent_diffusion.move_encoders(self.components, device, text=text)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Pixels (n, 3, h, w) in [-1, 1] -> scaled latents (n, c, h/8, w/8)."""
+        """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32."""
         return latent_diffusion.encode_pixels(self.vae, pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The way back, clamped to [-1, 1], on the CPU."""
+        """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
         return latent_diffusion.decode_latents(self.vae, latents)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
-        """prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second); of "" what no caption is."""
+        """Return prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second encoder) of n captions.
+
+        An empty caption is conditioned as `no_caption` says.
+        """
         return latent_diffusion.encode_captions(self._encode, captions, self.no_caption)
 
     def _encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
@@ -77,11 +80,11 @@ class SDXL:
         return hidden, output.text_embeds.unflatten(0, (num, chunks))[:, 0]
 
     def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
-        """time_ids (n, 6): the sizes as they are, float32 because 1337 has no place in bfloat16."""
+        """Return time_ids (n, 6): the sizes in pixels, in float32 because bfloat16 cannot hold a number like 1337."""
         return {"time_ids": sizes}
 
     def predict(self, noisy: Tensor, timesteps: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
-        """The U-Net's output (n, c, h, w); inputs are moved to its device and type."""
+        """Return the U-Net's output (n, c, h, w); its inputs are moved to its device and type."""
         device, dtype = self.device, self.unet.dtype
         output = self.unet(
             noisy.to(device, dtype),
@@ -105,12 +108,12 @@ class SDXL:
         dtype: torch.dtype | None = None,
         change: Change | None = None,
     ) -> None:
-        """The whole model as its networks are now, as one file in the original layout or as a diffusers folder."""
+        """Write the whole model as its networks are now, as one file in the original layout or a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
 
 
 def load_sdxl(
     opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
 ) -> SDXL:
-    """The SDXL-style model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
+    """Load an SDXL-style model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
     return SDXL(load_components(opened, dtype), config, device, caption_chunks)

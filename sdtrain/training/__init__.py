@@ -1,1 +1,1 @@
-"""The training loop and what surrounds it. The only folder that knows the others."""
+"""The training loop and what surrounds it; below the commands, the only folder that knows all the others."""

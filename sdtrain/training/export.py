@@ -1,4 +1,4 @@
-"""The files a run leaves: averaged weights, never the training's own."""
+"""Writes the files that a run leaves: they hold the averaged weights, never the training's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
 
 
 def format_of(config: Config) -> Format:
-    """The format of the file a run leaves."""
+    """Return the format of the file that a finished run leaves."""
     return config.export.names if isinstance(config.method, LoraConfig) else "single-file"
 
 
@@ -45,10 +45,10 @@ def export_weights(
     examples: Sequence[Example],
     groups: Sequence[GroupMetrics],
 ) -> None:
-    """Write the weights the networks hold now to `path`, whole or not at all. Call it inside `averaged(optimizer)`.
+    """Write the weights that the networks hold now to `path`, whole or not at all.
 
-    A whole checkpoint of a LoRA run has the adapters merged in. Raises UserError for a full disk, for weights that are
-    not finite, and for adapter names of a run that has no adapters.
+    Call it inside `averaged(optimizer)`. A whole checkpoint of a LoRA run has the adapters merged in. Raises
+    UserError for a full disk, for weights that are not finite, and for adapter names of a run that has no adapters.
     """
     adapters = trained_adapters(model, config)
     match kind:
@@ -76,7 +76,7 @@ def export_weights(
 
 
 def trained_adapters(model: Model, config: Config) -> Adapters:
-    """The adapters of a run by network and layer, as the networks hold them now; none for a full fine-tune."""
+    """Return the adapters of a run by network and layer, as the networks hold them now; empty for a full fine-tune."""
     match config.method:
         case LoraConfig():
             return {name: adapter_weights(model.networks[name]) for name in config.method.train}
@@ -87,14 +87,14 @@ def trained_adapters(model: Model, config: Config) -> Adapters:
 
 
 def require_change(path: Path, adapters: Adapters) -> None:
-    """Refuse to write adapters that do nothing, as fresh ones do. Raises UserError."""
+    """Raise UserError for adapters that change nothing, as fresh ones do, rather than writing them to `path`."""
     if len(idle_networks(adapters)) == len(adapters):
         what = "every up matrix is zero, so it would change no picture: no step had an effect; look at the log's losses"
         raise user_error(str(path), "adapters", what)
 
 
 def merging(adapters: Adapters) -> Change:
-    """A change of weights that adds each layer's dW, in float32, just before the weight is written."""
+    """Return a change of weights that adds each layer's dW, in float32, just before the weight is written."""
 
     def change(component: Component, name: str, weight: Tensor) -> Tensor:
         adapter = adapters.get(component, {}).get(name.removesuffix(".weight"))
@@ -106,7 +106,10 @@ def merging(adapters: Adapters) -> Change:
 
 
 def stored_dtype(export: ExportConfig) -> torch.dtype | None:
-    """The type weights are stored in; None: adapters in float32, checkpoints as their base was stored."""
+    """Return the type in which weights are stored.
+
+    None means that adapters are stored in float32, and checkpoints as their base was stored.
+    """
     match export.dtype:
         case "auto":
             return None
@@ -123,7 +126,7 @@ def stored_dtype(export: ExportConfig) -> torch.dtype | None:
 def file_facts(
     model: Model, config: Config, step: int, examples: Sequence[Example], groups: Sequence[GroupMetrics]
 ) -> FileFacts:
-    """What other tools and a later run want to know about an adapter file."""
+    """Return what other tools and a later run want to know about an adapter file."""
     images = config.data.batch_size * config.data.gradient_accumulation * step
     return FileFacts(
         title=config.name,
@@ -142,12 +145,12 @@ def file_facts(
 
 
 def trained_size(config: Config) -> Resolution:
-    """The size of the pictures of a run: that of a square, whose area all its buckets have."""
+    """Return the size of the pictures of a run: that of a square, whose area none of its buckets exceeds."""
     return (config.data.resolution_px, config.data.resolution_px)
 
 
 def tag_counts(examples: Sequence[Example]) -> Mapping[str, Mapping[str, int]]:
-    """Folder -> comma-separated part of a caption -> how many captions have it."""
+    """Return folder -> comma-separated part of a caption -> the number of captions that have it."""
     counts: dict[str, Counter[str]] = {}
     for example in examples:
         tags = {tag.strip() for tag in example.caption.split(",")} - {""}

@@ -1,4 +1,4 @@
-"""One training run, from a config to pictures and weights. `train` is the loop."""
+"""One training run, from a config to pictures and weights; `train` is the loop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from sdtrain.training.watching.watchers import Watchers, watching
 
 @dataclass
 class Training:
-    """Everything a run holds while it trains."""
+    """Everything that a run holds while it trains."""
 
     run: Run
     model: Model
@@ -61,11 +61,10 @@ def fit(
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
 ) -> int:
-    """Train what the config says on a model that was opened and pictures that were scanned.
+    """Train what the config says on a model that was opened and pictures that were scanned; return the steps done.
 
-    Returns the steps done, fewer than planned if stopped.
-
-    watchers: are handed a record of everything that happens, see `watching/records.py`.
+    These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
+    happens, see `watching/records.py`.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known.
     """
@@ -90,7 +89,10 @@ def fit(
 
 
 def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
-    """The loop: from `step` steps done to the planned number, or until `stop` is set; returns the steps done."""
+    """Train from `step` steps done to the planned number, or until `stop` is set; return the steps done.
+
+    This is the loop.
+    """
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
     config, guard, pace = run.config, NonFiniteGuard(), Pace()
     objective = Objective(training.model, config, run.device)
@@ -124,12 +126,15 @@ def train(training: Training, step: int, watchers: Watchers, stop: threading.Eve
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every so many steps, and at the end, happens after `step` steps; 0 is never."""
+    """Return whether something that happens at every `every` steps and at the end is due; 0 is never.
+
+    step: the steps that are done. last: the steps that are planned.
+    """
     return every > 0 and (step % every == 0 or step == last)
 
 
 def preview(training: Training, step: int, watchers: Watchers) -> None:
-    """Pictures with the averaged weights, into `previews/`; the training is as it was before."""
+    """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before."""
     config, prompts = training.run.config, training.data.prompts
     if not prompts.texts or not config.preview.every:
         return
@@ -143,7 +148,7 @@ def preview(training: Training, step: int, watchers: Watchers) -> None:
 
 
 def save(training: Training, step: int, watchers: Watchers) -> None:
-    """The training state after `step` steps, into `checkpoints/`, unless it was saved a moment ago."""
+    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago."""
     folder = training.run.folder / "checkpoints"
     if step in (state.step for state in saved_states(folder)):
         return
@@ -153,7 +158,7 @@ def save(training: Training, step: int, watchers: Watchers) -> None:
 
 
 def export(training: Training, step: int, watchers: Watchers) -> None:
-    """The averaged weights, into `weights/`."""
+    """Write the averaged weights into `weights/`."""
     run, optimizer = training.run, training.optimizer
     with averaged(optimizer):
         export_weights(

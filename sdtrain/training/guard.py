@@ -1,4 +1,4 @@
-"""A step that is not finite changes nothing, and a run of them stops the training."""
+"""Watches for losses that are not finite: such a step changes nothing, and several in a row end the run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sdtrain.errors import user_error
 from sdtrain.training.watching.records import NoteRecord, Watcher
 
 LIMIT = 5
-"""So many steps in a row without a finite loss end the run."""
+"""The number of steps in a row without a finite loss that ends the run."""
 
 
 class NonFiniteGuard:
-    """Counts steps in a row whose loss is not a number."""
+    """Counts the steps in a row whose loss is not finite."""
 
     def __init__(self) -> None:
         self._in_a_row = 0

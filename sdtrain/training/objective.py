@@ -1,4 +1,4 @@
-"""The loss of a batch: what the network should have predicted, and how far off it was."""
+"""The training loss of a batch: what the network should have predicted, and how far off it was."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Objective:
     device: torch.device
 
     def __call__(self, batch: Batch, generator: Generator) -> Tensor:
-        """The mean loss () of a batch, with noise and timesteps from `generator`; differentiable."""
+        """Return the mean loss () of a batch, with noise and timesteps from `generator`; gradients flow through it."""
         config, model = self.config, self.model
         latents = batch.latents
         num, channels, height, width = latents.shape

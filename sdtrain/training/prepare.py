@@ -1,4 +1,4 @@
-"""Before the first step: the model is loaded and the pictures become batches."""
+"""What is done before the first step: the model is loaded, and the pictures become batches."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sdtrain.training.watching.preview import Prompts, prepare_prompts
 
 
 def open_and_load(run: Run) -> Model:
-    """The model of a run that nothing has opened yet. Raises UserError when it is missing or contradicts the config."""
+    """Open and load the model of a run. Raises UserError when it is missing or contradicts the config."""
     fetch_if_missing(run.config.model)
     return load(run, open_model(run.config.model, "model"))
 
 
 def load(run: Run, opened: OpenedModel) -> Model:
-    """The model of a run. Raises UserError when its weights do not fit."""
+    """Load the model of a run that was opened already. Raises UserError when its weights do not fit."""
     return load_model(
         opened,
         run.config.model,
@@ -40,7 +40,7 @@ def load(run: Run, opened: OpenedModel) -> Model:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop reads: pictures as batches, prompts to preview."""
+    """What the loop reads: the pictures as batches, and the prompts to preview."""
 
     examples: list[Example]
     batches: Batches
@@ -48,7 +48,10 @@ class Prepared:
 
 
 def encode_everything(model: Model, run: Run, examples: list[Example], console: Console) -> Prepared:
-    """Batches and preview prompts; afterwards VAE and text encoders have left the device. Raises UserError."""
+    """Return batches and preview prompts; afterwards the VAE and the text encoders have left the device.
+
+    Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
+    """
     model.move_encoders(run.device, text=True)
     batches = make_batches(model, run, examples, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
@@ -57,7 +60,7 @@ def encode_everything(model: Model, run: Run, examples: list[Example], console: 
 
 
 def make_batches(model: Model, run: Run, examples: list[Example], console: Console) -> Batches:
-    """Encode what the cache lacks. Raises UserError for pictures that cannot be read."""
+    """Encode what the cache lacks and return the batches. Raises UserError for pictures that cannot be read."""
     config = run.config
     vae, text = model.fingerprints()
     encoders = Encoders(
@@ -75,12 +78,12 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
 
 
 def trains_text(config: Config) -> bool:
-    """Whether a network that reads captions is trained, so that captions are encoded anew at every step."""
+    """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
     return any(network != DENOISER for network in config.method.train)
 
 
 class _EncodingProgress:
-    """A bar while pictures and captions are encoded; nothing where there is no terminal."""
+    """A progress bar while pictures and captions are encoded; nothing is shown where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -102,7 +105,7 @@ class _EncodingProgress:
         self._progress.stop()
 
     def show(self, what: str, done: int, total: int) -> None:
-        """Called by the encoding with how many of what are done."""
+        """Show that `done` of `total` are encoded; `what` names them."""
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(self._tasks[what], completed=done)

@@ -1,4 +1,4 @@
-"""One run: its folder, its device and its randomness."""
+"""One run: where it writes, where it computes and how it draws random numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdtrain.training.start import run_folder
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, where it computes and how it draws."""
+    """The folder that a run writes to, its settings, and the device and precision of its networks."""
 
     folder: Path
     config: Config
@@ -26,24 +26,24 @@ class Run:
     dtype: torch.dtype
 
     def generator(self, stream: str, *indices: int) -> Generator:
-        """A CPU generator that depends on (seed, stream, indices) alone, never on what was drawn before."""
+        """Return a CPU generator that depends on (seed, stream, indices) alone, never on what was drawn before."""
         return generator_of(self.config.seed, stream, *indices)
 
     @property
     def weights_path(self) -> Path:
-        """The file a finished run leaves."""
+        """The file with averaged weights that a finished run leaves."""
         return self.folder / "weights" / f"{self.config.name}.safetensors"
 
 
 def generator_of(seed: int, stream: str, *indices: int) -> Generator:
-    """A CPU generator for one draw, seeded by a hash of (seed, stream, indices)."""
+    """Return a CPU generator for one draw, seeded by a hash of (seed, stream, indices)."""
     text = "/".join([str(seed), stream, *map(str, indices)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 def pick_device(config: Config) -> torch.device:
-    """The device a config means. Raises UserError when it asks for a GPU that is not there."""
+    """Return the device that a config means. Raises UserError when it asks for a GPU that is not there."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise user_error("this machine", "device", "cuda was asked for, but torch finds no GPU; use `auto` or `cpu`")
     if config.device == "auto":
@@ -52,7 +52,7 @@ def pick_device(config: Config) -> torch.device:
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Precision of the networks: bfloat16 on a GPU that has it, else float32, unless the config says so."""
+    """Return the precision of the networks: what the config says, or bfloat16 on a GPU that has it, else float32."""
     match config.model.dtype:
         case "float32" | "mixed":
             return torch.float32
@@ -64,11 +64,11 @@ def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 def open_run(config: Config) -> Run:
-    """The run of a config. Raises UserError when it asks for a device that is not there."""
+    """Return the run of a config; nothing is written. Raises UserError when it asks for a GPU that is not there."""
     device = pick_device(config)
     return Run(run_folder(config.output, config.name), config, device, pick_dtype(config, device))
 
 
 def write_resolved_config(run: Run) -> None:
-    """Make the run's folder and put the resolved config into it, before anything else is done."""
+    """Make the run's folder and write the resolved config into it, before anything else is written there."""
     write_text(run.folder / "config.toml", config_to_toml(run.config))

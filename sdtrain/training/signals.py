@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill end a run between two steps, with a training state saved."""
+"""Ends a run between two steps at Ctrl-C or SIGTERM, so that its training state can be saved."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Lends an event that is set by the first Ctrl-C or SIGTERM; a second Ctrl-C interrupts at once."""
+    """Give an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt at once.
+
+    Afterwards the signals do what they did before.
+    """
     stop = threading.Event()
 
     def request(number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Reading the config of a run that begins or goes on; no torch, so that mistakes are told at once."""
+"""Reads the config of a run that begins or goes on, without torch, so that mistakes are told at once."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ CHANGEABLE = (
     *("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache"),
     *("optimizer.prodigy_steps", "optimizer.freeze_share"),
 )
-"""Settings a resumed run may change: none of them changes what was computed before."""
+"""The settings that a resumed run may change, for none of them changes what was computed before."""
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
 
 def draft_run(written: Written, *, resume: bool) -> Draft:
-    """What was written for a run that begins or goes on, with what its folder has to say against it."""
+    """Return the draft of a run that begins or goes on, with problems for all that its folder speaks against."""
     draft = draft_of(written)
     if not draft.knows("name", "output"):
         return draft
@@ -42,12 +42,12 @@ def draft_run(written: Written, *, resume: bool) -> Draft:
 
 
 def run_folder(output: str, name: str) -> Path:
-    """Where a run lies."""
+    """Return the folder of a run."""
     return Path(output).expanduser() / name
 
 
 def stored_table(folder: Path) -> dict[str, Any]:
-    """The resolved config of an earlier run as a plain table. Raises UserError when there is none."""
+    """Return the resolved config of an earlier run as a plain table. Raises UserError when there is none."""
     path = folder / "config.toml"
     if not path.exists():
         raise user_error(str(folder), "run", "there is no run in this folder; start one with `sdtrain fit CONFIG`")
@@ -55,12 +55,12 @@ def stored_table(folder: Path) -> dict[str, Any]:
 
 
 def stored_config(folder: Path) -> Config:
-    """The resolved config of an earlier run. Raises UserError when there is none."""
+    """Return the resolved config of an earlier run. Raises UserError when there is none."""
     return resolve(stored_table(folder), str(folder / "config.toml"))
 
 
 def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
-    """The table with what the run resolved when it began, unless the user sets it now.
+    """Return the table with what the run resolved when it began, unless the user sets it now.
 
     A preset means numbers that follow from the planned steps; more steps later must not move what already happened.
     What no caption is must not change in the middle of a run either.
@@ -76,9 +76,10 @@ def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
 
 
 def as_it_began(stored: dict[str, Any]) -> dict[str, Any]:
-    """The table of a run that may be older than `model.no_caption`.
+    """Return the table of a run, completed where it is older than `model.no_caption`; the table itself is changed.
 
-    Such a run trained dropped and missing captions as the encoded empty string, whatever the model said; it goes on so.
+    Such a run trained dropped and missing captions as the encoded empty string, whatever the model said; it goes on
+    so.
     """
     model, data = stored.get("model"), stored.get("data")
     if not isinstance(model, dict) or not isinstance(data, dict) or "no_caption" in model:
@@ -98,7 +99,7 @@ def require_own_folder(config: Config, source: str, *, resume: bool) -> None:
 
 
 def _occupied(config: Config, folder: Path) -> list[Problem]:
-    """What there is to say when a run that begins finds another in its folder."""
+    """Return the problem that a run that begins has with another run in its folder, if there is one."""
     if not (folder / "config.toml").exists():
         return []
     if not (folder / "weights" / f"{config.name}.safetensors").exists():
@@ -113,7 +114,7 @@ def _at_name(what: str) -> Problem:
 
 
 def _changed(config: Config, stored: Config) -> list[Problem]:
-    """What is not as it was when the run began and must be."""
+    """Return a problem for every setting that must be as it was when the run began and is not."""
     before, after = json.loads(stored.model_dump_json()), json.loads(config.model_dump_json())
     return [
         Problem(path, _change(old, new), (path, *_decided_by(path)))
@@ -127,17 +128,18 @@ def _change(old: Any, new: Any) -> str:
 
 
 def _decided_by(setting: str) -> tuple[str, ...]:
-    """Settings that others follow from where they are not set themselves."""
+    """Return the settings that a setting follows from where it is not set itself."""
     if setting.startswith("optimizer."):
         return ("optimizer.preset", "method.kind")
     return ("method.kind",) if setting.startswith("method.") else ()
 
 
 def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:
-    """The model, opened, and the pictures. Raises UserError with everything that is wrong with the run.
+    """Return the model, opened, and the pictures. Raises UserError with everything that is wrong with the run.
 
-    What depends on a setting that is wrong is left out; all else is looked at. decode: read every pixel of every
-    picture. fetch: get a model named by a hub id that is not in the local cache, once nothing else is wrong.
+    What depends on a setting that is wrong is left out; all else is looked at. decode: whether every pixel of every
+    picture is read. fetch: whether a model that is named by a hub id and not in the local cache is fetched, once
+    nothing else is wrong.
     """
     examples, problems = _scan(draft, decode=decode)
     draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
@@ -160,7 +162,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
 
 
 def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
-    """The pictures of those folders whose paths are known, and what is wrong with them."""
+    """Return the pictures of those folders whose paths are known, and what is wrong with them."""
     folders = draft.config.data.folder
     known = [draft.knows(f"data.folder[{index}].path") for index in range(len(folders))]
     lenient = [
@@ -179,7 +181,10 @@ def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
 
 
 def _warm_start_problems(config: Config) -> list[Problem]:
-    """What keeps the LoRA file to start from from being opened; whether it fits is seen beside the networks."""
+    """Return what keeps the file in `method.init_from` from being opened.
+
+    Whether it fits the networks can only be told once these are there.
+    """
     if not isinstance(config.method, LoraConfig) or not config.method.init_from:
         return []
     try:
@@ -207,7 +212,7 @@ def _timestep_problems(config: Config, facts: OpenedModel) -> list[Problem]:
 
 
 def size_problems(config: Config, facts: OpenedModel) -> list[Problem]:
-    """Picture sizes that the model's halvings do not fit."""
+    """Return a problem for each picture size that the model cannot halve as often as it must."""
     step = facts.latent_step_px
     sizes = {
         "data.bucket_step_px": config.data.bucket_step_px,

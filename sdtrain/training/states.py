@@ -1,4 +1,4 @@
-"""Training states: whole or not there at all. They hold y and z; exported weights hold x."""
+"""Training states on disk, whole or not there at all. They hold y and z; exported weights hold x."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class SavedState:
 
 
 def save_state(folder: Path, step: int, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, keep: int) -> Path:
-    """Write the state after `step` steps under `folder`, then drop all but the newest `keep`. Returns its folder.
+    """Write the state after `step` steps under `folder`, then remove all but the newest `keep`; return its folder.
 
-    It is written beside and renamed when it is complete, so that a kill at any moment leaves whole states only. Raises
-    UserError when it cannot be written, for example because the disk is full.
+    It is written under a temporary name and renamed when it is complete, so that a kill at any moment leaves whole
+    states only. Raises UserError when it cannot be written, for example because the disk is full.
     """
     target = folder / f"step-{step:06d}"
     if (target / INDEX).exists():
@@ -52,7 +52,7 @@ def save_state(folder: Path, step: int, trainable: Trainable, optimizer: Prodigy
 
 
 def saved_states(folder: Path) -> list[SavedState]:
-    """The complete states under a folder, oldest first."""
+    """Return the complete states under a folder, oldest first."""
     found = []
     for entry in folder.glob("step-*"):
         if re.fullmatch(r"step-\d+", entry.name) and (entry / INDEX).exists():  # a user's copy has another name
@@ -61,7 +61,7 @@ def saved_states(folder: Path) -> list[SavedState]:
 
 
 def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
-    """Put a saved state back, bit for bit; returns its step. Raises UserError if it is damaged or not ours."""
+    """Put a saved state back, bit for bit; return its step. Raises UserError if it is damaged or of another run."""
     version = json.loads((state.folder / INDEX).read_text(encoding="utf-8"))["version"]
     if version != VERSION:
         raise user_error(str(state.folder), "version", f"found {version}, this sdtrain reads {VERSION}")

@@ -1,1 +1,1 @@
-"""The names and numbers other tools know adapters by."""
+"""The names and numbers by which other tools know adapters."""

@@ -1,4 +1,4 @@
-"""Alphas as other tools can hold them: one per network, or undone in the up matrices, or listed in the header."""
+"""Alphas in the forms that other tools can hold: one per network, multiplied into matrices, or listed in the header."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ from sdtrain.adapters.kinds import (
 
 
 def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str, Collection[str]]) -> str:
-    """component -> module -> alpha as JSON; where all modules of a network are listed, the commonest alpha is `*`."""
+    """Return component -> module -> alpha as JSON.
+
+    Where all modules of a network are listed, the commonest alpha stands once, under `*`.
+    """
     packed = {}
     for component, modules in alphas.items():
         rest = dict(modules)
@@ -37,7 +40,7 @@ def pack_alphas(alphas: Mapping[str, Mapping[str, float]], adapters: Mapping[str
 
 
 def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> float | None:
-    """The alpha that `pack_alphas` kept for a module, None where there is none."""
+    """Return the alpha that `pack_alphas` kept for a module, None where there is none."""
     modules = json_table(metadata, ALPHA_KEY).get(component, {})
     if not isinstance(modules, dict):
         raise ValueError(f"cannot be read: `{ALPHA_KEY}` in the header has no table for {component}")
@@ -46,21 +49,27 @@ def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> fl
 
 
 def most_frequent(values: Iterable[float]) -> float:
-    """The value that occurs most often, the largest of several: an answer that no order changes."""
+    """Return the value that occurs most often, the largest of several, so that no order changes the answer."""
     counts = Counter(values)
     return max(counts, key=lambda value: (counts[value], value))
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Adapters whose alphas a format can hold, and the alphas they had before where that can be undone exactly."""
+    """Adapters whose alphas a format can hold.
+
+    alphas: component -> module -> the alpha before, where that can be undone exactly.
+    """
 
     adapters: dict[str, dict[str, AdapterWeights]]
     alphas: dict[str, dict[str, float]]
 
 
 def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
-    """The same dW with one alpha in each network, the most frequent one; kinds other than LoRA and DoRA keep theirs."""
+    """Return the same dW with one alpha in each network, the most frequent one.
+
+    Kinds other than LoRA and DoRA keep theirs. dtype: the type that tensors will be stored in, None for their own.
+    """
     found: dict[str, dict[str, AdapterWeights]] = {}
     alphas: dict[str, dict[str, float]] = {}
     for component, modules in adapters.items():
@@ -79,7 +88,10 @@ def one_alpha_each(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
 
 
 def scale_of_one(adapters: Adapters, dtype: torch.dtype | None) -> Scaled:
-    """The same dW with alpha = rank, or everything as it was where that would lose a bit anywhere."""
+    """Return the same dW with alpha = rank, or everything as it was where that would lose a bit anywhere.
+
+    dtype: the type that tensors will be stored in, None for their own.
+    """
     stored = {
         component: {module: cast(weights, dtype) for module, weights in modules.items()}
         for component, modules in adapters.items()
@@ -104,7 +116,7 @@ def _unscaled_alpha(weights: AdapterWeights) -> float:
 
 
 def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
-    """The same dW with this alpha: one factor makes up for it."""
+    """Return the same dW with another alpha: one of the factors makes up for it."""
 
     def scaled(factor: Tensor) -> Tensor:
         return factor if weights.alpha == alpha else (factor.float() * (weights.alpha / alpha)).to(factor.dtype)
@@ -130,12 +142,12 @@ def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
 
 
 def undoable(weights: AdapterWeights, alpha: float) -> bool:
-    """Whether rescaling to this alpha and back gives the same bits."""
+    """Return whether rescaling to this alpha and back gives the same bits."""
     before = encode(weights, "diffusers")
     after = encode(rescaled(rescaled(weights, alpha), weights.alpha), "diffusers")
     return all(torch.equal(after[part], tensor) for part, tensor in before.items())
 
 
 def cast(weights: AdapterWeights, dtype: torch.dtype | None) -> AdapterWeights:
-    """The adapter with its tensors in another type; None keeps theirs."""
+    """Return the adapter with its tensors in another type; None keeps theirs."""
     return weights if dtype is None else mapped(weights, lambda tensor: tensor.to(dtype))

@@ -1,4 +1,4 @@
-"""What an adapter file says about itself, read from its header without torch: it answers at once, however large."""
+"""Tells what an adapter file says about itself, from its header alone and without torch, so that it answers at once."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ RANK_AXIS = {
     "lokr_w2_b": 0,
     "lokr_w1_b": 0,
 }
-"""The parts whose shape tells the rank, and the axis that does."""
+"""The tensors whose shape tells the rank, and the axis that has its length."""
 KINDS = {"dora_scale": "dora", "lora_magnitude": "dora", "hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
 
 
 @dataclass(frozen=True)
 class FileDescription:
-    """Everything that is known; empty where the file does not say."""
+    """Everything that a file says about itself; entries are empty where it does not say."""
 
     kind: str
     names: str
     """`sd-scripts`, `diffusers`, or empty for a file that holds no adapters."""
     num_modules: Mapping[str, int]
-    """Network -> layers with adapters."""
+    """Network -> number of layers with adapters."""
     ranks: Mapping[int, int]
-    """Rank -> layers."""
+    """Rank -> number of layers."""
     alphas: Mapping[float, int]
-    """Alpha -> layers."""
+    """Alpha -> number of layers; 0 where the file does not say how many."""
     dtypes: tuple[str, ...]
     num_bytes: int
     title: str
@@ -55,9 +55,9 @@ class FileDescription:
 
 
 def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
-    """What is in a safetensors file of adapters. Raises UserError when it is missing, damaged or no safetensors."""
+    """Return what is in a safetensors file of adapters. Raises UserError when it is missing or damaged."""
     header = read_header(path)
-    said = header.metadata
+    metadata = header.metadata
     layers = _layers(header)
     first = next((name for name, _ in layers), "")
     return FileDescription(
@@ -68,21 +68,21 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         alphas=_alphas(header),
         dtypes=tuple(sorted({entry.dtype for key, entry in header.entries.items() if not key.endswith(".alpha")})),
         num_bytes=path.stat().st_size,
-        title=said.get("modelspec.title", said.get("ss_output_name", "")),
-        date=said.get("modelspec.date", ""),
-        base_model=said.get("ss_sd_model_name", said.get("ss_base_model_version", "")),
-        prediction=said.get("modelspec.prediction_type", ""),
-        steps=steps_of(said),
-        num_images=_whole(said.get("ss_num_train_images", "")),
-        d={str(name): float(value) for name, value in _table(said, D_KEY).items()},
-        top_tags=_top_tags(said, num_tags),
-        config_toml=said.get(CONFIG_KEY, ""),
-        metadata=said,
+        title=metadata.get("modelspec.title", metadata.get("ss_output_name", "")),
+        date=metadata.get("modelspec.date", ""),
+        base_model=metadata.get("ss_sd_model_name", metadata.get("ss_base_model_version", "")),
+        prediction=metadata.get("modelspec.prediction_type", ""),
+        steps=steps_of(metadata),
+        num_images=_whole(metadata.get("ss_num_train_images", "")),
+        d={str(name): float(value) for name, value in _table(metadata, D_KEY).items()},
+        top_tags=_top_tags(metadata, num_tags),
+        config_toml=metadata.get(CONFIG_KEY, ""),
+        metadata=metadata,
     )
 
 
 def _layers(header: Header) -> list[tuple[str, str]]:
-    """(layer, network), each layer once, in the file's order."""
+    """Return (layer, network) for each layer with an adapter, in the file's order."""
     found = {}
     prefixes = _prefixes()
     for key in header.entries:
@@ -95,7 +95,7 @@ def _layers(header: Header) -> list[tuple[str, str]]:
 
 
 def _prefixes() -> dict[str, str]:
-    """Start of a name -> network, in both namings and for all families."""
+    """Return how names begin -> network, in both namings and for all families."""
     encoders = [encoder for family in FAMILIES.values() for encoder in family.text_encoders]
     return {
         LORA_UNET_PREFIX: DENOISER,
@@ -128,7 +128,10 @@ def _ranks(header: Header) -> dict[int, int]:
 
 
 def _alphas(header: Header) -> dict[float, int]:
-    """From the alpha tensors; files without any say it in their metadata, and mean the rank if they do not."""
+    """Return alpha -> number of layers.
+
+    The alpha tensors tell it; files without any tell it in their metadata, and mean the rank if they do not.
+    """
     values = read_scalars(header, ".alpha")
     if values:
         return dict(Counter(values.values()).most_common())
@@ -142,7 +145,7 @@ def _alphas(header: Header) -> dict[float, int]:
 
 
 def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """The JSON object under a key; a file whose notes are no JSON is still a file."""
+    """Return the JSON object under a key; empty where it is no JSON, for such a file is still readable."""
     try:
         return json_table(metadata, key)
     except ValueError:

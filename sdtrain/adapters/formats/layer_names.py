@@ -19,7 +19,7 @@ from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX
 
 
 def family_of(networks: Mapping[str, nn.Module]) -> Family:
-    """The model family, by what its networks are made of."""
+    """Return the family that networks are of, by what they are made of."""
     unet = networks.get(DENOISER)
     text_widths = {
         module.in_features
@@ -32,7 +32,7 @@ def family_of(networks: Mapping[str, nn.Module]) -> Family:
 
 
 def sd_scripts_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """component -> module -> sd-scripts name (`lora_unet_...`), for every linear and convolution layer."""
+    """Return component -> module -> sd-scripts name (`lora_unet_...`), for every linear and convolution layer."""
     family = family_of(networks)
     return {component: _sd_scripts(component, network, family) for component, network in networks.items()}
 
@@ -53,7 +53,7 @@ def _flat(dotted: str) -> str:
 
 
 def diffusers_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """component -> module -> diffusers name (`unet.down_blocks...`), for every linear and convolution layer."""
+    """Return component -> module -> diffusers name (`unet.down_blocks...`), for every linear and convolution layer."""
     return {
         component: {
             name: f"{component}.{name if component == DENOISER else with_text_prefix(name)}"

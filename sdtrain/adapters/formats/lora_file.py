@@ -54,10 +54,10 @@ from sdtrain.files.tensors import planned, read_tensors, write_safetensors
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What an adapter file holds."""
+    """The content of an adapter file."""
 
     adapters: dict[str, dict[str, AdapterWeights]]
-    """component -> module -> weights, tensors as stored, on the CPU."""
+    """component -> module -> weights; the tensors are on the CPU, as they were stored."""
     metadata: dict[str, str]
     names: Names
 
@@ -92,7 +92,7 @@ def write_lora(
 
 
 def _seal(hashes: Hashes) -> dict[str, str]:
-    """The hashes by which other tools know the file."""
+    """Return the header entries with the hashes by which other tools know the file."""
     return {
         "sshs_model_hash": hashes.data,
         "sshs_legacy_hash": hashes.legacy,
@@ -127,7 +127,7 @@ def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names: Names) -> dict[str, Tensor]:
-    """Every tensor of a file by its name in it."""
+    """Return every tensor of a file by its name in it."""
     table = sd_scripts_names(networks) if names == "sd-scripts" else diffusers_names(networks)
     return {
         f"{table[component][module]}.{part}": tensor.detach().cpu().contiguous()
@@ -138,7 +138,7 @@ def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names
 
 
 def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
-    """What reading the file will give: alphas that can be taken out of the up matrices again are told as they were."""
+    """Return what reading the file will give: alphas that can be undone exactly are told as they were."""
     every = [weights for modules in scaled.adapters.values() for weights in modules.values()]
     alphas = [
         scaled.alphas.get(component, {}).get(module, weights.alpha)
@@ -154,10 +154,10 @@ def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
 
 
 def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
-    """The adapters in a file, in either naming, for the layers of these networks (on any device, meta too).
+    """Read the adapters in a file, in either naming, for the layers of these networks (on any device, meta too).
 
-    Raises UserError, naming the key, for a file that is damaged or no adapter, for layers that these networks do not
-    have, and for adapters of other shapes than their layers.
+    Raises UserError, naming the key, for a file that is damaged or no adapter, for layers that these networks do
+    not have, and for adapters of other shapes than their layers.
     """
     header = read_header(path)
     names = names_of(path, header)
@@ -187,7 +187,7 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
 
 
 def names_of(path: Path, header: Header) -> Names:
-    """The naming of an adapter file. Raises UserError for other files."""
+    """Return the naming of an adapter file. Raises UserError for other files."""
     first = next(iter(header.entries), "")
     if any(key.startswith(("lora_unet_", "lora_te")) for key in header.entries):
         return "sd-scripts"
@@ -199,7 +199,7 @@ def names_of(path: Path, header: Header) -> Names:
 
 
 def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[str, str]]:
-    """Name in the file -> (component, module), with the other names that writers use.
+    """Return name in the file -> (component, module), with the other names that writers use.
 
     With transformers 5 diffusers writes text encoders without `text_model.`; some trainers write SDXL in sd-scripts
     style, but in the layout of diffusers.
@@ -224,7 +224,10 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
 
 
 def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dict[str, dict[str, Tensor]]:
-    """Layer name -> part -> tensor; names of diffusers contain dots, so that the longest known layer name counts."""
+    """Return layer name -> part -> tensor.
+
+    Names of diffusers contain dots, so the longest known layer name that a key begins with counts.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     for written, tensor in tensors.items():
         key = _modern(written)
@@ -238,7 +241,10 @@ def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dic
 
 
 def _modern(key: str) -> str:
-    """What the first diffusers called `attn1.processor.to_out_lora.down` is now `attn1.to_out.0.lora.down`."""
+    """Return a key in today's names: the first diffusers wrote `attn1.processor.to_out_lora.down` for one of them.
+
+    It is now `attn1.to_out.0.lora.down`.
+    """
     layer = {"to_out": "to_out.0"}
     key = key.replace(".processor.", ".")
     return re.sub(
@@ -258,7 +264,7 @@ def _decoded(
 
 
 def _no_such_layer(name: str, header: Header) -> str:
-    """The likely reason that a layer of the file is not in the model."""
+    """Return the likely reason why a layer of the file is not in the model."""
     if name.startswith("lora_te_"):
         return "is a text encoder of SD 1.x or 2.x; this file is not for the model in use, choose one made for it"
     widths = {header.entries[key].shape[-1] for key in header.entries if "attn2_to_k.lora_down" in key}
@@ -270,6 +276,6 @@ def _no_such_layer(name: str, header: Header) -> str:
 
 
 def shortened(problems: Sequence[Problem]) -> list[Problem]:
-    """The first three, and how many more there are: one mistake shows in hundreds of keys."""
+    """Return the first three of many texts and how many more there are, for one mistake shows in hundreds of keys."""
     rest = [Problem("...", f"and {len(problems) - 3} more like these")] if len(problems) > 4 else list(problems[3:])
     return [*problems[:3], *rest]

@@ -1,4 +1,4 @@
-"""What the header of an adapter file says about it, in the keys that other tools read.
+"""The header of an adapter file, in the keys that other tools read.
 
 `modelspec.*` is Stability's model metadata standard 1.0.1; `ss_*` are the keys sd-scripts writes, which the web
 interfaces show; `sshs_*` are the hashes they identify a file by; `sdtrain.*` are our own.
@@ -28,28 +28,28 @@ class FileFacts:
 
     title: str
     date: str
-    """As `now` says it: `2026-11-22T15:00:00Z`."""
+    """The time of writing in the form of `now`: `2026-11-22T15:00:00Z`."""
     prediction: Prediction = "epsilon"
     resolution_px: Resolution = (1024, 1024)
-    """Width and height."""
+    """The width and height of the pictures."""
     steps: int = 0
     num_images: int = 0
-    """Different pictures in the data."""
+    """The number of different pictures in the data."""
     num_epochs: int = 0
     base_model: str = ""
-    """Name of the model file or folder, without the path to it."""
+    """The name of the model's file or folder, without the path to it."""
     optimizer: str = ""
     tag_counts: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """Folder -> tag -> how many captions have it."""
+    """Folder -> tag -> number of captions that have it."""
     config_toml: str = ""
-    """The resolved configuration."""
+    """The resolved config of the run, as TOML."""
     d: Mapping[str, float] = field(default_factory=dict)
-    """Step size d by network, to go on from (`method.init_from`)."""
+    """The step size d by network, from which another run can start (`method.init_from`)."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the header says about the adapters themselves."""
+    """How large the adapters are, as the header tells it."""
 
     family: Family
     kinds: frozenset[str]
@@ -60,7 +60,7 @@ class Shape:
 
 
 def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
-    """All keys but the hashes. Values are strings, as the format wants them; deterministic."""
+    """Return all header entries except the hashes; the same input gives the same strings."""
     predicts_v = facts.prediction == "v_prediction"
     found = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -87,7 +87,10 @@ def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
 
 
 def _network_keys(shape: Shape) -> dict[str, str]:
-    """The module that makes the network in sd-scripts, its rank and alpha; `Dynamic` is its word for mixed ones."""
+    """Return sd-scripts' entries for the module that makes the network, its rank and its alpha.
+
+    `Dynamic` is its word for ranks or alphas that differ.
+    """
     algorithm = next(iter(sorted(shape.kinds)), "lora")
     plain = algorithm == "lora"
     keys = {

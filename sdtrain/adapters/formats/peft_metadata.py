@@ -20,7 +20,10 @@ from sdtrain.errors import user_error
 
 
 def peft_metadata(path: Path, adapters: Adapters) -> str:
-    """The JSON, empty when readers need none: LoRA with alpha = rank everywhere."""
+    """Return the JSON for the header; it is empty where readers need none, for LoRA with alpha = rank everywhere.
+
+    Raises UserError for adapters that peft cannot describe.
+    """
     kinds = {kind_of(weights) for modules in adapters.values() for weights in modules.values()}
     if len(kinds) > 1:
         found = ", ".join(sorted(kinds))
@@ -37,8 +40,11 @@ def peft_metadata(path: Path, adapters: Adapters) -> str:
 
 
 def _settings(path: Path, component: str, modules: Mapping[str, AdapterWeights]) -> dict[str, Any]:
-    """Arguments of peft's config. Modules go without `text_model.`: peft matches the ends of names, so that a text
-    encoder is found by classes that have the prefix and by those that do not."""
+    """Return the arguments of peft's config for one network.
+
+    Modules are named without `text_model.`: peft matches the ends of names, so that a text encoder is found by
+    classes that have the prefix and by those that do not.
+    """
     stripped = {module.removeprefix("text_model."): weights for module, weights in modules.items()}
     ranks = {module: _peft_rank(weights) for module, weights in stripped.items()}
     alphas = {module: _peft_alpha(weights) for module, weights in stripped.items()}
@@ -81,13 +87,13 @@ def _peft_alpha(weights: AdapterWeights) -> float:
 
 
 def _common(values: Mapping[str, float]) -> tuple[Any, dict[str, Any]]:
-    """The most frequent value, and the others under peft's pattern for exactly that module."""
+    """Return the most frequent value, and the others under peft's pattern for exactly that module."""
     common = most_frequent(values.values())
     return common, {re.escape(module): value for module, value in values.items() if value != common}
 
 
 def _decompose_factor(path: Path, modules: Iterable[LokrWeights]) -> int:
-    """The setting from which peft derives the same factors. Raises UserError when there is none."""
+    """Return the setting from which peft derives the same factors. Raises UserError when there is none."""
     from peft.tuners.lokr.layer import factorization
 
     shapes = [(factor_shape(weights.w1), factor_shape(weights.w2)) for weights in modules]
@@ -106,7 +112,10 @@ def _decompose_factor(path: Path, modules: Iterable[LokrWeights]) -> int:
 
 
 def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, rank: int) -> float | None:
-    """The alpha that `lora_adapter_metadata` gives a module, rank-stabilised scales turned into alpha; None without."""
+    """Return the alpha that `lora_adapter_metadata` gives a module, None where it gives none.
+
+    A rank-stabilised scale is turned into the alpha that has the same effect.
+    """
     every = json_table(metadata, DIFFUSERS_KEY)
     settings = {key.removeprefix(f"{component}."): v for key, v in every.items() if key.startswith(f"{component}.")}
     default = settings.get("lora_alpha", settings.get("alpha"))
@@ -117,7 +126,7 @@ def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, 
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """As peft matches: a pattern stands for the end of a module's name, from a dot on."""
+    """Return the value whose pattern fits a module as peft matches: at the end of its name, from a dot on."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

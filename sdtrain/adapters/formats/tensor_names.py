@@ -1,4 +1,4 @@
-"""Each kind's tensors under the names that sd-scripts and LyCORIS, or diffusers and peft, give them.
+"""The names of each kind's tensors in sd-scripts and LyCORIS, and in diffusers and peft.
 
 The two families of names differ for LoRA alone; LoHa and LoKr tensors are called the same in both. OFT has a name in
 peft only: the `oft_blocks` of other tools rotate a layer's outputs, peft rotates its inputs.
@@ -45,12 +45,12 @@ TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
 
 
 def expressible(weights: AdapterWeights, names: Names) -> bool:
-    """Whether a family of names has words for this kind of adapter."""
+    """Return whether a family of names has words for this kind of adapter."""
     return names == "diffusers" or not isinstance(weights, OftWeights)
 
 
 def encode(weights: AdapterWeights, names: Names) -> dict[str, Tensor]:
-    """Name of the part -> tensor; alpha is a float32 scalar, and has a place in sd-scripts names only."""
+    """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it."""
     parts = _parts(weights)
     found = {SUFFIXES[names].get(part, part): tensor for part, tensor in parts.items()}
     if isinstance(weights, DoraWeights):
@@ -86,16 +86,19 @@ def _factor(name: str, factor: Tensor | tuple[Tensor, Tensor]) -> dict[str, Tens
 
 
 def _magnitude_shape(magnitude: Tensor, dimensions: int, names: Names) -> Tensor:
-    """(out,) as (out, 1, ...) for LyCORIS, whose readers see the axis by it; peft has (1, out, 1, 1) for images."""
+    """Return the shape of a magnitude (out,) in files: (out, 1, ...) for LyCORIS, whose readers see the axis by it.
+
+    peft has (1, out, 1, 1) for convolutions.
+    """
     if names == "sd-scripts":
         return magnitude.reshape(-1, *[1] * (dimensions - 1))
     return magnitude.reshape(-1) if dimensions == 2 else magnitude.reshape(1, -1, 1, 1)
 
 
 def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None) -> AdapterWeights:
-    """The adapter that the parts of one layer make.
+    """Return the adapter that the parts of one layer make.
 
-    `alpha` is for files that keep it elsewhere; with neither, the scale is 1. Raises ValueError with a sentence about
+    alpha: for files that keep it elsewhere; with neither, the scale is 1. Raises ValueError with a sentence about
     what is missing or unknown.
     """
     parts = {OTHER_SPELLINGS.get(name, name): tensor for name, tensor in parts.items()}
@@ -157,7 +160,7 @@ def _nothing_left(weights: AdapterWeights, parts: Mapping[str, Tensor]) -> Adapt
 
 
 def shape_problem(weights: AdapterWeights, base: Tensor) -> str | None:
-    """Why the adapter cannot sit on a layer with this weight, None if it can."""
+    """Return why the adapter cannot sit on a layer with this weight, None if it can."""
     wanted = tuple(base.shape)
     made = _shape_made(weights, wanted)
     if made == wanted:
@@ -166,7 +169,7 @@ def shape_problem(weights: AdapterWeights, base: Tensor) -> str | None:
 
 
 def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of dW; kinds that only know a flat width are given the layer's own shape where the width fits."""
+    """Return the shape of dW; kinds that only know a flat width get the layer's own shape where the width fits."""
     match weights:
         case LoraWeights():
             return (weights.up.shape[0], *weights.down.shape[1:])
@@ -185,7 +188,7 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
 
 
 def factor_shape(factor: Tensor | tuple[Tensor, Tensor]) -> tuple[int, ...]:
-    """The shape of a Kronecker factor, multiplied out or not."""
+    """Return the shape of a Kronecker factor, be it multiplied out or kept as a product."""
     if isinstance(factor, tuple):
         return (factor[0].shape[0], factor[1].shape[1])
     return tuple(factor.shape)

@@ -1,1 +1,1 @@
-"""From files to networks and back: found, opened, looked into, filled, written."""
+"""From files to networks and back: a checkpoint is found, opened, looked into, loaded and written."""

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, in whatever layout, become components in memory."""
+"""Loads the parts of a model that was opened, whatever its layout, into memory."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sdtrain.models.prompts import Tokenizer
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a model, as read; nothing is moved or frozen yet."""
+    """The parts of a model as they were read; nothing is moved to a device or frozen yet."""
 
     family: Family
     networks: Mapping[Component, nn.Module]
     tokenizers: tuple[Tokenizer, ...]
-    """One for each text encoder, in the family's order."""
+    """One tokenizer per text encoder, in the family's order."""
     scheduler_config: dict[str, Any]
     no_caption: NoCaption
     stored_dtypes: Mapping[Component, torch.dtype]
@@ -34,24 +34,24 @@ class Components:
 
     @property
     def unet(self) -> nn.Module:
-        """The network that denoises."""
+        """The U-Net, the network that denoises."""
         return self.networks[DENOISER]
 
     @property
     def vae(self) -> nn.Module:
-        """The network between pixels and latents."""
+        """The VAE, the network between pixels and latents."""
         return self.networks["vae"]
 
     @property
     def text_encoders(self) -> dict[Component, nn.Module]:
-        """The text encoders, in the family's order."""
+        """The text encoders by name, in the family's order."""
         return {encoder.component: self.networks[encoder.component] for encoder in self.family.text_encoders}
 
 
 def load_components(opened: OpenedModel, dtype: torch.dtype) -> Components:
-    """The components of a model, U-Net and text encoders in `dtype`, the VAE in float32.
+    """Load the parts of a model: the U-Net and the text encoders in `dtype`, the VAE in float32.
 
-    Peak memory is the networks themselves and one tensor more. Raises UserError for everything that does not fit.
+    Peak memory is that of the networks and of one tensor more. Raises UserError for everything that does not fit.
     """
     networks = _load_networks(opened, dtype)
     return Components(

@@ -1,6 +1,7 @@
-"""From the names and shapes of a single file's tensors to the configurations of its networks.
+"""Derives the configurations of a single file's networks from the names and shapes of its tensors.
 
-What shapes cannot tell (heads, activations, groups of the norms) is as published for the family.
+What shapes cannot tell (the number of heads, activations, groups of the norms) is taken from what was published for the
+family.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
 def detect_family(header: Header) -> Family:
-    """The family of a whole checkpoint. Raises UserError, saying what the file is instead, for anything else."""
+    """Return the family of a whole checkpoint. Raises UserError for any other file and says what it is instead."""
     names = header.entries
     source = str(header.path)
     if any(mark in name for name in names for mark in LORA_MARKS):
@@ -75,14 +76,14 @@ def _refuse_extra_inputs(header: Header, key: str) -> None:
 
 
 def shapes_of(header: Header, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors below a prefix, by the rest of their names."""
+    """Return the shapes of the tensors whose names begin with a prefix, by the rest of their names."""
     return {name.removeprefix(prefix): entry.shape for name, entry in header.entries.items() if name.startswith(prefix)}
 
 
 def config_of(header: Header, family: Family, component: Component, prefix: str | None = None) -> dict[str, Any]:
-    """The configuration of one network of a single file, as diffusers or transformers spell it.
+    """Return the configuration of one network of a single file, as diffusers or transformers spell it.
 
-    Raises UserError when the component is not in the file or has a shape that cannot be expressed.
+    Raises UserError when the network is not in the file or has a shape that no configuration expresses.
     """
     prefix = family.prefix_of(component) if prefix is None else prefix
     shapes = shapes_of(header, prefix)
@@ -102,9 +103,10 @@ def config_of(header: Header, family: Family, component: Component, prefix: str 
 
 
 def trusted_config_of(header: Header, family: Family, component: Component) -> dict[str, Any]:
-    """The configuration of a network, refused where shapes are unlike the published ones.
+    """Return the configuration of one network of a single file, refused where its shapes are unlike any published ones.
 
-    There, heads and groups of the norms would be guesses, and a wrong guess is a broken model without an error.
+    For such shapes the heads and the groups of the norms would be guesses, and a wrong guess is a broken model
+    without an error. Raises UserError.
     """
     config = config_of(header, family, component)
     grain = config.get("norm_num_groups", 1) if component == "vae" else HEAD_WIDTH
@@ -120,7 +122,7 @@ def trusted_config_of(header: Header, family: Family, component: Component) -> d
 
 
 def _pooled_width(header: Header, family: Family) -> int:
-    """Width of the pooled text that the U-Net's extra conditioning starts with; 0 where there is none."""
+    """Return the width of the pooled text that the U-Net's extra conditioning starts with; 0 where there is none."""
     encoder = family.pooled_encoder
     if encoder is None:
         return 0
@@ -131,7 +133,7 @@ def _pooled_width(header: Header, family: Family) -> int:
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
-    """How many different numbers stand in the pattern's group."""
+    """Return how many different numbers stand in the pattern's first group, over all names that it fits."""
     return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
 
@@ -139,7 +141,7 @@ def _count(shapes: Shapes, pattern: str) -> int:
 
 
 def unet_config(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, Any]:
-    """Configuration of a U-Net from original names (without prefix) and shapes."""
+    """Return the configuration of a U-Net from the shapes of its tensors by original name, without prefix."""
     downsamplers = [int(m[1]) for name in shapes if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.weight", name))]
     layers = min(downsamplers) - 1 if downsamplers else _count(shapes, r"input_blocks\.(\d+)\.") - 1
     first_layers = [1 + block * (layers + 1) for block in range(len(downsamplers) + 1)]
@@ -162,7 +164,7 @@ def unet_config(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, 
 
 
 def _first_shape(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """The shape of the first tensor whose name fits. Raises KeyError with the pattern when there is none."""
+    """Return the shape of the first tensor whose name fits. Raises KeyError with the pattern when there is none."""
     for name, shape in shapes.items():
         if re.fullmatch(pattern, name):
             return shape
@@ -170,19 +172,20 @@ def _first_shape(shapes: Shapes, pattern: str) -> tuple[int, ...]:
 
 
 def _depth(shapes: Shapes, stem: str) -> int:
-    """Number of transformer blocks in one attention layer; 0 where there is no attention."""
+    """Return the number of transformer blocks in one attention layer; 0 where there is no attention."""
     return _count(shapes, re.escape(stem) + r"\.transformer_blocks\.(\d+)\.")
 
 
 def _mid_depth(shapes: Shapes) -> int | None:
-    """Transformer blocks in the middle; None for the single ResNet that pruned models keep there."""
+    """Return the number of transformer blocks in the middle; None for the single ResNet of pruned models."""
     return _depth(shapes, "middle_block.1") if "middle_block.2.in_layers.0.weight" in shapes else None
 
 
 def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -> dict[str, Any]:
-    """Where attention is and how deep, in diffusers' words.
+    """Return where attention is and how deep, in diffusers' words.
 
-    One number a block says it all for SDXL itself; pruned models differ from layer to layer and between the sides.
+    One number per block is enough for SDXL itself; pruned models differ from layer to layer and between the sides.
+    Raises UserError for what diffusers' words cannot express.
     """
     if any(min(block) == 0 < max(block) for block in (*down, *up)):
         raise user_error("", "attention", "is in some layers of a block only, which diffusers' U-Net cannot express")
@@ -206,14 +209,17 @@ def _depth_config(down: list[list[int]], up: list[list[int]], mid: int | None) -
 
 
 def _heads(channels: list[int], family: Family) -> list[int]:
-    """Heads of each block (diffusers calls the setting attention_head_dim all the same)."""
+    """Return the number of heads of each block; diffusers calls the setting attention_head_dim all the same."""
     if family.num_heads:
         return [family.num_heads] * len(channels)
     return [max(1, width // HEAD_WIDTH) for width in channels]
 
 
 def _extra_conditioning(shapes: Shapes, family: Family, pooled_width: int) -> dict[str, Any]:
-    """Sizes and pooled text, added to the time embedding: six numbers, each a sinusoid, after the pooled text."""
+    """Return how sizes and pooled text are added to the time embedding; empty for families without sizes.
+
+    The layer reads the pooled text, then six numbers, each as a sinusoid.
+    """
     if not family.takes_sizes:
         return {}
     width = shapes["label_emb.0.0.weight"][1]
@@ -224,7 +230,7 @@ def _extra_conditioning(shapes: Shapes, family: Family, pooled_width: int) -> di
 
 
 def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
-    """Configuration of a VAE from original names (without prefix) and shapes."""
+    """Return the configuration of a VAE from the shapes of its tensors by original name, without prefix."""
     blocks = _count(shapes, r"encoder\.down\.(\d+)\.")
     return {
         **family.vae,
@@ -245,7 +251,7 @@ def vae_config(shapes: Shapes, family: Family) -> dict[str, Any]:
 
 
 def clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
-    """Configuration of a text encoder in transformers' names."""
+    """Return the configuration of a text encoder from the shapes of its tensors under transformers' names."""
     vocab, width = shapes["text_model.embeddings.token_embedding.weight"]
     return {
         **encoder.config,
@@ -262,7 +268,10 @@ def clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
 
 
 def open_clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
-    """Configuration of a text encoder in OpenCLIP's names; layers that nobody reads are left out."""
+    """Return the configuration of a text encoder from the shapes of its tensors under OpenCLIP's names.
+
+    Layers whose output nobody reads are left out.
+    """
     vocab, width = shapes["token_embedding.weight"]
     layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.")
     return {

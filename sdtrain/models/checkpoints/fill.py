@@ -1,4 +1,4 @@
-"""From tensors in files to networks in memory, at the cost of one copy."""
+"""Gives networks in memory the values of tensors in files, without a second copy of the network."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from sdtrain.files.tensors import DTYPES, read_tensor
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")
 MAX_NAMED = 5
-"""Problems named in full; a model of another shape would have hundreds."""
+"""The number of problems that are named in full; a model of another shape would have hundreds."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where the value of a parameter lies."""
+    """Where the value of one parameter lies: in which file, under which name and in what form."""
 
     header: Header
     place: Place
 
     @property
     def entry(self) -> Entry:
-        """The tensor in the file; of fused ones the whole."""
+        """The tensor in the file that holds the parameter; where three are fused into one, the whole of it."""
         return self.header.entries[self.place.key]
 
 
 def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
-    """Give the parameters of a network on the meta device their values from files, in `dtype`.
+    """Give the parameters of a network on the meta device their values from files, in `dtype`; return the network.
 
-    stored: the place of every parameter, by its name. Raises UserError when shapes or types do not fit.
+    stored: where each parameter lies, by its name. Raises UserError when shapes or types do not fit.
     """
     parameters = dict(network.named_parameters())
     check_fit(parameters, stored)
@@ -75,7 +75,7 @@ def check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Store
 
 
 def _shape(where: Stored) -> tuple[int, ...]:
-    """Shape of the parameter itself, without trailing ones: convolutions of 1 x 1 pixels are matrices to some."""
+    """Return the shape of the parameter itself without trailing ones, as some files hold 1 x 1 convolutions flat."""
     shape = where.entry.shape
     if where.place.third is not None:
         shape = (shape[0] // 3, *shape[1:])
@@ -91,7 +91,7 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def raise_first(path: Path, problems: list[Problem]) -> None:
-    """Raise a UserError with the first few of many problems of one kind; does nothing when there are none."""
+    """Raise a UserError with the first few of many problems of one kind; do nothing when there are none."""
     if not problems:
         return
     more = len(problems) - MAX_NAMED
@@ -101,7 +101,7 @@ def raise_first(path: Path, problems: list[Problem]) -> None:
 
 
 def stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
-    """The type that most weights of a network are stored in."""
+    """Return the type in which most of a network's bytes are stored."""
     sizes = Counter[str]()
     for where in stored:
         sizes[where.entry.dtype] += where.entry.end - where.entry.start

@@ -1,4 +1,4 @@
-"""A whole checkpoint as a diffusers folder, with tokenizers and configurations."""
+"""Writes a whole checkpoint as a diffusers folder, with tokenizers and configurations."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def write_folder(
 ) -> None:
     """Write a diffusers folder, whole or not at all; an older one under the same name is replaced.
 
-    dtype: of all weights; None: of each network as it was stored. Raises UserError for a full disk, for values that
-    are not finite in that type, and rather than replacing a folder that is no model.
+    dtype: the type in which all weights are stored; None stores each network as it was stored before. Raises
+    UserError for a full disk, for values that are not finite in that type, and rather than replacing a folder that
+    is no model.
     """
     if path.exists() and not (path / INDEX).is_file():
         raise user_error(str(path), "output", f"is there already and is no diffusers folder (no {INDEX}); move it away")
@@ -61,7 +62,7 @@ def write_folder(
 def folder_tensors(
     components: Components, component: Component, dtype: torch.dtype, change: Change | None
 ) -> dict[str, Planned]:
-    """A network's tensors in the names that all versions of diffusers and transformers read."""
+    """Return a network's tensors under the names that all versions of diffusers and transformers read."""
     is_text = components.family.text_encoder(component) is not None
     return {
         with_text_prefix(name) if is_text else name: Planned(dtype, weight.shape, weight.value)
@@ -70,7 +71,10 @@ def folder_tensors(
 
 
 def folder_config(network: nn.Module, plan: Mapping[str, Planned]) -> dict[str, Any]:
-    """The configuration of a network, with the version that diffusers wants and the type transformers reads."""
+    """Return the configuration of a network with the version or the type that its library looks for.
+
+    diffusers looks for its own version, transformers for the type of the weights.
+    """
     import diffusers
 
     config = network_config(network)
@@ -80,7 +84,7 @@ def folder_config(network: nn.Module, plan: Mapping[str, Planned]) -> dict[str, 
 
 
 def model_index(components: Components) -> dict[str, Any]:
-    """Which class reads which part of the folder."""
+    """Return the content of `model_index.json`: which class reads which part of the folder."""
     import diffusers
 
     index: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Models named by a hub id: the local cache first, the network only for a model that is not in it."""
+"""Finds models that are named by a hub id in the local cache, and fetches those that are not in it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SMALL_FILES = (
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that is neither file nor folder reads like `owner/name`."""
+    """Return whether a path that is neither a file nor a folder reads like `owner/name`."""
     return (
         re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) is not None
         and not path.endswith((".safetensors", ".ckpt"))
@@ -32,7 +32,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def cached_file(repository: str, name: str) -> Path | None:
-    """A file of a hub repository in the local cache; no network."""
+    """Return a file of a hub repository from the local cache, None where it is not there; the network is not used."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repository, name)
@@ -40,9 +40,9 @@ def cached_file(repository: str, name: str) -> Path | None:
 
 
 def cached_model(repository: str, variant: str, *, weights: bool = True) -> Path | None:
-    """The folder of a hub repository in the local cache, None when what is needed is not there; no network.
+    """Return the folder of a hub repository in the local cache, None when anything that is needed is not there.
 
-    weights: whether more than configs and tokenizers is needed.
+    The network is not used. weights: whether the weights are needed besides configs and tokenizers.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -55,14 +55,14 @@ def cached_model(repository: str, variant: str, *, weights: bool = True) -> Path
 
 
 def is_offline() -> bool:
-    """Whether the user forbids the network (HF_HUB_OFFLINE=1)."""
+    """Return whether the user forbids the network (HF_HUB_OFFLINE=1)."""
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def files_to_fetch(variant: str) -> list[str]:
-    """The files of a diffusers repository that are needed, as patterns."""
+    """Return shell patterns for the files of a diffusers repository that are needed."""
     middle = f".{variant}" if variant else ""
     weights = [f"{part}/{stem}{middle}{end}" for part in PARTS for stem, end in _weight_names()]
     return [*SMALL_FILES, *weights]
@@ -74,13 +74,13 @@ def _weight_names() -> list[tuple[str, str]]:
 
 
 def fetch_if_missing(config: ModelConfig) -> None:
-    """Fetch a model that is named by a hub id and not in the local cache; the only use of the network there is."""
+    """Fetch a model that is named by a hub id and not in the local cache; nothing else uses the network."""
     for path in _missing(config):
         fetch_model(path, config.variant)
 
 
 def is_missing(config: ModelConfig) -> bool:
-    """Whether something of a model is named by a hub id and not in the local cache."""
+    """Return whether a model or its VAE is named by a hub id and not in the local cache."""
     return bool(_missing(config))
 
 
@@ -90,7 +90,7 @@ def _missing(config: ModelConfig) -> list[str]:
 
 
 def fetch_model(repository: str, variant: str) -> Path:
-    """Fetch what is needed of a hub repository; returns its folder. Raises UserError when that is not possible."""
+    """Fetch what is needed of a hub repository and return its folder. Raises UserError when that is not possible."""
     if is_offline():
         raise not_cached(repository, variant, "the network is off (HF_HUB_OFFLINE)")
     from huggingface_hub import snapshot_download
@@ -103,7 +103,10 @@ def fetch_model(repository: str, variant: str) -> Path:
 
 
 def not_cached(repository: str, variant: str, reason: str, *, weights: bool = True) -> UserError:
-    """What to do about a hub model that is not here."""
+    """Return the error that tells the user how to get a hub model that is not in the cache.
+
+    reason: why it is not fetched now. weights: whether the weights are needed besides configs and tokenizers.
+    """
     middle = f".{variant}" if variant else ""
     command = f"hf download {repository} --include '*.json' 'tokenizer*/*'"
     if weights:

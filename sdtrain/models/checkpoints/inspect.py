@@ -1,4 +1,4 @@
-"""What a model on disk says about itself, read without torch, so that `sdtrain check` is quick."""
+"""Opens a model on disk and tells what it says about itself, without torch, so that `sdtrain check` is quick."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from sdtrain.models.checkpoints.locate import (
     Checkpoint,
     DiffusersFolder,
     SingleFile,
-    lending_folder,
-    lent_config,
+    fallback_config,
+    fallback_folder,
     locate,
     missing_parts,
     open_checkpoint,
@@ -35,36 +35,36 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A whole model that was looked through once: what it says of itself, and all that loading it needs."""
+    """A whole model that was looked through once: what it says about itself, and all that loading it needs."""
 
     checkpoint: Checkpoint
     headers: Mapping[Component, tuple[Header, ...]]
-    """Of the files with each network's weights, but for a VAE that is named on its own."""
+    """The headers of the files with each network's weights, but for a VAE that is named on its own."""
     vae: VaeSource | None
-    """The VAE that is named on its own."""
-    lending: Path | None
-    """The folder that lends a single file what it lacks."""
+    """The VAE that is named on its own in `model.vae`, None where none is."""
+    fallback: Path | None
+    """The folder named in `model.components`, for what a single file does not hold; None where none is named."""
     tokenizers: tuple[TokenizerSource, ...]
     scheduler: Mapping[str, Any]
     """The configuration of the noise schedule."""
     latent_step_px: int
     """Widths and heights of pictures must be multiples of this, or the U-Net's halvings do not fit."""
     no_caption: NoCaption
-    """What the model itself takes for no caption."""
+    """What conditions the U-Net where a picture has no caption, by the model's own word or its family's custom."""
 
     @property
     def family(self) -> Family:
-        """The family it is of."""
+        """The family that the model is of."""
         return self.checkpoint.family
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """What the header of its file says of it; of a folder, that of its U-Net."""
+        """What the header of the model's file says about it; for a folder, that of its first U-Net file."""
         return self.headers[DENOISER][0].metadata
 
     @property
     def prediction(self) -> Prediction:
-        """What the U-Net predicts."""
+        """What the U-Net predicts, as the model's scheduler says."""
         return "v_prediction" if self.scheduler.get("prediction_type") == "v_prediction" else "epsilon"
 
     @property
@@ -74,12 +74,12 @@ class OpenedModel:
 
     @property
     def zero_terminal_snr(self) -> bool:
-        """Whether the noise schedule ends in pure noise."""
+        """Whether the noise schedule ends in pure noise, as the model's scheduler says."""
         return bool(self.scheduler.get("rescale_betas_zero_snr", False))
 
 
 def open_model(config: ModelConfig, source: str) -> OpenedModel:
-    """A model that can be loaded. Raises UserError, naming `source`, with everything that would keep it from that."""
+    """Open a model that can be loaded. Raises UserError, naming `source`, with all that keeps it from loading."""
     opened, problems = inspect_model(config)
     if problems or opened is None:
         raise UserError(source, problems)
@@ -87,7 +87,10 @@ def open_model(config: ModelConfig, source: str) -> OpenedModel:
 
 
 def inspect_model(config: ModelConfig) -> tuple[OpenedModel | None, list[Problem]]:
-    """The model, opened once, and everything that would keep it from loading. Never uses the network."""
+    """Open a model once and return it, with everything that keeps it from loading. Never uses the network.
+
+    The model is None where too much is wrong for it to be described.
+    """
     problems: list[Problem] = []
     checkpoint = _attempt(
         "model.path", problems, lambda: open_checkpoint(locate(config.path, config.variant), config.variant)
@@ -99,19 +102,19 @@ def inspect_model(config: ModelConfig) -> tuple[OpenedModel | None, list[Problem
     vae = None
     if config.vae:
         vae = _attempt("model.vae", problems, lambda: vae_source(config.vae, config.variant, checkpoint.family))
-    lending, tokenizers = _lent(config, checkpoint, problems)
+    fallback, tokenizers = _fallbacks(config, checkpoint, problems)
     opened = None
     if not problems:
-        opened = _attempt("model.path", problems, lambda: _opened(checkpoint, headers, vae, lending, tokenizers))
+        opened = _attempt("model.path", problems, lambda: _opened(checkpoint, headers, vae, fallback, tokenizers))
     if opened is None:
-        stated = _attempt("model.path", [], lambda: markers_of(checkpoint)) or Markers()
-        return None, [*problems, *_contradictions(config, stated)]
-    stated = _attempt("model.path", problems, lambda: markers_of(checkpoint)) or Markers()
-    return opened, [*problems, *_conflicts(config, opened, stated)]
+        markers = _attempt("model.path", [], lambda: markers_of(checkpoint)) or Markers()
+        return None, [*problems, *_contradictions(config, markers)]
+    markers = _attempt("model.path", problems, lambda: markers_of(checkpoint)) or Markers()
+    return opened, [*problems, *_conflicts(config, opened, markers)]
 
 
 def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
-    """Whether the other files that the settings name are there; all that can be told while the model itself is not."""
+    """Look for the other files that the settings name; nothing more can be told while the model itself is not there."""
     if config.vae:
         _attempt("model.vae", problems, lambda: locate(config.vae, config.variant))
     if config.components:
@@ -119,7 +122,7 @@ def _look_for_others(config: ModelConfig, problems: list[Problem]) -> None:
 
 
 def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) -> Result | None:
-    """The call's result, or None and one more problem at the setting that named the file."""
+    """Return the call's result; where it fails, return None and add a problem at the setting that named the file."""
     try:
         return call()
     except UserError as error:
@@ -130,7 +133,10 @@ def _attempt(setting: str, problems: list[Problem], call: Callable[[], Result]) 
 def _headers(
     config: ModelConfig, checkpoint: Checkpoint, problems: list[Problem]
 ) -> dict[Component, tuple[Header, ...]]:
-    """The headers of every part; adds a problem for those that are missing, cut off, pickled or of no known shape."""
+    """Return the headers of every part's files.
+
+    Adds a problem for each that is missing, cut off, pickled or of no known shape.
+    """
     missing = missing_parts(checkpoint, own_vae=not config.vae)
     problems += [Problem(*_missing(checkpoint, part)) for part in missing]
     found: dict[Component, tuple[Header, ...]] = {}
@@ -140,14 +146,14 @@ def _headers(
     return found
 
 
-def _lent(
+def _fallbacks(
     config: ModelConfig, checkpoint: Checkpoint, problems: list[Problem]
 ) -> tuple[Path | None, tuple[TokenizerSource, ...]]:
-    """The folder named in model.components and the tokenizers, be they from there or from elsewhere."""
+    """Return the folder named in `model.components`, and the tokenizers from there or from elsewhere."""
 
     def find() -> tuple[Path | None, tuple[TokenizerSource, ...]]:
-        lending = lending_folder(config.components)
-        return lending, find_tokenizers(checkpoint, lending)
+        fallback = fallback_folder(config.components)
+        return fallback, find_tokenizers(checkpoint, fallback)
 
     return _attempt("model.components", problems, find) or (None, ())
 
@@ -171,80 +177,80 @@ def _opened(
     checkpoint: Checkpoint,
     headers: Mapping[Component, tuple[Header, ...]],
     vae: VaeSource | None,
-    lending: Path | None,
+    fallback: Path | None,
     tokenizers: tuple[TokenizerSource, ...],
 ) -> OpenedModel:
-    halvings = _shrinking(network_config(checkpoint, DENOISER, lending), checkpoint, DENOISER)
-    pixels = _shrinking(vae.config if vae else network_config(checkpoint, "vae", lending), checkpoint, "vae")
+    halvings = _shrinking(network_config(checkpoint, DENOISER, fallback), checkpoint, DENOISER)
+    pixels = _shrinking(vae.config if vae else network_config(checkpoint, "vae", fallback), checkpoint, "vae")
     return OpenedModel(
         checkpoint=checkpoint,
         headers=headers,
         vae=vae,
-        lending=lending,
+        fallback=fallback,
         tokenizers=tokenizers,
-        scheduler=scheduler_of(checkpoint, lending),
+        scheduler=scheduler_of(checkpoint, fallback),
         latent_step_px=pixels * halvings,
         no_caption=no_caption_of(checkpoint),
     )
 
 
 def _shrinking(config: dict[str, Any], checkpoint: Checkpoint, component: Component) -> int:
-    """By how much a network makes pictures smaller: every block but the last halves them."""
+    """Return by how much a network divides the sides of a picture: every block but the last halves them."""
     blocks = config.get("block_out_channels")
     if not isinstance(blocks, list):
         raise user_error(str(checkpoint.path), f"{component}/config.json", "has no list `block_out_channels`")
     return int(2 ** (len(blocks) - 1))
 
 
-def network_config(checkpoint: Checkpoint, component: Component, lending: Path | None) -> dict[str, Any]:
-    """The configuration that comes with a network, or else follows from its shapes."""
+def network_config(checkpoint: Checkpoint, component: Component, fallback: Path | None) -> dict[str, Any]:
+    """Return the configuration that comes with a network, or else the one that follows from its shapes."""
     match checkpoint:
         case SingleFile(header, family):
             own = stored_configs(header).get(component)
-            if own or lent_config(lending, component):
-                return own or config_of(header, family, component)  # whether a lent one fits is seen on loading
+            if own or fallback_config(fallback, component):
+                return own or config_of(header, family, component)  # whether the fallback fits is seen on loading
             return trusted_config_of(header, family, component)
         case DiffusersFolder(path):
             return read_json(path / component / "config.json")
 
 
-def _contradictions(config: ModelConfig, stated: Markers) -> list[Problem]:
-    """Settings that contradict what the model says; what it does not say is the user's to decide."""
+def _contradictions(config: ModelConfig, markers: Markers) -> list[Problem]:
+    """Return problems for settings that contradict what the model says; what it leaves open is the user's to decide."""
     problems = []
-    if stated.prediction and config.prediction not in ("auto", stated.prediction):
+    if markers.prediction and config.prediction not in ("auto", markers.prediction):
         problems.append(
             Problem(
                 "model.prediction",
-                f"{config.prediction}, but the model says {stated.prediction} ({stated.prediction_source}); "
+                f"{config.prediction}, but the model says {markers.prediction} ({markers.prediction_source}); "
                 "leave it at `auto`",
             )
         )
-    if stated.zero_terminal_snr and config.zero_terminal_snr == "off":
+    if markers.zero_terminal_snr and config.zero_terminal_snr == "off":
         problems.append(
             Problem(
                 "model.zero_terminal_snr",
-                f"off, but the model was trained with it ({stated.zero_source}); leave it at `auto`",
+                f"off, but the model was trained with it ({markers.zero_source}); leave it at `auto`",
             )
         )
     return problems
 
 
-def _conflicts(config: ModelConfig, facts: OpenedModel, stated: Markers) -> list[Problem]:
-    """Settings that contradict what the model says, or that leave nothing to learn together with it."""
-    problems = _contradictions(config, stated)
+def _conflicts(config: ModelConfig, facts: OpenedModel, markers: Markers) -> list[Problem]:
+    """Return problems for settings that contradict the model, or that leave nothing to learn together with it."""
+    problems = _contradictions(config, markers)
     prediction = facts.prediction if config.prediction == "auto" else config.prediction
     zero = facts.zero_terminal_snr if config.zero_terminal_snr == "auto" else config.zero_terminal_snr == "on"
     if zero and prediction == "epsilon" and not problems:
-        problems.append(_nothing_to_learn(config, stated))
+        problems.append(_nothing_to_learn(config, markers))
     return problems
 
 
-def _nothing_to_learn(config: ModelConfig, stated: Markers) -> Problem:
+def _nothing_to_learn(config: ModelConfig, markers: Markers) -> Problem:
     why = "at pure noise, epsilon is the input itself and there is nothing to learn"
     if config.zero_terminal_snr == "on":
         return Problem("model.zero_terminal_snr", f"on, but the model predicts epsilon: {why}; use `off` or `auto`")
     return Problem(
         "model.prediction",
-        f"epsilon, but the model has zero terminal SNR ({stated.zero_source or 'its scheduler config'}): {why}; "
+        f"epsilon, but the model has zero terminal SNR ({markers.zero_source or 'its scheduler config'}): {why}; "
         "set it to `v_prediction` if that is what the model predicts",
     )

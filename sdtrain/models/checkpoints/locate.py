@@ -1,4 +1,4 @@
-"""Where a model lies and in what layout, found out without torch and without the network."""
+"""Finds where a model lies and in what layout, without torch and without the network."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ STEMS: dict[Component, str] = {
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A checkpoint in the original layout."""
+    """A checkpoint in the original layout, all in one file."""
 
     header: Header
     family: Family
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """The path of the file."""
         return self.header.path
 
 
 @dataclass(frozen=True)
 class DiffusersFolder:
-    """A folder with one sub-folder for each part.
+    """A checkpoint as diffusers writes it: a folder with one sub-folder for each part.
 
-    variant: the infix of its weight files, such as `fp16`; or empty. index: what `model_index.json` says.
+    variant: the infix of its weight files, such as `fp16`, or empty. index: the content of `model_index.json`.
     """
 
     path: Path
@@ -57,7 +57,7 @@ Checkpoint = SingleFile | DiffusersFolder
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model. Raises UserError when it is missing or not JSON."""
+    """Return the object in a JSON file of a model. Raises UserError when it is missing or not JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -70,9 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def locate(path: str, variant: str, *, weights: bool = True) -> Path:
-    """The file or folder a model path means. Raises UserError when it is nowhere on this machine.
+    """Return the file or folder that a model path means. Raises UserError when it is nowhere on this machine.
 
-    weights: whether a model of the hub is needed with its weights or for its configs and tokenizers only.
+    weights: whether a model of the hub is needed with its weights, or only for its configs and tokenizers.
     """
     if is_hub_id(path):
         folder = cached_model(path, variant, weights=weights)
@@ -90,7 +90,7 @@ def locate(path: str, variant: str, *, weights: bool = True) -> Path:
 
 
 def open_checkpoint(path: Path, variant: str) -> Checkpoint:
-    """What lies at a path. Raises UserError when it is no whole Stable Diffusion checkpoint."""
+    """Open what lies at a path. Raises UserError when it is no whole Stable Diffusion checkpoint."""
     if path.is_dir():
         index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
         return DiffusersFolder(path, variant, _folder_family(path, index), index)
@@ -126,7 +126,10 @@ def _what_folder(folder: Path) -> str:
 
 
 def missing_parts(checkpoint: Checkpoint, *, own_vae: bool) -> list[str]:
-    """Names of the networks that a checkpoint should have and has not. own_vae: whether the VAE must be in it."""
+    """Return the names of the networks that a checkpoint should have and has not.
+
+    own_vae: whether the VAE must be in the checkpoint, because none is named on its own.
+    """
     expected = [part for part in checkpoint.family.components if own_vae or part != "vae"]
     match checkpoint:
         case SingleFile(header, family):
@@ -137,7 +140,7 @@ def missing_parts(checkpoint: Checkpoint, *, own_vae: bool) -> list[str]:
 
 
 def weight_files(folder: Path, component: Component, variant: str) -> list[Path]:
-    """The safetensors files of one part of a diffusers folder, a single one or all shards.
+    """Return the safetensors files of one part of a diffusers folder: a single one, or all shards.
 
     A part without the variant is read in its plain form, as long as the U-Net has it. Raises UserError otherwise.
     """
@@ -181,12 +184,12 @@ def _other_weights(folder: Path, stem: str) -> str:
     return "is missing; is this a whole model?"
 
 
-def lending_folder(components: str) -> Path | None:
-    """The folder named in model.components, None where none is. Raises UserError when it is nowhere."""
+def fallback_folder(components: str) -> Path | None:
+    """Return the folder that `model.components` names, None without one. Raises UserError when it is nowhere."""
     return locate(components, "", weights=False) if components else None
 
 
-def lent_config(lending: Path | None, component: Component) -> dict[str, Any] | None:
-    """The configuration that a lending folder has for a network; None when it has none."""
-    path = lending / component / "config.json" if lending else None
+def fallback_config(fallback: Path | None, component: Component) -> dict[str, Any] | None:
+    """Return the configuration that the folder of `model.components` has for a network; None when it has none."""
+    path = fallback / component / "config.json" if fallback else None
     return read_json(path) if path and path.is_file() else None

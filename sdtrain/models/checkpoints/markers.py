@@ -1,4 +1,7 @@
-"""What a model says about its own training: what it predicts, and whether its noise schedule ends in pure noise."""
+"""Reads what a model says about its own training.
+
+That is what it predicts, whether its noise schedule ends in pure noise, and what stands for no caption.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +21,11 @@ from sdtrain.models.checkpoints.locate import INDEX, Checkpoint, DiffusersFolder
 V_PREDICTION_KEY = "v_pred"
 ZERO_TERMINAL_KEY = "ztsnr"
 CONFIGS_KEY = "sdtrain.configs"
-"""Header entry with those configurations, by component, that shapes alone do not tell."""
+"""The header entry with those configurations, by component, that do not follow from shapes alone."""
 NO_CAPTION_KEY = "sdtrain.no_caption"
-"""Header entry with what the model takes for no caption; other tools' files have none."""
+"""The header entry with what the model takes for no caption; files of other tools do not have it."""
 FORCE_ZEROS_KEY = "force_zeros_for_empty_prompt"
-"""The same in the index of a folder."""
+"""The entry in the `model_index.json` of a folder that says whether an empty prompt becomes zeros."""
 MODELSPEC_KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 MODELSPEC_NAMES: dict[str, Prediction] = {
     "epsilon": "epsilon",
@@ -33,12 +36,15 @@ MODELSPEC_NAMES: dict[str, Prediction] = {
 }
 
 NEEDED = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
-"""What a noise schedule is made of."""
+"""The entries of a scheduler's configuration without which there is no noise schedule."""
 
 
 @dataclass(frozen=True)
 class Markers:
-    """prediction, zero_terminal_snr: what is said, None where nothing is. The *_source name the key that says so."""
+    """What a model says about its own training; None stands for what it does not say.
+
+    prediction_source and zero_source: the keys that say so.
+    """
 
     prediction: Prediction | None = None
     prediction_source: str = ""
@@ -47,7 +53,10 @@ class Markers:
 
 
 def file_markers(header: Header) -> Markers:
-    """What a single file says: by empty tensors under agreed names, or else by its metadata."""
+    """Return what a single file says about its training.
+
+    Empty tensors under agreed names say it, or else the metadata does.
+    """
     prediction: Prediction | None = None
     source = ""
     for key in MODELSPEC_KEYS:
@@ -62,7 +71,11 @@ def file_markers(header: Header) -> Markers:
 
 
 def scheduler_markers(scheduler: Mapping[str, Any], path: Path) -> Markers:
-    """What a scheduler config says. Raises UserError for a prediction or a schedule that cannot be trained."""
+    """Return what a scheduler's configuration says about the model's training.
+
+    path: the configuration's file, for messages. Raises UserError for a prediction or a schedule that cannot be
+    trained.
+    """
     missing = [key for key in NEEDED if key not in scheduler]
     if missing:
         raise user_error(str(path), missing[0], "is missing; is this a whole model?")
@@ -85,7 +98,10 @@ def scheduler_markers(scheduler: Mapping[str, Any], path: Path) -> Markers:
 
 
 def stored_configs(header: Header) -> dict[str, dict[str, Any]]:
-    """The configurations a single file carries in its header, by component."""
+    """Return the configurations that a single file carries in its header, by component.
+
+    Raises UserError when they are not JSON.
+    """
     text = header.metadata.get(CONFIGS_KEY, "{}")
     try:
         return cast(dict[str, dict[str, Any]], json.loads(text))
@@ -94,7 +110,7 @@ def stored_configs(header: Header) -> dict[str, dict[str, Any]]:
 
 
 def markers_of(checkpoint: Checkpoint) -> Markers:
-    """What a checkpoint itself says."""
+    """Return what a checkpoint itself says about its training. Raises UserError as `scheduler_markers` does."""
     match checkpoint:
         case SingleFile(header):
             return file_markers(header)
@@ -104,18 +120,18 @@ def markers_of(checkpoint: Checkpoint) -> Markers:
 
 
 def no_caption_of(checkpoint: Checkpoint) -> NoCaption:
-    """What a checkpoint takes for no caption: its own word, or what is usual in its family.
+    """Return what a checkpoint takes for no caption: its own word, or what is usual in its family.
 
     A single file of another tool says nothing; nearly all tools sample with the encoded empty string there. Raises
     UserError for a word that is not known.
     """
     match checkpoint:
         case SingleFile(header, family):
-            said = header.metadata.get(NO_CAPTION_KEY, family.no_caption)
-            if said not in get_args(NoCaption):
-                what = f"in the header is {said}; only {' and '.join(get_args(NoCaption))} are known here"
+            word = header.metadata.get(NO_CAPTION_KEY, family.no_caption)
+            if word not in get_args(NoCaption):
+                what = f"in the header is {word}; only {' and '.join(get_args(NoCaption))} are known here"
                 raise user_error(str(header.path), NO_CAPTION_KEY, what)
-            return cast(NoCaption, said)
+            return cast(NoCaption, word)
         case DiffusersFolder(path, _, family, index):
             force = index.get(FORCE_ZEROS_KEY)
             if force is None:
@@ -125,22 +141,23 @@ def no_caption_of(checkpoint: Checkpoint) -> NoCaption:
             return "zeros" if force else "empty-text"
 
 
-def scheduler_of(checkpoint: Checkpoint, lending: Path | None) -> dict[str, Any]:
-    """The configuration of the noise schedule, as diffusers' Euler scheduler reads it.
+def scheduler_of(checkpoint: Checkpoint, fallback: Path | None) -> dict[str, Any]:
+    """Return the configuration of the noise schedule, as diffusers' Euler scheduler reads it.
 
-    A single file's own markers count more than the folder that lends it the rest.
+    A single file's own markers count more than the folder of `model.components`, which counts more than what was
+    published.
     """
     match checkpoint:
         case DiffusersFolder(path):
             return read_json(path / "scheduler" / "scheduler_config.json")
         case SingleFile(header):
-            lent = stored_configs(header).get("scheduler") or _lent_scheduler(lending)
-            return single_file_scheduler(lent, file_markers(header))
+            config = stored_configs(header).get("scheduler") or _fallback_scheduler(fallback)
+            return single_file_scheduler(config, file_markers(header))
 
 
-def single_file_scheduler(lent: Mapping[str, Any], markers: Markers) -> dict[str, Any]:
-    """The family's published schedule, changed by what another config says, and then by what the file itself says."""
-    config = {**SCHEDULER, **lent}
+def single_file_scheduler(fallback: Mapping[str, Any], markers: Markers) -> dict[str, Any]:
+    """Return the published schedule, changed by what `fallback` says and then by what the file's own markers say."""
+    config = {**SCHEDULER, **fallback}
     if markers.prediction:
         config["prediction_type"] = markers.prediction
     if markers.zero_terminal_snr:
@@ -149,6 +166,6 @@ def single_file_scheduler(lent: Mapping[str, Any], markers: Markers) -> dict[str
     return config
 
 
-def _lent_scheduler(lending: Path | None) -> dict[str, Any]:
-    path = lending / "scheduler" / "scheduler_config.json" if lending else None
+def _fallback_scheduler(fallback: Path | None) -> dict[str, Any]:
+    path = fallback / "scheduler" / "scheduler_config.json" if fallback else None
     return read_json(path) if path and path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Networks built without weights on torch's meta device, then filled from a checkpoint of either layout."""
+"""Builds networks without weights on torch's meta device and fills them from a checkpoint of either layout."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from sdtrain.files.header import Header
 from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
 from sdtrain.models.checkpoints.fill import Stored, check_fit, fill, raise_first, stored_dtype
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.models.checkpoints.locate import DiffusersFolder, SingleFile, lent_config, read_json
+from sdtrain.models.checkpoints.locate import DiffusersFolder, SingleFile, fallback_config, read_json
 from sdtrain.models.checkpoints.markers import stored_configs
 from sdtrain.models.checkpoints.vae import VaeSource
 
 NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?|loss\..*|model_ema\..*")
-"""Keys beside the parameters that some writers leave in: constants, and projections that nothing reads."""
+"""Matches keys that some writers leave beside the parameters: constants, and projections that nothing reads."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network, and the type its weights are stored in."""
+    """A network, and the type in which its weights are stored on disk."""
 
     network: nn.Module
     stored_dtype: torch.dtype
 
 
 def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype) -> Loaded:
-    """One network of a model in `dtype`.
+    """Load one network of a model in `dtype`.
 
-    Raises UserError when a parameter is missing, of another shape, or one too many.
+    Raises UserError when a parameter is missing, has another shape, or is one too many.
     """
     match opened.checkpoint:
         case DiffusersFolder(path, _, family):
             network = empty_network(family, component, read_json(path / component / "config.json"))
             return _loaded(network, _named_sources(network, opened.headers[component]), dtype)
         case SingleFile(header, family):
-            network = _fitting_network(header, family, component, opened.lending)
+            network = _fitting_network(header, family, component, opened.fallback)
             sources = _original_sources(network, header, family, component, family.prefix_of(component))
             return _loaded(network, sources, dtype)
 
 
 def load_vae(source: VaeSource, family: Family, dtype: torch.dtype) -> Loaded:
-    """A VAE that is named on its own."""
+    """Load a VAE that is named on its own, in `dtype`. Raises UserError as `load_network` does."""
     network = empty_network(family, "vae", source.config)
     if source.prefix is None:
         return _loaded(network, _named_sources(network, source.headers), dtype)
@@ -65,7 +65,7 @@ def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype) -
 
 
 def empty_network(family: Family, component: Component, config: dict[str, Any]) -> nn.Module:
-    """A network of a configuration with parameters on the meta device: no memory, no time for initial values.
+    """Build the network of a configuration with parameters on the meta device: it takes no memory and draws no values.
 
     Raises UserError for a configuration that makes no network.
     """
@@ -108,7 +108,7 @@ def _text_encoder_builder(*, with_projection: bool) -> Callable[[dict[str, Any]]
 
 
 def _fill_buffers(network: nn.Module) -> None:
-    """Buffers that no file holds: the text encoders count positions from 0."""
+    """Fill the buffers that no file holds: the text encoders count positions from 0."""
     for module in network.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_meta:
@@ -116,25 +116,25 @@ def _fill_buffers(network: nn.Module) -> None:
                 module.register_buffer(name, torch.arange(buffer.shape[-1]).expand(1, -1).clone(), persistent=False)
 
 
-def _fitting_network(header: Header, family: Family, component: Component, lending: Path | None) -> nn.Module:
-    """The network of a single file's component, by the configuration that fits its tensors.
+def _fitting_network(header: Header, family: Family, component: Component, fallback: Path | None) -> nn.Module:
+    """Build a network of a single file by the configuration that fits its tensors.
 
-    Shapes do not tell everything, so a configuration that comes along is preferred: the header's own, or that of the
-    user's folder, which may be of another model and is then not used.
+    Shapes do not tell everything, so a configuration that comes along is preferred: the header's own, or that of
+    the user's folder, which may be of another model and is then not used.
     """
     own = stored_configs(header).get(component)
     if own:
         return empty_network(family, component, own)
-    lent = lent_config(lending, component)
-    if lent:
-        network = empty_network(family, component, lent)
+    other = fallback_config(fallback, component)
+    if other:
+        network = empty_network(family, component, other)
         if fits(network, header, family, component):
             return network
     return empty_network(family, component, trusted_config_of(header, family, component))
 
 
 def fits(network: nn.Module, header: Header, family: Family, component: Component) -> bool:
-    """Whether a network has just the parameters, in shape and number, that a single file has for it."""
+    """Return whether a network has just the parameters, in number and shape, that a single file has for it."""
     try:
         stored = _original_sources(network, header, family, component, family.prefix_of(component))
         check_fit(dict(network.named_parameters()), stored)
@@ -146,7 +146,10 @@ def fits(network: nn.Module, header: Header, family: Family, component: Componen
 def _original_sources(
     network: nn.Module, header: Header, family: Family, component: Component, prefix: str
 ) -> dict[str, Stored]:
-    """Where each parameter lies in a file of the original layout. Raises UserError unless it is one to one."""
+    """Return where each parameter lies in a file of the original layout.
+
+    Raises UserError where a parameter has no tensor or a tensor no parameter.
+    """
     usual = family.prefix_of(component)
     places = {
         name: Place(prefix + place.key.removeprefix(usual), place.third, place.form)
@@ -159,7 +162,7 @@ def _original_sources(
 
 
 def _left_out(network: nn.Module, family: Family, component: Component) -> re.Pattern[str]:
-    """Keys that are in the file and rightly not in the network."""
+    """Return a pattern for the keys, without prefix, that a file may have though the network does not."""
     encoder = family.text_encoder(component)
     if encoder is None or not encoder.spare_layers:
         return NOT_WEIGHTS
@@ -169,7 +172,7 @@ def _left_out(network: nn.Module, family: Family, component: Component) -> re.Pa
 
 
 def _named_sources(network: nn.Module, headers: Sequence[Header]) -> dict[str, Stored]:
-    """Where each parameter lies in files that use the libraries' own names, present or past."""
+    """Return where each parameter lies in files that use the libraries' own names, present or past."""
     there = {key: header for header in headers for key in header.entries}
     keys = {}
     for name in _names(network):

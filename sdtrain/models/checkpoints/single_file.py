@@ -1,6 +1,6 @@
-"""Whole checkpoints out of memory, as a single file in the original layout or as a diffusers folder.
+"""Writes a whole checkpoint as a single file in the original layout.
 
-What is written are the values the networks hold at that moment: the caller lends them the averaged weights.
+The values are those that the networks hold at that moment: the caller has put the averaged weights into them.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from sdtrain.models.checkpoints.markers import (
 )
 
 Change = Callable[[Component, str, Tensor], Tensor]
-"""(component, parameter name, its value) -> the value to write, e.g. with an adapter merged in; same shape."""
+"""Maps a component, a parameter's name and its value to the value that is written instead, of the same shape."""
 
 LOGIT_SCALE = math.log(100.0)
-"""OpenCLIP's temperature: all published SDXL files hold it, nothing but OpenCLIP's own training reads it."""
+"""OpenCLIP's temperature, which all published SDXL files hold and only OpenCLIP's own training reads."""
 
 
 def write_single_file(
@@ -51,10 +51,11 @@ def write_single_file(
     dtype: torch.dtype | None = None,
     change: Change | None = None,
 ) -> str:
-    """Write a checkpoint in the original layout, whole or not at all; returns its hash (`0x` and sha256 of the data).
+    """Write a checkpoint in the original layout, whole or not at all.
 
-    dtype: of all weights; None: of each network as it was stored. Raises UserError for a full disk and for values that
-    are not finite in that type.
+    Returns the file's hash, `0x` and the sha256 of its tensors. dtype: the type in which all weights are stored;
+    None stores each network as it was stored before. Raises UserError for a full disk and for values that are not
+    finite in that type.
     """
     family = components.family
     if family.no_single_file:
@@ -75,26 +76,26 @@ def write_single_file(
 
 
 def seal(hashes: Hashes) -> dict[str, str]:
-    """The hash of a file as the model specification wants it in the file itself."""
+    """Return the header entry with a file's hash that the model specification asks for."""
     return {"modelspec.hash_sha256": f"0x{hashes.data}"}
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """The network's own parameters by name. Layers that carry an adapter are named as if they had none."""
+    """Return the network's own parameters by name; layers that carry an adapter are named as if they had none."""
     named = dict(network.named_parameters())
     return {plain: named[name] for plain, name in plain_names(named).items()}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter that will be written: its shape now, its value when it is its turn, so that one is in memory."""
+    """A parameter that will be written: its shape now, its value only when it is its turn, so that one is in memory."""
 
     shape: tuple[int, ...]
     value: Callable[[], Tensor]
 
 
 def changed_weights(component: Component, network: nn.Module, change: Change | None) -> dict[str, Weight]:
-    """Every parameter of a network, by its own name, as it will be written."""
+    """Return every parameter of a network, by its own name, as it will be written."""
 
     def later(name: str, tensor: Tensor) -> Weight:
         value = (lambda: tensor) if change is None else (lambda: change(component, name, tensor))
@@ -106,7 +107,7 @@ def changed_weights(component: Component, network: nn.Module, change: Change | N
 def original_tensors(
     family: Family, component: Component, weights: Mapping[str, Weight], dtype: torch.dtype
 ) -> dict[str, Planned]:
-    """The tensors of one network in the original layout; fused ones are put together from their thirds."""
+    """Return the tensors of one network in the original layout; fused ones are put together from their thirds."""
     by_key: dict[str, list[tuple[Place, Weight]]] = {}
     for name, place in places_of(family, component, weights).items():
         by_key.setdefault(place.key, []).append((place, weights[name]))
@@ -123,7 +124,7 @@ def _joined(dtype: torch.dtype, parts: list[tuple[Place, Weight]]) -> Planned:
 
 
 def original_form(tensor: Tensor, place: Place) -> Tensor:
-    """A parameter as the original layout shapes it."""
+    """Return a parameter in the shape that the original layout gives it."""
     match place.form:
         case "transposed":
             return tensor.T
@@ -134,7 +135,7 @@ def original_form(tensor: Tensor, place: Place) -> Tensor:
 
 
 def constant_tensors(components: Components, dtype: torch.dtype | None) -> dict[str, Planned]:
-    """Tensors that are no parameters: what the published files have besides, and the markers of the noise schedule."""
+    """Return the tensors that are no parameters: the published files' constants, and markers of the noise schedule."""
     planned = {}
     first = components.family.text_encoders[0].component
     length: int = network_config(components.networks[first])["max_position_embeddings"]
@@ -155,7 +156,7 @@ def constant_tensors(components: Components, dtype: torch.dtype | None) -> dict[
 
 
 def configs_metadata(components: Components, path: Path, tensors: Mapping[str, Planned]) -> dict[str, str]:
-    """A header entry with those configurations that a reader could not derive from the file; mostly there are none."""
+    """Return a header entry with the configurations that do not follow from the file itself; mostly it is empty."""
     entries = {key: Entry(NAMES[tensor.dtype], tensor.shape, 0, 0) for key, tensor in tensors.items()}
     header = Header(path, entries, {})
     configs: dict[str, dict[str, Any]] = {}
@@ -171,7 +172,7 @@ def configs_metadata(components: Components, path: Path, tensors: Mapping[str, P
 
 
 def network_config(network: nn.Module) -> dict[str, Any]:
-    """The configuration of a network as plain JSON values."""
+    """Return the configuration of a network as plain JSON values."""
     config: Any = network.config
     if isinstance(config, Mapping):
         kept = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
@@ -184,7 +185,7 @@ def network_config(network: nn.Module) -> dict[str, Any]:
 
 
 def _same_config(actual: Mapping[str, Any], derived: Mapping[str, Any]) -> bool:
-    """Whether two configurations make the same network; one number for all blocks is the same as a list of it."""
+    """Return whether two configurations make the same network; one number for all blocks equals a list of it."""
     blocks = len(derived.get("block_out_channels", [0]))
     return all(
         _spread(actual.get(key), blocks) == _spread(value, blocks)
@@ -194,5 +195,5 @@ def _same_config(actual: Mapping[str, Any], derived: Mapping[str, Any]) -> bool:
 
 
 def _spread(value: Any, blocks: int) -> Any:
-    """Numbers as lists, one for each block; the nesting of single numbers does not matter."""
+    """Return a single number as a list with one for each block, and anything else as it is."""
     return [value] * blocks if isinstance(value, int) and not isinstance(value, bool) else value

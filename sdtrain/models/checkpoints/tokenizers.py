@@ -1,4 +1,4 @@
-"""Tokenizers: found beside a checkpoint, in a folder the user names or in the hub cache; loaded and copied."""
+"""Finds tokenizers beside a checkpoint, in a folder that the user names or in the hub cache; loads and copies them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,24 @@ CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """A folder with a CLIP tokenizer. pad_token: what to use instead of its own padding; empty: its own."""
+    """A folder with a CLIP tokenizer.
+
+    pad_token: the padding to use instead of the tokenizer's own; empty keeps that.
+    """
 
     folder: Path
     pad_token: str = ""
 
 
-def find_tokenizers(checkpoint: Checkpoint, lending: Path | None) -> tuple[TokenizerSource, ...]:
-    """The tokenizers of a checkpoint, one for each text encoder. Raises UserError with what to fetch.
+def find_tokenizers(checkpoint: Checkpoint, fallback: Path | None) -> tuple[TokenizerSource, ...]:
+    """Return where the tokenizers of a checkpoint lie, one for each text encoder. Raises UserError with what to fetch.
 
-    A single file has none: they come from the folder the user names to lend what is missing, or from the hub cache. All
-    published models of these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with "!".
+    A single file has none: they come from the folder in `model.components` (`fallback`), or from the hub cache. All
+    published models of these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with
+    "!".
     """
-    if lending:
-        return _named_tokenizers(lending, checkpoint.family, "model.components")
+    if fallback:
+        return _named_tokenizers(fallback, checkpoint.family, "model.components")
     match checkpoint:
         case DiffusersFolder(path, _, family):
             return _named_tokenizers(path, family, "model.path")
@@ -44,7 +48,7 @@ def find_tokenizers(checkpoint: Checkpoint, lending: Path | None) -> tuple[Token
 
 
 def _named_tokenizers(folder: Path, family: Family, setting: str) -> tuple[TokenizerSource, ...]:
-    """Below the folder as in a diffusers folder, or in the folder itself."""
+    """Return the tokenizers in the folder itself, or in its sub-folders as a diffusers folder has them."""
     if has_tokenizer(folder):
         return _shared_tokenizer(folder, family)
     names = [encoder.tokenizer for encoder in family.text_encoders]
@@ -55,7 +59,7 @@ def _named_tokenizers(folder: Path, family: Family, setting: str) -> tuple[Token
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a CLIP tokenizer lies in a folder."""
+    """Return whether a CLIP tokenizer lies in a folder."""
     return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -88,7 +92,7 @@ COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_
 
 
 def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
-    """The tokenizer's files as they are; where its padding was changed, with a config that says so."""
+    """Copy a tokenizer's files as they are; where its padding was changed, write a config that says so."""
     folder.mkdir()
     changed = bool(source.pad_token)
     if changed:
@@ -100,7 +104,7 @@ def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
 
 
 def load_tokenizer(source: TokenizerSource) -> Tokenizer:
-    """A CLIP tokenizer from a folder."""
+    """Load a CLIP tokenizer from its folder."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     if source.pad_token:

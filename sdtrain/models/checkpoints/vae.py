@@ -1,4 +1,4 @@
-"""A VAE that is named on its own: a folder, or a file in either layout."""
+"""Finds a VAE that is named on its own: a folder, or a file in either layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from sdtrain.models.checkpoints.locate import locate, read_json, weight_files
 
 @dataclass(frozen=True)
 class VaeSource:
-    """Files of a VAE, its configuration, and the prefix of the original layout; None: diffusers' own names."""
+    """Where a VAE lies: the headers of its files, its configuration and how its tensors are named.
+
+    prefix: what names in the original layout begin with; None for diffusers' own names.
+    """
 
     headers: tuple[Header, ...]
     config: dict[str, Any]
@@ -24,7 +27,7 @@ class VaeSource:
 
 
 def vae_source(path: str, variant: str, family: Family) -> VaeSource:
-    """The VAE a setting names. Raises UserError when there is none.
+    """Return the VAE that a setting names. Raises UserError when there is none.
 
     A folder is the VAE's own or a whole model's; a file may be a VAE or a checkpoint with one in it.
     """
@@ -50,7 +53,10 @@ def _file_source(header: Header, family: Family) -> VaeSource:
 
 
 def _lone_config(header: Header, family: Family) -> dict[str, Any]:
-    """Of a file in diffusers' names: the config that lies beside it, or the one that follows from the shapes."""
+    """Return the configuration of a file in diffusers' names.
+
+    It is the one that lies beside the file, or the one that follows from the shapes.
+    """
     beside = Path(header.path).parent / "config.json"
     if beside.is_file():
         return read_json(beside)

@@ -1,1 +1,1 @@
-"""What a person sees of a run: the log, the progress line, previews, advice, the first and the last words."""
+"""What a person sees of a run: the log, the progress line, previews, advice, the banner and the summary."""

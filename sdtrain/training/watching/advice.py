@@ -1,6 +1,6 @@
-"""Advice in plain words: from records to sentences. No torch.
+"""Advice in plain words: from records to sentences, without torch.
 
-A piece of advice is a function from the run and a step to a sentence or nothing. Each is given once per run.
+A piece of advice is a function from the run and a step to a sentence or None. Each is given once per run.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import TypeAlias
 from sdtrain.training.watching.records import GroupRecord, NoteRecord, Record, RunRecord, StepRecord
 
 STUCK_STEPS = 100
-"""After so many steps in which d did not grow, the user is told."""
+"""The number of steps after which the user is told that d did not grow."""
 
 
 def stuck_at_d0(run: RunRecord, step: StepRecord) -> str | None:
-    """Networks whose d is still the settings' d0, which is only a first guess."""
+    """Return advice on networks whose d is still the settings' d0, which is only a first guess; None without any."""
     stuck = [group.name for group in _unmoved(run, step) if group.start_d <= run.d0]
     if not stuck:
         return None
@@ -27,7 +27,10 @@ def stuck_at_d0(run: RunRecord, step: StepRecord) -> str | None:
 
 
 def stuck_at_stored_d(run: RunRecord, step: StepRecord) -> str | None:
-    """Networks whose d is still the one that `method.init_from` was trained with, which may well be enough."""
+    """Return advice on networks whose d is still that of the file in `method.init_from`, which may well be enough.
+
+    None where there is no such network.
+    """
     stuck = [group for group in _unmoved(run, step) if group.start_d > run.d0]
     if not stuck:
         return None
@@ -59,7 +62,7 @@ def still_climbing(run: RunRecord, step: StepRecord) -> str | None:
 
 
 def _unmoved(run: RunRecord, step: StepRecord) -> list[GroupRecord]:
-    """Networks whose d may grow and did not, since they started; none before enough steps were seen."""
+    """Return the networks whose d may grow and did not since they started; none before enough steps were seen."""
     if step.step < run.first_step + STUCK_STEPS:
         return []
     return [group for group in step.groups if group.d <= group.start_d * (1 + 1e-6) and not group.frozen]
@@ -70,14 +73,14 @@ ADVICE: tuple[Advice, ...] = (stuck_at_d0, stuck_at_stored_d, still_climbing)
 
 
 class Adviser:
-    """Remembers the run, and what was said already."""
+    """Gives each piece of advice at most once: it remembers the run and what is still to be given."""
 
     def __init__(self, advice: Sequence[Advice] = ADVICE) -> None:
         self._run: RunRecord | None = None
         self._waiting = list(advice)
 
     def notes(self, record: Record) -> list[NoteRecord]:
-        """What is to be said after a record; most often nothing."""
+        """Return the advice that a record gives rise to, most often none."""
         if isinstance(record, RunRecord):
             self._run = record
         if not isinstance(record, StepRecord) or self._run is None:

@@ -1,4 +1,4 @@
-"""`log.jsonl`: one line per step, for people and programs."""
+"""Writes `log.jsonl`: one line per step, for people and programs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sdtrain.training.watching.records import Record, StepRecord, Watcher
 
 @contextmanager
 def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
-    """Lends a watcher that appends every step to the log; lines of steps after `first_step` are dropped before."""
+    """Give a watcher that appends every step to the log; lines of steps after `first_step` are dropped before."""
     _drop_records_after(path, first_step)
     with path.open("a", encoding="utf-8") as file:
 
@@ -27,7 +27,7 @@ def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
 
 
 def log_line(record: StepRecord) -> str:
-    """A step as JSON; a loss that is not finite is null, for which JSON has no number."""
+    """Return a step as a line of JSON; a loss that is not finite is null, for JSON has no number for it."""
     groups = {
         group.name: {
             "d": group.d,
@@ -49,7 +49,7 @@ def log_line(record: StepRecord) -> str:
 
 
 def _drop_records_after(path: Path, step: int) -> None:
-    """A resumed run goes on from its last training state; what was logged beyond it is done again."""
+    """Drop the lines of later steps: a resumed run goes on from its last training state and does them again."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""Pictures to look at while training: a labelled grid, prompts by seeds."""
+"""Draws pictures to look at while training: a labelled grid of prompts by seeds."""
 
 from __future__ import annotations
 
@@ -24,19 +24,22 @@ SMALLEST_CELL_PX = 128
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts and, where the text encoders stay as they are, their conditioning, computed once."""
+    """The prompts to preview.
+
+    encoded: their positive and negative conditioning, computed once; None where the text encoders are trained.
+    """
 
     texts: tuple[str, ...]
     negative: str
     encoded: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
 
     def conditioning(self, model: Model) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-        """Positive and negative conditioning of all prompts, with the text encoders as they are now."""
+        """Return the positive and the negative conditioning of all prompts, with the text encoders as they are now."""
         return self.encoded or _encode(model, self.texts, self.negative)
 
 
 def prepare_prompts(model: Model, config: Config, *, trains_text: bool) -> Prompts:
-    """The preview prompts of a run; encoded now if nothing will change how."""
+    """Return the preview prompts of a run; they are encoded now unless the text encoders will change."""
     texts = tuple(config.preview.prompts)
     encoded = None if trains_text or not texts else _encode(model, texts, config.preview.negative_prompt)
     return Prompts(texts, config.preview.negative_prompt, encoded)
@@ -48,7 +51,7 @@ def _encode(model: Model, texts: Sequence[str], negative: str) -> tuple[dict[str
 
 
 def sampling_settings(config: Config) -> SamplingSettings:
-    """How the previews of a config are sampled."""
+    """Return how the previews of a config are sampled."""
     preview, side = config.preview, config.data.resolution_px
     return SamplingSettings(
         num_inference_steps=preview.num_inference_steps,
@@ -59,7 +62,10 @@ def sampling_settings(config: Config) -> SamplingSettings:
 
 
 def render(model: Model, prompts: Prompts, seeds: Sequence[int], settings: SamplingSettings) -> list[list[Image.Image]]:
-    """A row of pictures a prompt, a column a seed; a seed means the same noise in every row and at every step."""
+    """Draw pictures, one row per prompt and one column per seed.
+
+    A seed means the same noise in every row and at every step.
+    """
     positive, negative = prompts.conditioning(model)
     cells = [(row, seed) for row in range(len(prompts.texts)) for seed in seeds]
     pictures: list[Image.Image] = []
@@ -79,7 +85,7 @@ def render(model: Model, prompts: Prompts, seeds: Sequence[int], settings: Sampl
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
-    """Pixels (3, h, w) in [-1, 1] as an RGB picture."""
+    """Return pixels (3, h, w) in [-1, 1] as an RGB picture."""
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
 
@@ -87,7 +93,7 @@ def to_picture(pixels: Tensor) -> Image.Image:
 def labelled_grid(
     rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seeds: Sequence[int], title: str
 ) -> Image.Image:
-    """The pictures in a grid with the prompt above each row and the seed above each column."""
+    """Return the pictures in a grid, with the prompt above each row and the seed above each picture."""
     scale = max(1, -(-SMALLEST_CELL_PX // min(rows[0][0].size)))
     width, height = rows[0][0].width * scale, rows[0][0].height * scale
     font = ImageFont.load_default(size=12)

@@ -1,4 +1,4 @@
-"""What watchers are handed: frozen records of what a run did. No torch.
+"""The frozen records of what a run did, which watchers are handed; no torch.
 
 Everything in a record is immutable down to its leaves (numbers, texts, paths, tuples of frozen records), and nothing in
 it is the training's own: a watcher cannot disturb a run through what it is given.
@@ -14,23 +14,23 @@ from typing import Literal, TypeAlias
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The first record: a run begins, or goes on."""
+    """The first record: a run begins or goes on."""
 
     name: str
     folder: Path
     steps: int
-    """Steps that are planned."""
+    """The number of steps that are planned."""
     first_step: int
-    """Steps that were done before; above 0 for a resumed run."""
+    """The number of steps that were done before; above 0 for a resumed run."""
     d0: float
     """The first guess of d in the settings; a network may start from another, see `GroupRecord.start_d`."""
     config_toml: str
-    """All settings as text: a config object holds lists, which a watcher could change."""
+    """All settings as TOML text, because a config object holds lists, which a watcher could change."""
 
 
 @dataclass(frozen=True)
 class GroupRecord:
-    """What the optimizer does with one network."""
+    """What the optimizer does with one network at a step."""
 
     name: str
     d: float
@@ -51,17 +51,17 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A step is done."""
+    """One step was done."""
 
     step: int
-    """Steps that are done, this one included."""
+    """The number of steps that are done, this one included."""
     loss: float
-    """Mean loss of the step's pictures; may be nan or inf, and then the step changed nothing."""
+    """The mean loss of the step's pictures; where it is nan or inf, the step changed nothing."""
     num_images: int
     images_per_s: float
-    """Running mean; previews and saves between steps do not count."""
+    """A running mean, in which previews and saves between steps do not count."""
     groups: tuple[GroupRecord, ...]
-    """One per trained network."""
+    """One record per trained network."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PictureRecord:
 
 @dataclass(frozen=True)
 class SavedRecord:
-    """Something was saved after `step` steps, and is whole: a training state (a folder) or the averaged weights."""
+    """Something was saved after `step` steps and is whole: a training state (a folder), or the averaged weights."""
 
     step: int
     path: Path
@@ -91,10 +91,13 @@ class NoteRecord:
 
 @dataclass(frozen=True)
 class EndRecord:
-    """The last record. `stopped`: by Ctrl-C or SIGTERM, with the state saved; `failed`: by an error."""
+    """The last record.
+
+    outcome: `stopped` is by Ctrl-C or SIGTERM, with the state saved; `failed` is by an error.
+    """
 
     step: int
-    """Steps that are done."""
+    """The number of steps that are done."""
     outcome: Literal["finished", "stopped", "failed"]
 
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a progress bar, or plain lines where nothing can be redrawn."""
+"""Shows a run in the terminal: a progress bar, or plain lines where nothing can be redrawn."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from sdtrain.training.watching.records import (
 from sdtrain.training.watching.text import duration
 
 SMOOTHING = 0.98
-"""Memory of the smoothed loss: about the last 50 steps."""
+"""The share of the smoothed loss that stays at each step: it looks back about 50 steps."""
 PLAIN_LINES = 20
-"""Most lines of progress that a whole run prints where there is no terminal to redraw, the last one aside."""
+"""The most lines of progress that a whole run prints where nothing can be redrawn, not counting the last one."""
 
 
 class Screen:
-    """Shows records on a console; a context manager around the progress display. Its `see` is the watcher."""
+    """Shows records on a console. It is a context manager around the progress display; its `see` is the watcher."""
 
     def __init__(self, console: Console, run: RunRecord) -> None:
         self._console = console
@@ -55,7 +55,7 @@ class Screen:
         self._live.stop()
 
     def see(self, record: Record) -> None:
-        """Show a record, where it says something to a person."""
+        """Show a record where it tells a person something."""
         match record:
             case StepRecord():
                 self._step(record)
@@ -69,7 +69,7 @@ class Screen:
                 assert_never(record)
 
     def _say(self, text: str) -> None:
-        """One line above the progress display."""
+        """Print one line above the progress display."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def _step(self, record: StepRecord) -> None:
@@ -94,7 +94,10 @@ class Screen:
 
 
 def _bar(console: Console) -> Progress:
-    """The upper line; the numbers have one of their own, or a narrow terminal would cut the time that is left."""
+    """Return the upper line of the display.
+
+    The numbers have a line of their own, for a narrow terminal would cut the time that is left.
+    """
     return Progress(
         TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=None),

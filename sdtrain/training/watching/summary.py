@@ -1,4 +1,4 @@
-"""The first and the last thing a run tells its user."""
+"""The first and the last thing that a run tells its user."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sdtrain.training.watching.text import duration, facts_table
 
 
 def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
-    """What will be trained, with what, on how many pictures, for how many steps."""
+    """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps."""
     config = run.config
     rows = {
         "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}",
@@ -55,7 +55,7 @@ def _optimizer(config: Config) -> str:
 
 
 def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Panel:
-    """Where everything is, and what to do next."""
+    """Return a panel that tells where everything is, and what to do next."""
     rows = {"weights": str(run.weights_path)}
     previews = sorted((run.folder / "previews").glob("step-*.png"))
     if previews:
@@ -71,7 +71,7 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
 
 
 def farewell(run: Run, step: int) -> str:
-    """What a stopped run says: nothing is lost, and how to go on."""
+    """Return what a stopped run tells its user: nothing is lost, and how to go on."""
     return (
         f"stopped after {step} of {run.config.steps} steps; the training state is saved.\n"
         f"go on: sdtrain fit {run.folder / 'config.toml'} --resume"

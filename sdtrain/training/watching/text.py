@@ -1,4 +1,4 @@
-"""How facts are shown: durations in words, two quiet columns. No torch."""
+"""Formats durations and two-column tables for the terminal; no torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
+    """Return seconds as a person says them: 42 s, 3 min 20 s, 2 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def facts_table(rows: Mapping[str, str]) -> Table:
-    """Two quiet columns: what, and its value."""
+    """Return a table without lines of two columns, names and values."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")

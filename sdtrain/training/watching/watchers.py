@@ -1,4 +1,4 @@
-"""Hands every record to everybody who watches. No torch."""
+"""Hands every record to everybody who watches; no torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from sdtrain.training.watching.screen import Screen
 
 
 class Watchers:
-    """Everybody who watches a run: our own, and other people's, who may fail without harm to it."""
+    """Everybody who watches a run: our own watchers, and other people's, which may fail without harm to it."""
 
     def __init__(self, own: Sequence[Watcher], others: Sequence[Watcher]) -> None:
         self._own = tuple(own)
         self._others = list(others)
         self._adviser = Adviser()
         self.step = 0
-        """Steps that are done, by the last record."""
+        """The number of steps that are done, by the last record."""
 
     def tell(self, record: Record) -> None:
-        """Hand a record to all, our own first, then what there is to say about it.
+        """Hand a record to all watchers, our own first, and then hand them the notes that it gives rise to.
 
-        A watcher of somebody else that raises is dropped, and that is told once. An error of our own, such as a log on
-        a full disk, is raised.
+        A watcher of somebody else that raises is dropped, and that is told once. An error of our own, such as a
+        log on a full disk, is raised.
         """
         self.step = record.first_step if isinstance(record, RunRecord) else record.step
         for watcher in self._own:
@@ -52,7 +52,7 @@ class Watchers:
 
 
 def name_of(watcher: Watcher) -> str:
-    """What a person would call a watcher: the name of a function or method, the class of anything else."""
+    """Return what a person would call a watcher: the name of a function or method, the class of anything else."""
     match watcher:
         case FunctionType() | MethodType() | BuiltinFunctionType():
             name = watcher.__qualname__
@@ -63,7 +63,7 @@ def name_of(watcher: Watcher) -> str:
 
 @contextmanager
 def watching(run: RunRecord, console: Console, others: Sequence[Watcher]) -> Iterator[Watchers]:
-    """Lends the watchers of a run: log, screen, then `others`. An error ends the run for them too."""
+    """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too."""
     with log_to(run.folder / "log.jsonl", run.first_step) as log, Screen(console, run) as screen:
         watchers = Watchers([log, screen.see], others)
         watchers.tell(run)
