@@ -221,12 +221,20 @@ def stopped_when_writing(path: Path, mode: str = "r", *more: object, **settings:
     return open_path(path, mode, *more, **settings)  # type: ignore[call-overload]
 
 
+def fork() -> int:
+    """Fork as `os.fork` does; a child that hangs, for threads do not come along, is ended and fails its test."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(120)
+    return child
+
+
 def test_a_kill_leaves_the_old_and_the_next_writer_cleans_up(writer: Writer, target: Path) -> None:
     writer.write(target, 0)
     if writer.name == "state":
         (target / "state.json").unlink()
     before = content(target)
-    child = os.fork()
+    child = fork()
     if child == 0:
         os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
         writer.write(target, 1)
@@ -355,7 +363,7 @@ def leave(folder: Path, name: str, *, age_s: float = 0.0, is_folder: bool = Fals
 def test_only_what_nobody_will_finish_is_removed(tmp_path: Path) -> None:
     mine = temporary_name(tmp_path / "model", "partial").name
     machine = mine.split(".")[2].split("-")[0]
-    ended = os.fork()
+    ended = fork()
     if ended == 0:
         os._exit(0)
     os.waitpid(ended, 0)
@@ -388,7 +396,7 @@ def test_a_folder_in_use_elsewhere_is_as_young_as_its_youngest_file(tmp_path: Pa
 def test_a_kill_between_the_two_renames_of_a_folder_loses_nothing(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "model") as folder:
         (folder / "a").write_text("old")
-    child = os.fork()
+    child = fork()
     if child == 0:
         rename = Path.rename
 
@@ -413,7 +421,7 @@ def test_a_cut_removal_of_a_folder_is_finished_by_the_next_writer(
 ) -> None:
     (tmp_path / "step-000001").mkdir()
     (tmp_path / "step-000001" / "state.json").write_text("{}")
-    child = os.fork()
+    child = fork()
     if child == 0:
         temporary.shutil.rmtree = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
         remove_folder(tmp_path / "step-000001")
