@@ -149,7 +149,7 @@ class Candidate:
 
 
 def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, zero_columns: int) -> Candidate:
-    """Build a peer on fresh parameters of these shapes, with gradients, ready for its first step."""
+    """Build a peer on fresh parameters with gradients, time its first step and count the operations of the second."""
     generator = torch.Generator().manual_seed(0)
     weights = {shape: torch.randn(shape, generator=generator) * 0.02 for shape in sorted(set(shapes))}
     for shape, weight in weights.items():
@@ -233,6 +233,7 @@ def minimal_bytes(optimizer: ProdigyPlusScheduleFree, params: list[nn.Parameter]
 
 
 def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Namespace) -> None:
+    """Measure all peers on one set of shapes in one type, and print a table."""
     device, rounds, chosen = options.device, options.rounds, options.peers
     zero_columns = options.rank if name.startswith("lora") else 0
     num = sum(torch.Size(shape).numel() for shape in shapes)
@@ -264,6 +265,7 @@ def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Na
 
 
 def main() -> None:
+    """Read the command line and measure every set of shapes in every type that it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=["lora"], choices=["lora", "lora-all", "unet"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
