@@ -35,12 +35,12 @@ SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 
 
 def transformer_blocks() -> Iterator[int]:
-    """The width of each of the 70 transformer blocks of SDXL's U-Net."""
+    """Yield the width of each of the 70 transformer blocks of SDXL's U-Net."""
     yield from [640] * (2 * 2 + 3 * 2) + [1280] * (2 * 10 + 10 + 3 * 10)
 
 
 def lora_shapes(rank: int, *, all_linear: bool) -> list[Shape]:
-    """Down [rank, in] and up [out, rank] of each adapted matrix of SDXL's U-Net."""
+    """Return down (rank, in) and up (out, rank) for each adapted matrix of SDXL's U-Net."""
     shapes: list[Shape] = []
     for width in transformer_blocks():
         inputs = [width] * 4 + [width, 2048, 2048, width]  # self-attention q k v out, cross-attention q k v out
@@ -53,7 +53,7 @@ def lora_shapes(rank: int, *, all_linear: bool) -> list[Shape]:
 
 
 def unet_shapes(max_elements: int) -> list[Shape]:
-    """All kinds of shapes of SDXL's full U-Net (2.57 B parameters), each in proportion, up to so many elements."""
+    """Return the shapes of SDXL's full U-Net (2.57 B parameters), each in proportion, up to `max_elements` elements."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -78,12 +78,14 @@ def unet_shapes(max_elements: int) -> list[Shape]:
 
 @dataclass
 class Peer:
+    """One optimizer that is measured: its name, and how it is built from groups of parameters."""
+
     name: str
     build: Build
 
 
 def peers(device: str, chosen: list[str] | None) -> list[Peer]:
-    """Everybody who is measured; packages that are not installed are left out."""
+    """Return everybody who is measured; packages that are not installed are left out."""
     found = [
         Peer("AdamW fused", lambda groups: torch.optim.AdamW(groups, fused=True)),
         Peer("AdamW foreach", lambda groups: torch.optim.AdamW(groups, foreach=True)),
@@ -109,13 +111,16 @@ def peers(device: str, chosen: list[str] | None) -> list[Peer]:
 
 
 def train_mode(optimizer: Any) -> Any:
+    """Put an optimizer that has modes into the mode for training and return it."""
     optimizer.train()
     return optimizer
 
 
 class Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's is untyped
-    """Counts operations as they reach ATen, and those that make the host wait for a device: reading a tensor that is
-    in the host's own memory is free."""
+    """Counts operations as they reach ATen, and those that make the host wait for a device.
+
+    Reading a tensor that is in the host's own memory is free.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -144,6 +149,7 @@ class Candidate:
 
 
 def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, zero_columns: int) -> Candidate:
+    """Build a peer on fresh parameters with gradients, time its first step and count the operations of the second."""
     generator = torch.Generator().manual_seed(0)
     weights = {shape: torch.randn(shape, generator=generator) * 0.02 for shape in sorted(set(shapes))}
     for shape, weight in weights.items():
@@ -169,7 +175,7 @@ def prepare(peer: Peer, shapes: list[Shape], dtype: torch.dtype, device: str, ze
 
 
 def kernels_of_a_step(optimizer: torch.optim.Optimizer) -> int:
-    """What the device runs in a step, copies included."""
+    """Return how many kernels the device runs in a step, copies included."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         optimizer.step()
         torch.cuda.synchronize()
@@ -177,12 +183,13 @@ def kernels_of_a_step(optimizer: torch.optim.Optimizer) -> int:
 
 
 def wait(device: str) -> None:
+    """Wait until the device has done all that it was given; on a CPU there is nothing to wait for."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def timed_step(candidate: Candidate, device: str) -> float:
-    """Milliseconds of one step."""
+    """Return the milliseconds that one step takes."""
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
@@ -196,13 +203,13 @@ def timed_step(candidate: Candidate, device: str) -> float:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of tensors in the optimizer's state."""
+    """Return the bytes of the tensors in the optimizer's state."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def copy_bandwidth(device: str) -> float:
-    """GB/s, read and written, of a plain copy of 256 MiB."""
+    """Return the GB/s, read and written, of a plain copy of 256 MiB."""
     source = torch.empty(1 << 26, device=device)
     target = torch.empty_like(source)
     times = []
@@ -216,13 +223,17 @@ def copy_bandwidth(device: str) -> float:
 
 
 def minimal_bytes(optimizer: ProdigyPlusScheduleFree, params: list[nn.Parameter]) -> float:
-    """What a step cannot but move: g read twice (the first time to see that it is finite), y and z read and written."""
+    """Return the bytes that a step cannot but move.
+
+    g is read twice (the first time to see that it is finite), y and z are read and written.
+    """
     element = params[0].element_size()
     num = sum(p.numel() for p in params)
     return num * 6 * element + 2 * (state_bytes(optimizer) - num * element)
 
 
 def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Namespace) -> None:
+    """Measure all peers on one set of shapes in one type, and print a table."""
     device, rounds, chosen = options.device, options.rounds, options.peers
     zero_columns = options.rank if name.startswith("lora") else 0
     num = sum(torch.Size(shape).numel() for shape in shapes)
@@ -254,6 +265,7 @@ def run(name: str, shapes: list[Shape], dtype: torch.dtype, options: argparse.Na
 
 
 def main() -> None:
+    """Read the command line and measure every set of shapes in every type that it names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sets", nargs="+", default=["lora"], choices=["lora", "lora-all", "unet"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])

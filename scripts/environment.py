@@ -15,7 +15,7 @@ MADE_FROM = ("pyproject.toml", "constraints.txt")
 
 
 def ready(*extras: str) -> Path:
-    """Make `.venv` and install sdtrain with these extras, unless that is done already; the Python inside."""
+    """Make `.venv` and install sdtrain with these extras, unless that is done already; return its Python's path."""
     if sys.version_info < (3, 11):  # noqa: UP036 - the reader may have started it with an older Python
         sys.exit(f"sdtrain needs Python 3.11 or newer; this is {sys.version.split()[0]} ({sys.executable})")
     python = FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -97,14 +97,14 @@ def main(
 
 
 def timed(what: str, call: Callable[[], None]) -> None:
-    """Run and print how long it took."""
+    """Run something and print how long it took."""
     began = time.monotonic()
     call()
     print(f"{what} in {time.monotonic() - began:.1f} s", flush=True)
 
 
 def write_model(path: Path, dtype: torch.dtype) -> None:
-    """A single file in the original layout; one tensor is in memory at a time."""
+    """Write a single file in the original layout; one tensor is in memory at a time."""
     tensors: dict[str, Planned] = {}
     for component in SDXL.components:
         weights = random_weights(component, dtype)
@@ -118,7 +118,7 @@ def write_model(path: Path, dtype: torch.dtype) -> None:
 
 
 def random_weights(component: Component, dtype: torch.dtype) -> dict[str, Weight]:
-    """Parameters that keep activations of about size one: uniform weights, norms of one, biases of zero."""
+    """Return parameters that keep activations of about size one: uniform weights, norms of one, biases of zero."""
     generator = torch.Generator().manual_seed(0)
 
     def later(shape: tuple[int, ...], name: str) -> Weight:
@@ -135,7 +135,7 @@ def random_weights(component: Component, dtype: torch.dtype) -> dict[str, Weight
 
 
 def write_tokenizers(folder: Path) -> None:
-    """The built-in tokenizers with as many words as CLIP's, most of which no caption has."""
+    """Write the built-in tokenizers with as many words as CLIP's, most of which no caption has."""
     tiny = BUILTIN_FOLDER / "tiny-sdxl"
     for name in ("tokenizer", "tokenizer_2"):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def load(folder: Path) -> None:
 
 
 def compare(one: Path, other: Path) -> None:
-    """Every tensor of the first file is in the second, byte for byte."""
+    """Check that every tensor of the first file is in the second, byte for byte."""
     left, right = read_header(one), read_header(other)
     with one.open("rb") as first, other.open("rb") as second:
         for name, entry in left.entries.items():
@@ -193,7 +193,7 @@ def compare(one: Path, other: Path) -> None:
 
 
 def train_lora(folder: Path, steps: int) -> None:
-    """A few steps through the command line, as a user would."""
+    """Train a few steps through the command line, as a user would."""
     (folder / "pictures").mkdir(exist_ok=True)
     for name in ("01.png", "01.txt", "02.png", "02.txt"):
         shutil.copy(BUILTIN_FOLDER / "quickstart" / name, folder / "pictures")

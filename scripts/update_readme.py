@@ -36,7 +36,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
 
 
 def settings_text() -> str:
-    """All tables as Markdown."""
+    """Return all tables as Markdown."""
     parts = []
     for name, model in TABLES:
         kind = ' with `kind = "lora"`' if model is schema.LoraConfig else ""
@@ -104,7 +104,7 @@ def _bounds(metadata: Any) -> str:
 
 
 def with_settings(text: str) -> str:
-    """The README's text with fresh tables."""
+    """Return the README's text with fresh tables."""
     return re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{settings_text()}\n\n{END}", text, flags=re.S
     )

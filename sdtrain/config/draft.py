@@ -155,7 +155,10 @@ def _override_of(written: Written, problem: Problem) -> Override | None:
 
 
 def _at_override(problem: Problem, override: Override) -> Problem:
-    """The problem with the override as its place; the setting is named where it is another than the override's."""
+    """Return the problem with the override as its place.
+
+    The text names the setting where the override is of another one.
+    """
     same = location_of(problem.where) == override.setting
     return Problem(override.place, problem.what if same else f"{problem.where}: {problem.what}")
 

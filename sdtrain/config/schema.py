@@ -50,7 +50,7 @@ class ModelConfig(Settings):
 
 
 class LoraConfig(Settings):
-    """Small matrices beside frozen weights."""
+    """Training small matrices beside frozen weights."""
 
     kind: Literal["lora"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that get adapters.")
@@ -79,7 +79,7 @@ class LoraConfig(Settings):
 
 
 class FullConfig(Settings):
-    """All weights of the chosen networks."""
+    """Training all weights of the chosen networks."""
 
     kind: Literal["full"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that are trained.")
@@ -102,7 +102,7 @@ class FolderConfig(Settings):
 
 
 class DataConfig(Settings):
-    """From folders to batches."""
+    """How folders of pictures become batches."""
 
     folder: list[FolderConfig] = Field(min_length=1, description="The folders.")
     resolution_px: Annotated[int, Field(ge=64)] = Field(
@@ -163,7 +163,7 @@ class OptimizerConfig(Settings):
 
 
 class TimestepConfig(Settings):
-    """Which noise levels are trained."""
+    """The noise levels that are trained, and how often each is drawn."""
 
     density: Density = Field(default="uniform", description="How timesteps are drawn.")
     logit_mean: float = Field(default=0.0, description="Mean of logit(t), for `logit_normal`.")
@@ -185,7 +185,7 @@ class NoiseConfig(Settings):
 
 
 class LossConfig(Settings):
-    """How wrong a prediction is."""
+    """How the error of a prediction is measured and weighted."""
 
     kind: LossKind = Field(default="l2", description="Squared error, or Huber's.")
     huber_delta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Where Huber's error turns linear.")
@@ -207,14 +207,14 @@ class PreviewConfig(Settings):
 
 
 class CheckpointConfig(Settings):
-    """Training states to go on from."""
+    """Training states from which a run can go on."""
 
     every: Whole = Field(default=500, description="Steps between training states; 0: only at the end.")
     keep: Count = Field(default=2, description="How many training states stay.")
 
 
 class ExportConfig(Settings):
-    """The file a run leaves."""
+    """The file that a finished run leaves."""
 
     names: Literal["sd-scripts", "diffusers"] = Field(
         default="sd-scripts",
@@ -226,7 +226,7 @@ class ExportConfig(Settings):
 
 
 class MemoryConfig(Settings):
-    """What is traded for memory."""
+    """What is given up so that a run needs less memory."""
 
     gradient_checkpointing: bool = Field(default=False, description="Recompute activations in backward.")
     compile: bool = Field(

@@ -30,7 +30,10 @@ class Placement:
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
     def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """Original height and width, crop top and left, target height and width, in pixels, as models are told them."""
+        """Return the sizes in pixels that models are told.
+
+        They are original height and width, crop top and left, target height and width.
+        """
         (width, height), (target_width, target_height) = self.original, self.bucket
         return height, width, self.crop_top, self.crop_left, target_height, target_width
 

@@ -114,7 +114,7 @@ def _json(value: object) -> str:
 
 
 def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
-    """The JSON object under a key, empty without the key. Raises ValueError, in a sentence, for anything else."""
+    """Return the JSON object under a key, empty without the key. Raises ValueError, as a sentence, for the rest."""
     try:
         found = json.loads(metadata.get(key, "{}"))
     except (ValueError, RecursionError):
