@@ -38,8 +38,9 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     from tests.models.test_second_family import small_sd
 
     root = tmp_path_factory.mktemp("models")
-    made = {"folder that says zeros": TINY, "single file": root / "tiny.safetensors", "older family": root / "sd"}
-    for name, word in (("folder that says text", False), ("folder that says nothing", None)):
+    made = {"single file": root / "tiny.safetensors", "older family": root / "sd"}
+    words = {"folder that says zeros": True, "folder that says text": False, "folder that says nothing": None}
+    for name, word in words.items():
         made[name] = shutil.copytree(TINY, root / name)
         set_word(made[name], word)
     save_without_own_words(made["single file"])

@@ -6,6 +6,7 @@ with two layers each and one that attends, and zeros for no caption.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,18 +35,19 @@ from sdtrain.models.model import Layout, Model
 from sdtrain.models.prompts import token_chunks
 
 TOKENIZER = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer")
+WORDS: dict[str, int] = json.loads((TOKENIZER.folder / "vocab.json").read_text(encoding="utf-8"))
 DESCRIPTION = Description(title="small", resolution_px=(64, 64), date="2026-01-01T00:00:00Z")
 TEXT = {
     **CLIP_L_TEXT,
     "architectures": ["CLIPTextModelWithProjection"],
-    "vocab_size": 585,
+    "vocab_size": len(WORDS),
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 1,
     "projection_dim": 32,
-    "bos_token_id": 583,
-    "eos_token_id": 584,
+    "bos_token_id": WORDS["<|startoftext|>"],
+    "eos_token_id": WORDS["<|endoftext|>"],
 }
 UNET = {
     **SDXL_UNET,
