@@ -19,6 +19,8 @@ SETTINGS = {
     "method.rank": 4,
     "optimizer.d0": 1e-6,
 }
+FIXED = {"optimizer.prodigy_steps": 80}
+"""A d that is never fixed may climb once more, and then a weight waits again: the laws of weights are of a fixed d."""
 MEANS = ["harmonic_mean", "off"]
 
 
@@ -37,7 +39,7 @@ def require_weight(one: Groups, weighed: Groups, name: str, weight: float) -> No
 
 
 def test_the_lr_of_a_network_weighs_its_step_and_moves_no_other_networks_d(train: Train) -> None:
-    settings = SETTINGS | {"method.train": ALL}
+    settings = SETTINGS | FIXED | {"method.train": ALL}
     one = end_of(train, "one", 110, settings)
     assert one["text_encoder"]["d"] > 1e-3, "d must have climbed, or this shows nothing"
     weighed = end_of(train, "weighed", 110, settings | {"method.lr": {"text_encoder": 0.1}})
@@ -48,13 +50,10 @@ def test_the_lr_of_a_network_weighs_its_step_and_moves_no_other_networks_d(train
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mean", MEANS)
 def test_the_lr_of_a_network_weighs_its_step_on_the_quickstarts_pictures(train: Train, mean: str, seed: int) -> None:
-    settings = SETTINGS | {"method.train": ALL, "optimizer.split_groups_mean": mean, "seed": seed}
+    settings = SETTINGS | FIXED | {"method.train": ALL, "optimizer.split_groups_mean": mean, "seed": seed}
     one = end_of(train, "one", 120, settings)
     for weight in (0.1, 0.5, 2.0):
         weighed = end_of(train, f"{weight}", 120, settings | {"method.lr": {"text_encoder": weight}})
-        if mean == "off":  # each its own d, which may grow once more after 100 steps: in one of three runs it did
-            weighed = {"text_encoder": weighed["text_encoder"]}
-            one = {"text_encoder": one["text_encoder"]}
         require_weight(one, weighed, "text_encoder", weight)
 
 
