@@ -51,9 +51,7 @@ SLICE_P = tl.constexpr(SLICE)
 TINY = tl.constexpr(SMALLEST)
 HASH_ELEMENT, HASH_FIRST, HASH_SECOND = (tl.constexpr(number) for number in (GOLDEN, *MULTIPLIERS))
 ATAN_0, ATAN_1, ATAN_2, ATAN_3, ATAN_4, ATAN_5, ATAN_6, ATAN_7 = (tl.constexpr(value) for value in ATAN_POLYNOMIAL)
-TOTAL_OF_SQUARES = tl.constexpr(0)
-RMS_DIVISOR = tl.constexpr(1)
-PRODIGY_SUMS = tl.constexpr(2)
+TOTAL_OF_SQUARES, RMS_DIVISOR, PRODIGY_SUMS = (tl.constexpr(position) for position in range(3))
 
 
 @triton.jit
