@@ -70,7 +70,9 @@ class LoraConfig(Settings):
         description="Layers that get adapters: a preset, or patterns of module names such as `*attn2.to_k`.",
     )
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
+        default={},
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts while "
+        "d is at rest or frozen, and waits while d climbs.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
@@ -84,7 +86,9 @@ class FullConfig(Settings):
     kind: Literal["full"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that are trained.")
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
-        default={}, description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`."
+        default={},
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts while "
+        "d is at rest or frozen, and waits while d climbs.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
