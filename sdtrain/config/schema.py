@@ -71,8 +71,8 @@ class LoraConfig(Settings):
     )
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts while "
-        "d is at rest or frozen, and waits while d climbs.",
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts "
+        "while d is at rest or frozen, and waits while d climbs.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
@@ -87,8 +87,8 @@ class FullConfig(Settings):
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that are trained.")
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts while "
-        "d is at rest or frozen, and waits while d climbs.",
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts "
+        "while d is at rest or frozen, and waits while d climbs.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
