@@ -225,7 +225,7 @@ def judge(
     """
     pipeline = load_folder(model, lora)
     asked = {"known": (picture_judge.known_scenes(), 0), "concept": (picture_judge.concept_scenes() * 2, 10_000)}
-    found, judged, painted = {}, [], []
+    found, judged, painted = {}, list[picture_judge.Judgement](), list[Image.Image]()
     print(f"{'':10}" + "".join(f"{name:>11}" for name in TABLE))
     for name, (scenes, first_seed) in asked.items():
         prompts = [world.caption(scene.colour, scene.shape, scene.background) for scene in scenes]

@@ -72,7 +72,8 @@ def judge(picture: Image.Image) -> Verdict:
 def _ground_colour(pixels: np.ndarray) -> np.ndarray:
     border = np.concatenate([pixels[:4].reshape(-1, 3), pixels[-4:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :4].reshape(-1, 3), pixels[:, -4:].reshape(-1, 3)])
-    return np.median(border, axis=0)
+    ground: np.ndarray = np.median(border, axis=0)
+    return ground
 
 
 def _nearest(colour: np.ndarray, named: dict[str, tuple[int, int, int]], limit: float) -> str:
@@ -106,7 +107,8 @@ def _smooth(pixels: np.ndarray) -> np.ndarray:
     """A 3 x 3 mean over the picture, edges repeated."""
     padded = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = pixels.shape[:2]
-    return sum(padded[i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9
+    shifted = [padded[i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    return np.asarray(sum(shifted) / 9)
 
 
 def _erode(mask: np.ndarray, times: int = 2) -> np.ndarray:

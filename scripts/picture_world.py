@@ -96,7 +96,8 @@ def outline(shape: str) -> np.ndarray:
         corners = np.concatenate([quarter @ np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))])
     else:
         raise ValueError(f"no shape is called {shape!r}; the world has {(*SHAPES, CONCEPT_SHAPE)}")
-    return corners - (corners.max(0) + corners.min(0)) / 2
+    centred: np.ndarray = corners - (corners.max(0) + corners.min(0)) / 2
+    return centred
 
 
 def _around(num: int, radius: float) -> np.ndarray:

@@ -29,7 +29,7 @@ def byte_symbols() -> list[str]:
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, most frequent pair first, until every word of the world is one symbol."""
     split = {word: [*word[:-1], word[-1] + "</w>"] for word in words}
-    merges = []
+    merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter[tuple[str, str]]()
         for word, symbols in split.items():
@@ -150,6 +150,7 @@ def start_as_downscaler(vae: AutoencoderKL) -> None:
 def _pass_through(conv: nn.Conv2d, *, halving: bool) -> None:
     """Sets a convolution so that channels pass as they are, or as means of 2 x 2; new ones are a little random."""
     conv.weight.mul_(0.1)
+    assert conv.bias is not None
     conv.bias.zero_()
     taps = ((0, 0), (0, 1), (1, 0), (1, 1)) if halving else ((conv.kernel_size[0] // 2,) * 2,)
     if conv.in_channels > CONSTANTS.stop:
@@ -167,7 +168,7 @@ def hold_constants(vae: AutoencoderKL) -> None:
             if isinstance(module, nn.GroupNorm):
                 module.weight.register_hook(lambda gradient: _without(gradient, 0))
                 module.bias.register_hook(lambda gradient: _without(gradient, 0))
-            elif isinstance(module, nn.Conv2d):
+            elif isinstance(module, nn.Conv2d) and module.bias is not None:
                 if name != "conv_in":
                     module.weight.register_hook(lambda gradient: _without(gradient, 1))
                 if name != "conv_out" and not name.endswith("conv1"):

@@ -35,7 +35,8 @@ class Readers(nn.Module):
         """Summed loss (); labels int (n, 4) with the number of words for "not said", letters float (n, 26)."""
         loss = torch.zeros(())
         for state, heads in zip(states, self.heads, strict=True):
-            *named, spelled = heads
+            assert isinstance(heads, nn.ModuleList)
+            *named, spelled = list(heads)
             loss = loss + sum(F.cross_entropy(head(state), labels[:, i]) for i, head in enumerate(named))
             loss = loss + F.binary_cross_entropy_with_logits(spelled(state), letters)
         return loss

@@ -85,7 +85,8 @@ def any_picture(rng: np.random.Generator) -> Image.Image:
     corners = reach * np.stack([np.cos(angles), np.sin(angles)], 1) + rng.uniform(40, 88, 2)
     named = [*world.COLOURS.values(), *world.BACKGROUNDS.values()]
     colours = [named[rng.integers(len(named))] if rng.random() < 0.6 else rng.integers(0, 256, 3) for _ in range(2)]
-    return world.draw_polygon(corners, *(tuple(int(c) for c in colour) for colour in colours), size)
+    colour, ground = (tuple(int(channel) for channel in each) for each in colours)
+    return world.draw_polygon(corners, colour, ground, size)
 
 
 def to_bytes(pictures: list[Image.Image]) -> Tensor:
