@@ -127,7 +127,7 @@ def release(
 
 
 def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path, rest: Path | None = None) -> None:
-    """Writes a diffusers folder in the pipeline's precision, in place of what is there. rest: whose tokenizers it gets."""
+    """Writes a diffusers folder in the pipeline's precision, in place of what is there; its tokenizers are `rest`'s."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new)
