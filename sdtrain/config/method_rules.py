@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from sdtrain.config.paths import path_text
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 
@@ -50,7 +51,7 @@ def layer_weights_need_a_product(config: Config) -> Iterator[Problem]:
         return
     for pattern, weight in method.layer_weights.items():
         if weight not in (0, 1):
-            yield Problem("method.layer_weights", f"`{pattern}` = {weight:g}, but {_no_factor(method)}; use 0 or 1")
+            yield Problem(_weight_of(pattern), f"{weight:g}, but {_no_factor(method)}; use 0 or 1")
 
 
 def layer_weights_of_full(config: Config) -> Iterator[Problem]:
@@ -59,8 +60,8 @@ def layer_weights_of_full(config: Config) -> Iterator[Problem]:
         return
     for pattern, weight in config.method.layer_weights.items():
         if weight not in (0, 1):
-            what = f"`{pattern}` = {weight:g}, but all layers of a full fine-tune move at one pace; 0 freezes a layer, "
-            yield Problem("method.layer_weights", what + 'and method.kind = "lora" can weigh layers')
+            what = f"{weight:g}, but all layers of a full fine-tune move at one pace; 0 freezes a layer, and "
+            yield Problem(_weight_of(pattern), what + 'method.kind = "lora" can weigh layers')
 
 
 def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
@@ -72,6 +73,10 @@ def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
     if used := [f"method.{name}" for name, rate in rates.items() if rate]:
         what = f"compiles each block once, but {' and '.join(used)} would change it every step: choose one"
         yield Problem("memory.compile", what)
+
+
+def _weight_of(pattern: str) -> str:
+    return path_text(("method", "layer_weights", pattern))
 
 
 def _no_factor(method: LoraConfig) -> str:
