@@ -128,12 +128,10 @@ def _left_behind(folder: Path) -> list[Problem]:
     """Return the problem that a run that begins has with training states whose run is gone, if there are any."""
     if not state_folders(folder / "checkpoints"):
         return []
-    what = (
-        f"{folder} holds training states of an earlier run, whose config.toml is gone; move {folder / 'checkpoints'} "
-    )
+    what = f"{folder} holds training states of an earlier run, whose config.toml is gone; move its checkpoints away, "
     if copy_of_settings(folder) is not None:
-        return [_at_name(f"{what}away, add --resume to go on with its own settings, {ANOTHER_NAME}")]
-    return [_at_name(f"{what}away, {ANOTHER_NAME}")]
+        what += "add --resume to go on with its own settings, "
+    return [_at_name(what + ANOTHER_NAME)]
 
 
 def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sdtrain.config.read import read_table
 from sdtrain.errors import UserError
@@ -10,13 +12,28 @@ from sdtrain.training.keeping.manifest import CONFIG, DamagedError, read_file, s
 
 
 def settings_path(folder: Path) -> Path:
-    """Return the file with the settings of the run in a folder; `folder/config.toml` where there is none to be read."""
-    own = folder / CONFIG
+    """Return the file with the settings of the run in a folder: its config.toml, or the copy in its newest state.
+
+    The copy is taken where the file is gone, cut off, or lacks a setting that the copy has: it may have been cut
+    between two tables.
+    """
+    own, copy = folder / CONFIG, copy_of_settings(folder)
+    if copy is None:
+        return own
     try:
-        read_table(own)
+        return own if _settings(read_table(copy)) <= _settings(read_table(own)) else copy
     except UserError:
-        return copy_of_settings(folder) or own
-    return own
+        return copy
+
+
+def _settings(table: Mapping[str, Any], above: str = "") -> set[str]:
+    """Return the names of all settings in a table. Those whose names a user chose, of ranks for one, do not count."""
+    names = set()
+    for key, value in table.items():
+        names.add(above + key)
+        if isinstance(value, Mapping) and not above:
+            names |= _settings(value, f"{key}.")
+    return names
 
 
 def copy_of_settings(folder: Path) -> Path | None:
