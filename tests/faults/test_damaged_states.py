@@ -146,6 +146,24 @@ def test_numbers_that_are_not_finite_are_not_saved_and_the_good_states_stay(stat
     assert [state.step for state in saved_states(states)] == [1, 2, 3]
 
 
+def test_large_numbers_are_finite_numbers_though_their_sum_is_not(tmp_path: Path) -> None:
+    run = SmallRun()
+    with torch.no_grad():
+        run.parameters["a"].fill_(3e38)
+    run.save(tmp_path)
+    assert newest_step(tmp_path) == (0, [])
+
+
+@pytest.mark.parametrize("values", [(float("inf"), float("-inf")), (float("nan"), 0.0), (float("-inf"), 1.0)])
+def test_no_sort_of_number_that_is_not_finite_is_saved(tmp_path: Path, values: tuple[float, float]) -> None:
+    run = SmallRun()
+    with torch.no_grad():
+        run.parameters["b"][:2] = torch.tensor(values)
+    with pytest.raises(NotFiniteError):
+        run.save(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_states_taken_while_the_loss_is_not_finite_never_push_out_a_good_one(tmp_path: Path) -> None:
     run = run_with_states(tmp_path, 2)
     for _ in range(4):

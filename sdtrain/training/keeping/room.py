@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor
 
 from optim.formulas.second_moment import factored_axes
 from sdtrain.config.schema import Config, LoraConfig
-from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.training.keeping.disk import require
 from sdtrain.training.keeping.manifest import saved_states
 from sdtrain.training.parameters import Trainable
 
@@ -27,25 +26,6 @@ def require_room(folder: Path, config: Config, opened: OpenedModel, trainable: T
     The cache is written by then, and what each file needs is looked at again before it is written.
     """
     require(folder, "output", needed(folder, config, opened, trainable, step))
-
-
-def require(folder: Path, setting: str, needed: Mapping[str, int]) -> None:
-    """Raise UserError, naming the setting that chose the folder, unless there is room for these bytes, by what for."""
-    there = folder
-    while not there.exists():
-        there = there.parent
-    free, total = shutil.disk_usage(there).free, sum(needed.values())
-    if total > free:
-        parts = ", ".join(f"{size(num_bytes)} for {what}" for what, num_bytes in needed.items() if num_bytes)
-        what = (
-            f"this run needs {size(total)} on the disk of {there} ({parts}), and {size(free)} are free; make room or "
-        )
-        raise user_error("disk space", setting, what + "choose another folder")
-
-
-def size(num_bytes: int) -> str:
-    """Return a number of bytes in words."""
-    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
 
 
 def needed(folder: Path, config: Config, opened: OpenedModel, trainable: Trainable, step: int) -> dict[str, int]:
@@ -87,9 +67,3 @@ def _preview_bytes(config: Config) -> int:
     preview, side = config.preview, config.data.resolution_px
     pixels = (preview.width_px or side) * (preview.height_px or side)
     return len(preview.prompts) * len(preview.seeds) * 2 * pixels * PREVIEW_BYTES_PER_PIXEL
-
-
-def cache_bytes(config: Config, num_pictures: int, num_captions: int) -> int:
-    """Return about how much the cache grows by so many pictures and captions, latents and conditioning in float32."""
-    latents = (config.data.resolution_px // 8) ** 2 * 4 * 4
-    return num_pictures * latents + num_captions * 77 * config.data.caption_chunks * 2048 * 4

@@ -16,6 +16,7 @@ from sdtrain.files.remembered import RememberedDigests
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.keeping import pictures
 from sdtrain.training.keeping.base import base_digest
+from sdtrain.training.keeping.disk import require_cache_room
 from sdtrain.training.keeping.leftovers import remove_leftovers
 from sdtrain.training.keeping.manifest import PICTURES, SavedState, read_file
 from sdtrain.training.keeping.newest import Newest, find_newest
@@ -79,8 +80,10 @@ def find_standing(
     """Return where the run in `folder` stands; nothing is changed there.
 
     accept_data: whether pictures may be others than those of the state. Raises UserError with everything that keeps the
-    run from going on: states that are all damaged, more steps done than planned, another model, other pictures.
+    run from going on: no room for the cache, states that are all damaged, more steps done than planned, another model,
+    other pictures.
     """
+    require_cache_room(cache_folder(config), config, examples)
     remembered = RememberedDigests(cache_folder(config) / "digests.json")
     digests = picture_digests([example.path for example in examples], remembered, on_progress)
     standing = Standing(

@@ -92,12 +92,16 @@ def save_state(
 
 
 def _require_finite(*parts: Mapping[str, Tensor]) -> None:
-    """Raise NotFiniteError unless all numbers are finite. The tensors of a part lie on one device: it waits once."""
+    """Raise NotFiniteError unless all numbers are finite. The tensors of a part lie on one device: it waits once.
+
+    A number that is not finite makes the sum so, which is quicker to find; a sum may also have overflowed.
+    """
     broken, num = [], 0
     for tensors in parts:
         floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        finite = torch.stack([tensor.isfinite().all() for tensor in floats.values()]).tolist()
-        broken += [name for name, is_finite in zip(floats, finite, strict=True) if not is_finite]
+        sums = torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().tolist()
+        suspect = [name for name, is_finite in zip(floats, sums, strict=True) if not is_finite]
+        broken += [name for name in suspect if not bool(floats[name].isfinite().all())]
         num += len(floats)
     if broken:
         raise NotFiniteError(f"{len(broken)} of {num} tensors are not finite, for example {broken[0]}")

@@ -275,3 +275,5 @@ def test_a_disk_that_is_too_small_for_the_run_is_told_in_one_sentence_before_the
     text = caught.value.text()
     assert "output  this run needs " in text and " for 6 training states, " in text and " and 0.3 MiB are free;" in text
     assert not (tmp_path / "runs" / "second").exists()
+    with pytest.raises(UserError, match=r"data.cache  this run needs .* latents of 6 pictures, .* for captions"):
+        fit({"name": "third", "steps": 1, "data.cache": str(tmp_path / "another")})
