@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
@@ -373,3 +374,28 @@ def test_a_plan_outlives_another_batch_size(
         assert [one for batch, _ in drawn for one in batch.examples] == [
             one for batch, _ in began.at(step) for one in batch.examples
         ]
+
+
+def test_a_picture_that_is_saved_anew_while_it_is_encoded_does_not_poison_the_cache(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdtrain.data import encoding
+
+    original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
+
+    def saved_meanwhile(example: Example, placement: Any) -> torch.Tensor:
+        if example.path.name == "0.png":
+            colours = np.zeros((64, 64, 3), dtype=np.uint8)
+            Image.fromarray(colours).save(example.path)
+        return original(example, placement)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "load_pixels", saved_meanwhile)
+        with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
+            prepare(config(pictures), counting.encoders())
+    (pictures / "0.png").write_bytes(first)
+    once, again = (
+        prepare(config(pictures), counting.encoders()),
+        prepare(config(pictures), counting.encoders(), cache="b"),
+    )
+    assert_same_steps(once, again, range(7))
