@@ -2,54 +2,33 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.models.model import Model
-from sdtrain.training.export import export_weights, format_of
-from sdtrain.training.guard import NonFiniteGuard
+from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
+from sdtrain.training.ending.memory import Room
+from sdtrain.training.ending.rescue import kept_on_errors
+from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.parameters import Trainable, train_parameters
-from sdtrain.training.prepare import Prepared, encode_everything, load
+from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save
+from sdtrain.training.parameters import train_parameters
+from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
-from sdtrain.training.signals import stop_requests
-from sdtrain.training.states import load_state, save_state, saved_states
+from sdtrain.training.states import load_state, saved_states
 from sdtrain.training.watching.pace import Pace
-from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
-from sdtrain.training.watching.records import (
-    EndRecord,
-    PictureRecord,
-    RunRecord,
-    SavedRecord,
-    StepRecord,
-    Watcher,
-)
-from sdtrain.training.watching.summary import banner, farewell, summary
+from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
+from sdtrain.training.watching.summary import banner, summary
 from sdtrain.training.watching.watchers import Watchers, watching
-
-
-@dataclass
-class Training:
-    """Everything that a run holds while it trains."""
-
-    run: Run
-    model: Model
-    trainable: Trainable
-    optimizer: ProdigyPlusScheduleFree
-    data: Prepared
 
 
 def fit(
@@ -57,6 +36,7 @@ def fit(
     opened: OpenedModel,
     examples: list[Example],
     console: Console,
+    stop: StopRequests,
     *,
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
@@ -64,65 +44,106 @@ def fit(
     """Train what the config says on a model that was opened and pictures that were scanned; return the steps done.
 
     These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
-    happens, see `watching/records.py`.
+    happens, see `watching/records.py`. stop: asked between two steps.
 
-    Raises UserError for what the user can mend, before anything is changed wherever that can be known.
+    Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
+    raised after the first step, what was reached is saved before, and told.
     """
     started = time.monotonic()
+    training = prepare(config, opened, examples, console, stop, resume=resume)
+    first_step = training.step
+    console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    said = [""]
+    try:
+        with (
+            stop.finishing(lambda: f"finishing step {training.step + 1}, saving", lambda: newest_text(training)),
+            watching(_record_of(training.run, first_step), console, watchers) as everybody,
+            kept_on_errors(lambda error: said.append(leave(training, everybody, error)), training.explain),
+        ):
+            train(training, everybody, stop)
+            if training.step < config.steps:
+                said.append(leave(training, everybody, stop.name))
+            everybody.tell(EndRecord(training.step, "finished" if training.step == config.steps else "stopped"))
+    finally:
+        console.print(said[-1], markup=False, highlight=False, soft_wrap=True, end="\n" if said[-1] else "")
+    if training.step == config.steps:
+        console.print(summary(training.run, training.optimizer, time.monotonic() - started))
+    return training.step
+
+
+def prepare(
+    config: Config,
+    opened: OpenedModel,
+    examples: list[Example],
+    console: Console,
+    stop: StopRequests,
+    *,
+    resume: bool,
+) -> Training:
+    """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config)
+    stop.doing = "loading the model"
     model = load(run, opened)
+    stop.doing = "encoding the pictures and captions"
     data = encode_everything(model, run, examples, console)
+    stop.doing = "preparing the first step"
+    stop.leave_if_asked()
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
     write_resolved_config(run)
     training = Training(run, model, trainable, optimizer, data)
-    first_step = _resumed_step(training, console) if resume else 0
-    console.print(banner(run, trainable, data.batches, first_step))
-    with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
-        step = train(training, first_step, everybody, stop)
-        everybody.tell(EndRecord(step, "finished" if step == config.steps else "stopped"))
-    if step < config.steps:
-        console.print(farewell(run, step))
-    else:
-        console.print(summary(run, optimizer, time.monotonic() - started))
-    return step
+    training.step = _resumed_step(training, console) if resume else 0
+    return training
 
 
-def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
-    """Train from `step` steps done to the planned number, or until `stop` is set; return the steps done.
-
-    This is the loop.
-    """
+def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
+    """Train to the planned number of steps, or until `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, guard, pace = run.config, NonFiniteGuard(), Pace()
+    config, pace, room = run.config, Pace(), Room(training.model, run.config, optimizer)
+    guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
     objective = Objective(training.model, config, run.device)
-    if step == 0:
-        preview(training, step, watchers)
-    while step < config.steps and not stop.is_set():
+    if training.step == 0:
+        preview(training, watchers, stop)
+    while training.step < config.steps and not stop.asked:
         pace.begin_step()
-        trainable.require_gradients(step)
-        losses: list[Tensor] = []
-        examples: list[Example] = []
-        for batch, share in training.data.batches.at(step):
-            loss = share * objective(batch, run.generator("noise", step, batch.index))
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            examples += batch.examples
-        total = float(sum(losses))
-        guard.check(total, examples, step, watchers.tell)
+        trainable.require_gradients(training.step)
+        losses, examples = room.enough_for(
+            lambda: gradients(training, objective, room.batch_size), lambda text: watchers.tell(NoteRecord(training.step, text))
+        )
         optimizer.step()  # changes nothing where gradients are not finite
+        training.step += 1
+        total, groups = float(sum(losses)), group_records(optimizer)
+        skipped = guard.was_left_out(groups)
+        bad = bad_gradients(trainable.named_parameters()) if skipped else ""
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         images_per_s = pace.end_step(len(examples))
-        watchers.tell(StepRecord(step, total, len(examples), images_per_s, group_records(optimizer)))
-        if due(step, config.preview.every, config.steps):
-            preview(training, step, watchers)
-        if due(step, config.checkpoint.every, config.steps):
-            save(training, step, watchers)
-    save(training, step, watchers)
-    if step == config.steps:
-        export(training, step, watchers)
-    return step
+        pictures = files_of(examples) if skipped else ()
+        record = StepRecord(training.step, total, len(examples), images_per_s, groups, skipped, pictures)
+        watchers.tell(record)
+        if skipped:
+            guard.tell(record, bad, watchers.tell)
+        if due(training.step, config.preview.every, config.steps):
+            preview(training, watchers, stop)
+        if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
+            checkpoint(training, watchers, is_sound=guard.is_sound)
+    if training.step == config.steps:
+        save(training, watchers)
+        export(training, watchers, run.weights_path)
+
+
+def gradients(training: Training, objective: Objective, batch_size: int) -> tuple[list[Tensor], list[Example]]:
+    """Add up the gradients of the coming step; return its micro-batches' shares of the loss, and its pictures.
+
+    batch_size: the most pictures that are computed at once.
+    """
+    losses: list[Tensor] = []
+    examples: list[Example] = []
+    for batch, share in training.data.batches.at(training.step, batch_size):
+        loss = share * objective(batch, partial(training.run.generator, "noise", training.step))
+        backward(loss)
+        losses.append(loss.detach())
+        examples += batch.examples
+    return losses, examples
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -131,46 +152,6 @@ def due(step: int, every: int, last: int) -> bool:
     step: the steps that are done. last: the steps that are planned.
     """
     return every > 0 and (step % every == 0 or step == last)
-
-
-def preview(training: Training, step: int, watchers: Watchers) -> None:
-    """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before."""
-    config, prompts = training.run.config, training.data.prompts
-    if not prompts.texts or not config.preview.every:
-        return
-    training.model.move_encoders(training.run.device, text=False)
-    with averaged(training.optimizer):
-        rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config))
-    training.model.move_encoders(torch.device("cpu"), text=False)
-    path = training.run.folder / "previews" / f"step-{step:06d}.png"
-    save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
-    watchers.tell(PictureRecord(step, path))
-
-
-def save(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago."""
-    folder = training.run.folder / "checkpoints"
-    if step in (state.step for state in saved_states(folder)):
-        return
-    keep = training.run.config.checkpoint.keep
-    path = save_state(folder, step, training.trainable, training.optimizer, keep)
-    watchers.tell(SavedRecord(step, path, "state"))
-
-
-def export(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the averaged weights into `weights/`."""
-    run, optimizer = training.run, training.optimizer
-    with averaged(optimizer):
-        export_weights(
-            training.model,
-            run.config,
-            run.weights_path,
-            kind=format_of(run.config),
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
-        )
-    watchers.tell(SavedRecord(step, run.weights_path, "weights"))
 
 
 def _resumed_step(training: Training, console: Console) -> int:
