@@ -37,13 +37,13 @@ class UserError(Exception):
         return "\n".join([f"{self.source}: {count}", *lines])
 
 
-class NotFinite(UserError):
+class NotFiniteError(UserError):
     """Losses or gradients stayed not finite, so that the run had to end."""
 
     exit_code = 4
 
 
-class OutOfMemory(UserError):
+class OutOfMemoryError(UserError):
     """There was too little memory for a step."""
 
     exit_code = 1

@@ -118,7 +118,7 @@ def _fit_written(
         resumes = _resumes(written, resume)
         draft = draft_run(written, resume=resumes)  # once more: a process may have ended in this very moment
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
-            console.print(f"done: all {done.steps} steps; {done.weights}", markup=False, highlight=False, soft_wrap=True)
+            console.print(_done(done), markup=False, highlight=False, soft_wrap=True)
             return done
         return _fit_draft(draft, console, stop, resume=resumes, watchers=watchers)
 
@@ -138,6 +138,10 @@ def _finished(config: Config) -> FitResult | None:
     weights = folder / "weights" / f"{config.name}.safetensors"
     state = folder / "checkpoints" / f"step-{config.steps:06d}" / "state.json"
     return FitResult(folder, config.steps, True, weights) if weights.exists() and state.exists() else None
+
+
+def _done(result: FitResult) -> str:
+    return f"done: all {result.steps} steps; {result.weights}"
 
 
 def _fit_draft(

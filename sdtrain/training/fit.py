@@ -108,7 +108,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         pace.begin_step()
         trainable.require_gradients(training.step)
         losses, examples = room.enough_for(
-            lambda: gradients(training, objective, room.batch_size), lambda text: watchers.tell(NoteRecord(training.step, text))
+            lambda: gradients(training, objective, room.batch_size),
+            lambda text: watchers.tell(NoteRecord(training.step, text)),
         )
         optimizer.step()  # changes nothing where gradients are not finite
         training.step += 1

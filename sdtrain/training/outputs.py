@@ -6,22 +6,22 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from optim import ProdigyPlusScheduleFree, averaged
-from sdtrain.errors import UserError
+from sdtrain.errors import NotFiniteError, UserError
 from sdtrain.models.model import Model
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
-from sdtrain.training.ending.signals import GivenUp, StopRequests
+from sdtrain.training.ending.signals import GivenUpError, StopRequests
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.run import Run
-from sdtrain.training.states import save_state, saved_states
+from sdtrain.training.states import SavedState, save_state, saved_states
 from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
@@ -67,7 +67,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config), stop.give_up)
         save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
-    except GivenUp:
+    except GivenUpError:
         return
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
@@ -114,8 +114,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
 
     keep_all: whether no older state makes room for it.
     """
-    folder, step = training.run.folder / "checkpoints", training.step
-    states = saved_states(folder)
+    folder, step, states = training.run.folder / "checkpoints", training.step, _states(training)
     if step in (state.step for state in states):
         return
     num = training.run.config.checkpoint.keep + (len(states) if keep_all else 0)
@@ -151,6 +150,11 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> str
         newest=lambda: _newest(training),
     )
     kept = keep(saving, training.optimizer)
+    before = [state.folder for state in _states(training) if state.step < training.step]
+    if isinstance(cause, NotFiniteError) and before and kept.state is not None:
+        kept = replace(
+            kept, problems=(*kept.problems, f"to go on from before, delete {kept.state}: {before[-1]} is next")
+        )
     return farewell(training.run, training.step, "an error" if failed else str(cause), kept)
 
 
@@ -169,8 +173,12 @@ def _export_early(training: Training, watchers: Watchers) -> Path | None:
 
 
 def _newest(training: Training) -> Path | None:
-    states = saved_states(training.run.folder / "checkpoints")
+    states = _states(training)
     return states[-1].folder if states else None
+
+
+def _states(training: Training) -> list[SavedState]:
+    return saved_states(training.run.folder / "checkpoints")
 
 
 def newest_text(training: Training) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.data.examples import Example
-from sdtrain.errors import NotFinite, Problem
+from sdtrain.errors import NotFiniteError, Problem
 from sdtrain.training.watching.records import GroupRecord, NoteRecord, StepRecord, Watcher
 
 LIMIT = 5
@@ -54,7 +54,7 @@ class NonFiniteGuard:
         return left_out
 
     def tell(self, record: StepRecord, gradients: str, tell: Watcher) -> None:
-        """Tell of a step that was left out. Raises NotFinite after LIMIT of them in a row.
+        """Tell of a step that was left out. Raises NotFiniteError after LIMIT of them in a row.
 
         gradients: which gradients were not finite, see `bad_gradients`.
         """
@@ -66,23 +66,22 @@ class NonFiniteGuard:
         if self._in_a_row >= LIMIT:
             what = (
                 f"not finite {LIMIT} times in a row; no weight was changed since it began. Go on with `--resume` and "
-                "model.dtype = float32 or a lower optimizer.d_coef, or look at the pictures of these steps (log.jsonl), "
-                f"the last ones: {pictures}"
+                "model.dtype = float32 or a lower optimizer.d_coef, or look at the pictures of these steps, which "
+                f"log.jsonl names; the last ones: {pictures}"
             )
             where = "gradients" if math.isfinite(record.loss) else "loss"
-            raise NotFinite(f"step {record.step}", [Problem(where, what)])
+            raise NotFiniteError(f"step {record.step}", [Problem(where, what)])
 
     def _what(self, record: StepRecord, gradients: str) -> str:
         if not math.isfinite(record.loss):
             return f"the loss is {record.loss}, so nothing was changed; pictures in this step: "
         if self._fused:
             return (
-                f"the loss is {record.loss:.4g}, but a gradient is not finite; in a fused backward the weights that had "
-                "moved before it was met stay moved, the others were left; pictures in this step: "
+                f"the loss is {record.loss:.4g}, but a gradient is not finite; in a fused backward the weights that "
+                "had moved before it was met stay moved, the others were left; pictures in this step: "
             )
-        return (
-            f"the loss is {record.loss:.4g}, but {gradients} not finite, so nothing was changed; pictures in this step: "
-        )
+        loss = f"the loss is {record.loss:.4g}"
+        return f"{loss}, but {gradients} not finite, so nothing was changed; pictures in this step: "
 
 
 def bad_gradients(parameters: Mapping[str, nn.Parameter]) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
-from sdtrain.errors import OutOfMemory, Problem
+from sdtrain.errors import OutOfMemoryError, Problem
 from sdtrain.models.model import Model
 from sdtrain.training.parameters import Trainable, recompute_activations
 from sdtrain.training.run import Run
@@ -25,7 +25,7 @@ Result = TypeVar("Result")
 SIGNS = ("can't allocate memory", "out of memory", "not enough memory", "ALLOC_FAILED")
 """What a RuntimeError says that is about memory: of the CPU's allocator, of CUDA and of its libraries."""
 RECOMPUTING = "about a third more time"
-"""What recomputed activations cost: one more forward pass, where a step is a forward and a backward of twice its work."""
+"""What recomputed activations cost: a forward pass more, where a step is one and a backward of twice its work."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -95,7 +95,7 @@ def memory_used(device: torch.device) -> str:
     return f" ({_gib(peak)} were in use at most by this process)"
 
 
-def explained(model: Model, run: Run, trainable: Trainable, step: int) -> OutOfMemory:
+def explained(model: Model, run: Run, trainable: Trainable, step: int) -> OutOfMemoryError:
     """Return what is told of too little memory in a step: how much was used for what, and which setting saves how much.
 
     All settings that it names can be changed with `--resume`. step: the number of the step that failed.
@@ -103,10 +103,10 @@ def explained(model: Model, run: Run, trainable: Trainable, step: int) -> OutOfM
     weights = sum(p.numel() * p.element_size() for network in model.networks.values() for p in network.parameters())
     gradients = sum(p.numel() * p.element_size() for p in trainable.named_parameters().values())
     what = (
-        f"too little for this step{memory_used(model.device)}; weights take {_gib(weights)}, gradients {_gib(gradients)}."
-        f" What helps, with `--resume`: {'; '.join(_levers(run, weights, gradients)) or NO_LEVERS}"
+        f"too little for this step{memory_used(model.device)}; weights take {_gib(weights)}, gradients "
+        f"{_gib(gradients)}. What helps, with `--resume`: {'; '.join(_levers(run, weights, gradients)) or NO_LEVERS}"
     )
-    return OutOfMemory(f"step {step}", [Problem("memory", what)])
+    return OutOfMemoryError(f"step {step}", [Problem("memory", what)])
 
 
 NO_LEVERS = "nothing more of the settings that a run may change; close other programs on this device"
@@ -117,7 +117,7 @@ def _levers(run: Run, weights: int, gradients: int) -> Sequence[str]:
     levers = []
     if not memory.gradient_checkpointing:
         levers.append(
-            f"memory.gradient_checkpointing = true keeps few of the activations, mostly the largest part ({RECOMPUTING})"
+            f"memory.gradient_checkpointing = true keeps few activations, which mostly take the most ({RECOMPUTING})"
         )
     if data.batch_size % 2 == 0 and not memory.fused_back_pass:
         half, twice = data.batch_size // 2, 2 * data.gradient_accumulation

@@ -108,7 +108,7 @@ def refuse_several_ranks(environment: Mapping[str, str]) -> None:
     ranks = environment.get("WORLD_SIZE", "1")
     if ranks.isdigit() and int(ranks) > 1:
         what = (
-            f"is {ranks}, so a launcher such as torchrun started {ranks} processes; a run trains in one process, on one "
-            "device: start it as `sdtrain fit CONFIG`"
+            f"is {ranks}, so a launcher such as torchrun started {ranks} processes; a run trains in one process, on "
+            "one device: start it as `sdtrain fit CONFIG`"
         )
         raise user_error("the environment", "WORLD_SIZE", what)

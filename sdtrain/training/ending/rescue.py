@@ -50,7 +50,10 @@ def keep(saving: Saving, optimizer: ProdigyPlusScheduleFree) -> Kept:
         return Kept(saving.newest(), None, (what,))
     problems: list[str] = []
     weights: list[Path | None] = []
-    for name, save in (("training state", saving.state), ("averaged weights", lambda: weights.append(saving.weights()))):
+    for name, save in (
+        ("training state", saving.state),
+        ("averaged weights", lambda: weights.append(saving.weights())),
+    ):
         try:
             save()
         except Exception as error:  # noqa: BLE001 - the run ends anyway, and the other thing may still be saved
@@ -67,7 +70,9 @@ def sentence(error: Exception) -> str:
 
 
 @contextmanager
-def kept_on_errors(keep: Callable[[Exception], object], explain: Callable[[Exception], UserError | None]) -> Iterator[None]:
+def kept_on_errors(
+    keep: Callable[[Exception], object], explain: Callable[[Exception], UserError | None]
+) -> Iterator[None]:
     """Keep what a run has reached when the block raises, and raise it again, or what explains it better.
 
     A second Ctrl-C, which is no Exception, keeps nothing: who presses it wants to leave at once.

@@ -28,7 +28,7 @@ SAME_PRESS_S = 0.3
 SHOW_CURSOR = "\x1b[?25h"
 
 
-class GivenUp(Exception):
+class GivenUpError(Exception):
     """Pictures were given up, because the run was asked to end."""
 
 
@@ -64,9 +64,9 @@ class StopRequests:
         return _name_of(self._number)
 
     def give_up(self) -> None:
-        """Raise GivenUp if the run was asked to end; for what is worth less than a quick end."""
+        """Raise GivenUpError if the run was asked to end; for what is worth less than a quick end."""
         if self.asked:
-            raise GivenUp
+            raise GivenUpError
 
     def ask(self, number: int = signal.SIGINT) -> None:
         """Ask the run to end, as a signal of this number does."""

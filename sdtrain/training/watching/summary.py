@@ -68,7 +68,7 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
         rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
     skipped = max(group.skipped for group in optimizer.metrics())
     if skipped:
-        rows["left out"] = f"{skipped} of {run.config.steps} steps, whose loss or gradients were not finite; see the log"
+        rows["left out"] = f"{skipped} of {run.config.steps} steps: loss or gradients were not finite"
     rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
     rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
     title = f"done: {run.config.steps} steps in {duration(seconds)}"

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, TextIO, cast
+from typing import TextIO, cast
 
 from rich.console import Console
 
@@ -14,7 +14,7 @@ from rich.console import Console
 class Outliving:
     """A text stream that falls silent when nobody takes what is written: a closed pipe, a terminal that hung up."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.is_gone = False
 
@@ -60,7 +60,7 @@ class Outliving:
 @contextmanager
 def outliving(console: Console) -> Iterator[None]:
     """Let whatever is shown on the console be lost, within the block, once its stream is gone."""
-    before = console.file
+    before = cast(TextIO, console.file)
     console.file = cast(TextIO, Outliving(before))
     try:
         yield
