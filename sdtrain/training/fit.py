@@ -53,10 +53,10 @@ def fit(
     training = prepare(config, opened, examples, console, stop, resume=resume)
     first_step = training.step
     console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     said = [""]
     try:
         with (
-            stop.finishing(lambda: f"finishing step {training.step + 1}, saving", lambda: newest_text(training)),
             watching(_record_of(training.run, first_step), console, watchers) as everybody,
             kept_on_errors(lambda error: said.append(leave(training, everybody, error)), training.explain),
         ):
@@ -105,11 +105,12 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     if training.step == 0:
         preview(training, watchers, stop)
     while training.step < config.steps and not stop.asked:
+        training.doing = f"finishing step {training.step + 1}"
         pace.begin_step()
         trainable.require_gradients(training.step)
         losses, examples = room.enough_for(
             lambda: gradients(training, objective, room.batch_size),
-            lambda text: watchers.tell(NoteRecord(training.step, text)),
+            lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
         )
         optimizer.step()  # changes nothing where gradients are not finite
         training.step += 1

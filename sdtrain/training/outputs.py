@@ -44,6 +44,8 @@ class Training:
     """The number of steps that are done."""
     state_is_owed: bool = False
     """Whether a training state is due that could not be saved yet."""
+    doing: str = "starting"
+    """What is done now, for the person who stops it."""
     try_again_at: int = 0
     """The step before which saving is not tried again, after it failed."""
 
@@ -62,6 +64,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     step, config, prompts = training.step, training.run.config, training.data.prompts
     if not prompts.texts or not config.preview.every or stop.asked:
         return
+    training.doing = f"giving up the preview of step {step}"
     path = training.run.folder / "previews" / f"step-{step:06d}.png"
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
@@ -114,6 +117,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
 
     keep_all: whether no older state makes room for it.
     """
+    training.doing = f"finishing step {training.step}"
     folder, step, states = training.run.folder / "checkpoints", training.step, _states(training)
     if step in (state.step for state in states):
         return

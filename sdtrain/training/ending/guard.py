@@ -64,8 +64,9 @@ class NonFiniteGuard:
             last = "; further ones stand in log.jsonl alone" if self._told == TOLD else ""
             tell(NoteRecord(record.step, f"step {record.step}: {self._what(record, gradients)}{pictures}{last}"))
         if self._in_a_row >= LIMIT:
+            changed = "little" if self._fused else "no weight"
             what = (
-                f"not finite {LIMIT} times in a row; no weight was changed since it began. Go on with `--resume` and "
+                f"not finite {LIMIT} times in a row; {changed} was changed since it began. Go on with `--resume` and "
                 "model.dtype = float32 or a lower optimizer.d_coef, or look at the pictures of these steps, which "
                 f"log.jsonl names; the last ones: {pictures}"
             )

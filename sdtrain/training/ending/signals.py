@@ -35,7 +35,7 @@ class GivenUpError(Exception):
 class StopRequests:
     """Whether a run was asked to end, and by which signal.
 
-    Outside of `finishing` a signal raises `Interrupted` at once; within it the run goes on until it asks. Only a second
+    Before `finish_first` a signal raises `Interrupted` at once; after it the run goes on until it looks. Only a second
     Ctrl-C hurries: other signals are sent by machines, which repeat themselves, and end by SIGKILL those who dawdle.
     """
 
@@ -77,18 +77,13 @@ class StopRequests:
         if self._number:
             raise Interrupted(self._number)
 
-    @contextmanager
-    def finishing(self, what: Callable[[], str], kept: Callable[[], str]) -> Iterator[None]:
-        """Let the block end by itself when a signal comes; it asks `asked`.
+    def finish_first(self, what: Callable[[], str], kept: Callable[[], str]) -> None:
+        """From here on a signal only asks: the run looks at `asked` and ends by itself.
 
         what: says what is still done then. kept: says what is there for those who leave at once.
         """
         self.leave_if_asked()
         self._finishing, self._kept = what, kept
-        try:
-            yield
-        finally:
-            self._finishing = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Act in the main thread."""

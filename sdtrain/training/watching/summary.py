@@ -84,6 +84,8 @@ def farewell(run: Run, step: int, cause: str, kept: Kept) -> str:
     if kept.weights is not None:
         lines.append(f"averaged weights: {kept.weights}")
         lines.append(f'look: sdtrain sample {shlex.quote(str(kept.weights))} --prompt "..."')
+    if kept.state is not None:
+        lines.append(f"other formats: sdtrain export {shlex.quote(str(run.folder))} --format diffusers")
     resume = f"sdtrain fit {shlex.quote(str(run.folder / 'config.toml'))} --resume"
     lines.append(f"go on: {resume}" if kept.state is not None else f"begin again: {resume}")
     return "\n".join(lines)
