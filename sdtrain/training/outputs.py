@@ -22,7 +22,8 @@ from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.run import Run
 from sdtrain.training.states import SavedState, save_state, saved_states
-from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
+from sdtrain.training.watching.grid import save_picture
+from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
@@ -65,11 +66,12 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     if not prompts.texts or not config.preview.every or stop.asked:
         return
     training.doing = f"giving up the preview of step {step}"
-    path = training.run.folder / "previews" / f"step-{step:06d}.png"
+    folder = training.run.folder / "previews"
+    path = folder / f"step-{step:06d}.png"
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config), stop.give_up)
-        save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
+        save_picture(preview_grid(rows, prompts, config, step, folder / "base.png"), path)
     except GivenUpError:
         return
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours

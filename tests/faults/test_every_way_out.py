@@ -156,7 +156,7 @@ def test_a_preview_is_given_up_between_two_sampling_steps(
     assert len(after) == 3, "no sampling step after the signal"
     assert "Ctrl-C: giving up the preview of step 2, saving; once more leaves now" in ran.text
     assert ran.state(2) == straight.state(2)
-    assert sorted(path.name for path in (ran.folder / "previews").iterdir()) == ["step-000000.png"]
+    assert not (ran.folder / "previews" / "step-000002.png").exists()
     assert_equal_in_the_end(straight, run, "small")
 
 
