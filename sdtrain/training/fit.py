@@ -15,7 +15,7 @@ from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
-from sdtrain.training.ending.memory import Room
+from sdtrain.training.ending.memory import Room, explained_while
 from sdtrain.training.ending.rescue import kept_on_errors
 from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.objective import Objective
@@ -82,14 +82,15 @@ def prepare(
 ) -> Training:
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config)
-    stop.doing = "loading the model"
-    model = load(run, opened)
-    stop.doing = "encoding the pictures and captions"
-    data = encode_everything(model, run, examples, console)
-    stop.doing = "preparing the first step"
-    stop.leave_if_asked()
-    trainable = train_parameters(model, run)
-    optimizer = build_optimizer(trainable, config)
+    with explained_while(lambda: stop.doing, run):
+        stop.doing = "loading the model"
+        model = load(run, opened)
+        stop.doing = "encoding the pictures and captions"
+        data = encode_everything(model, run, examples, console)
+        stop.doing = "preparing the first step"
+        stop.leave_if_asked()
+        trainable = train_parameters(model, run)
+        optimizer = build_optimizer(trainable, config)
     write_resolved_config(run)
     training = Training(run, model, trainable, optimizer, data)
     training.step = _resumed_step(training, console) if resume else 0

@@ -136,7 +136,7 @@ def test_a_signal_before_the_first_step_is_answered_and_leaves_at_once(
     monkeypatch.setattr("sdtrain.training.fit.load", lambda *arguments: signal.raise_signal(signal.SIGTERM))
     ran = run()
     assert isinstance(ran.error, Interrupted) and ran.error.exit_code == 143
-    assert "SIGTERM: stopped while loading the model; no step was done, so there is nothing to save" in ran.text
+    assert "SIGTERM: stopped while loading the model; nothing was trained yet, so there is nothing to save" in ran.text
     assert not ran.folder.exists()
 
 

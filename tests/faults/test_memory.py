@@ -107,6 +107,19 @@ def test_where_nothing_is_left_to_give_up_the_run_ends_and_is_saved(run: Run, mo
     assert run({"memory.on_oom": "adapt"}, resume=True).error is None
 
 
+@pytest.mark.parametrize("error", [CPU, MemoryError()], ids=["cpu", "python"])
+def test_too_little_memory_for_the_model_is_a_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def short(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sdtrain.training.fit.load", short)
+    ran = run()
+    assert isinstance(ran.error, OutOfMemoryError)
+    assert "memory  too little for loading the model (" in str(ran.error)
+
+
 def test_an_error_of_another_kind_is_not_taken_for_too_little_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     short_of_memory(monkeypatch, RuntimeError("shapes do not match"), fits=0, checkpointed=False)
     ran = run({"memory.on_oom": "adapt"})

@@ -157,7 +157,7 @@ def test_a_signal_at_any_moment_is_answered_and_has_its_code(
     assert f"{name}: " in result.stderr
     run = tmp_path / "runs" / "small"
     if place in ("load", "encoding"):
-        assert "no step was done, so there is nothing to save" in result.stderr
+        assert "nothing was trained yet, so there is nothing to save" in result.stderr
         assert not run.exists()
         return
     assert f"stopped by {name} after" in result.stdout

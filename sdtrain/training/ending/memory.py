@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -93,6 +94,22 @@ def memory_used(device: torch.device) -> str:
         return ""  # the standard library does not know it there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return f" ({_gib(peak)} were in use at most by this process)"
+
+
+@contextmanager
+def explained_while(doing: Callable[[], str], run: Run) -> Iterator[None]:
+    """Raise OutOfMemoryError where the block, in which nothing is trained yet, runs out of memory.
+
+    doing: says what is done when it does.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        lever = "; model.dtype = bfloat16 halves what the weights take" if run.dtype == torch.float32 else ""
+        what = f"too little for {doing()}{memory_used(run.device)}; close other programs on this device{lever}"
+        raise OutOfMemoryError(str(run.folder), [Problem("memory", what)]) from error
 
 
 def explained(model: Model, run: Run, trainable: Trainable, step: int) -> OutOfMemoryError:

@@ -109,7 +109,7 @@ class StopRequests:
     def _first_answer(self, number: int) -> str:
         name = _name_of(number)
         if self._finishing is None:
-            return f"{name}: stopped while {self.doing}; no step was done, so there is nothing to save"
+            return f"{name}: stopped while {self.doing}; nothing was trained yet, so there is nothing to save"
         more = "; once more leaves now" if number == signal.SIGINT else ""
         return f"{name}: {self._finishing()}{more}"
 
