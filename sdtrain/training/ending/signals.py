@@ -138,7 +138,7 @@ def speaker(console: Console) -> Callable[[str], None]:
 def stop_requests(say: Callable[[str], None], *, leave: bool = False) -> Iterator[StopRequests]:
     """Give what the signals ask for; afterwards they do what they did before.
 
-    A signal that was ignored stays so (`nohup`). say, leave: see `StopRequests`.
+    A hang-up that is ignored stays so, as `nohup` asks for. say, leave: see `StopRequests`.
     """
     stop = StopRequests(say, leave=leave)
     if threading.current_thread() is not threading.main_thread():
@@ -147,7 +147,7 @@ def stop_requests(say: Callable[[str], None], *, leave: bool = False) -> Iterato
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     before = {number: signal.getsignal(number) for number in STOPPING}
-    heard = [number for number, handler in before.items() if handler not in (signal.SIG_IGN, None)]
+    heard = [number for number, handler in before.items() if not _is_left_alone(number, handler)]
     woken = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
     listener = threading.Thread(target=_listen, args=(ours, stop._answer), daemon=True)
     listener.start()
@@ -164,6 +164,14 @@ def stop_requests(say: Callable[[str], None], *, leave: bool = False) -> Iterato
         listener.join(timeout=5)
         ours.close()
         theirs.close()
+
+
+def _is_left_alone(number: signal.Signals, handler: object) -> bool:
+    """Return whether a signal is not ours: `nohup` ignores the hang-up, and None is a handler that is not Python's.
+
+    An ignored Ctrl-C is ours all the same: a shell ignores it for what a script starts with `&`, where it saves too.
+    """
+    return handler is None or (handler == signal.SIG_IGN and number.name == "SIGHUP")
 
 
 def _listen(pipe: socket.socket, answer: Callable[[int], None]) -> None:
