@@ -101,7 +101,9 @@ def test_weights_of_a_stop_are_the_averaged_ones_and_as_many_stay_as_states(run:
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
-def test_a_repeated_signal_of_a_machine_changes_nothing(run: Run) -> None:
+def test_a_repeated_signal_of_a_machine_changes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdtrain.training.ending.signals.SAME_PRESS_S", 0.0)
+
     def twice(record: Record) -> None:
         if isinstance(record, StepRecord) and record.step == 2:
             for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
