@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from sdtrain.config.overrides import read_override
 from sdtrain.data.batches import Batch
@@ -95,6 +96,28 @@ def test_with_adapt_a_step_is_done_again_with_the_same_pictures_noise_and_timest
         "step 1: out of memory; from here on one picture is computed at once; a step has as many as before, with the "
         "same noise. The step is done again.",
     ]
+
+
+def test_what_a_step_had_added_up_before_memory_ran_out_is_not_counted_twice(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = {"data.gradient_accumulation": 2, "memory.on_oom": "adapt", "steps": 3}
+    plain = run(two | {"name": "plain"})
+    original = Objective.__call__
+
+    def short(self: Objective, batch: Batch, generator: Callable[[int], torch.Generator]) -> torch.Tensor:
+        model: Any = self.model
+        if batch.index == 1 and not model.unet.is_gradient_checkpointing:
+            raise CUDA
+        return original(self, batch, generator)
+
+    monkeypatch.setattr(Objective, "__call__", short)
+    ran = run(two | {"name": "short"})
+    assert ran.text.count("The step is done again.") == 1
+    found, expected = (load(r.state(3)["parameters.safetensors"]) for r in (ran, plain))
+    start = load(run(two | {"name": "start", "steps": 1}).state(1)["parameters.safetensors"])
+    moved = sum((expected[name] - start[name]).square().sum() for name in found).sqrt()
+    assert sum((found[name] - expected[name]).square().sum() for name in found).sqrt() < 1e-2 * moved
 
 
 def test_where_nothing_is_left_to_give_up_the_run_ends_and_is_saved(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
