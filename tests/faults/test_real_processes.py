@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import resource
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def with_signal(*arguments, **more):
     global calls
     calls += 1
     if calls == after:
-        Path(os.environ["SENT"]).write_text(repr(time.time()))
+        Path(os.environ["SENT"]).write_text(repr([time.time(), time.process_time()]))
         os.kill(os.getpid(), first)
         for _ in range(60 if again else 0):  # as somebody does who sees no answer yet
             time.sleep(pause)
@@ -79,6 +80,12 @@ def wait_for_steps(log: Path, num: int, seconds: float = 180) -> None:
     while len(steps_in(log)) < num:
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.05)
+
+
+def cpu_of_children() -> float:
+    """The seconds at work of all processes that were started and have ended: waiting for a busy machine is left out."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def newest_state(run: Path) -> int:
@@ -143,6 +150,7 @@ def test_a_signal_at_any_moment_is_answered_and_has_its_code(
     path = write(tmp_path, table, {"preview.every": 2, "preview.num_inference_steps": 3, "checkpoint.every": 2})
     sent = tmp_path / "sent"
     where, call = PLACES[place]
+    before = cpu_of_children()
     result = subprocess.run(
         [sys.executable, "-c", SIGNAL_IN, where, str(call), str(int(number)), "0", "0", str(path)],
         env=os.environ | {"SENT": str(sent)},
@@ -150,7 +158,9 @@ def test_a_signal_at_any_moment_is_answered_and_has_its_code(
         text=True,
         check=False,
     )
-    print(f"{place} {number.name}: {time.time() - float(sent.read_text()):.2f} s to exit")
+    at, cpu_then = json.loads(sent.read_text())
+    cpu = cpu_of_children() - before - cpu_then
+    print(f"{place} {number.name}: {time.time() - at:.2f} s to exit, {cpu:.2f} s of them at work")
     print(textwrap.indent(result.stdout + result.stderr, "    "))
     assert result.returncode == 128 + number, result.stderr
     assert "Traceback" not in result.stderr
@@ -182,7 +192,7 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path: Path, table: dict[st
         text=True,
         check=False,
     )
-    print(f"{place}: {time.time() - float(began.read_text()) - 1:.2f} s from the second Ctrl-C to exit")
+    print(f"{place}: {time.time() - json.loads(began.read_text())[0] - 1:.2f} s from the second Ctrl-C to exit")
     print(textwrap.indent(result.stderr, "    "))
     assert result.returncode == 130
     assert "left at once; the newest whole training state is" in result.stderr
