@@ -5,6 +5,7 @@ Nothing heavy is imported at the top, so that `--help` and `check` answer at onc
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
-from sdtrain.errors import UserError, user_error
+from sdtrain.errors import Interrupted, UserError, user_error
 
 app = typer.Typer(
     name="sdtrain",
@@ -47,12 +48,27 @@ def fit(
     accept_data: Annotated[
         bool, typer.Option("--accept-data", help="With --resume: go on with pictures that have changed since.")
     ] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start",
+            help="Go on if this run was begun, start if not, and do nothing if it is finished: for job scripts.",
+        ),
+    ] = False,
 ) -> None:
-    """Train what CONFIG says."""
+    """Train what CONFIG says.
+
+    Exit codes: 0 done; 2 something to mend first; 4 losses or gradients stayed not finite; 1 another error, with what
+    was reached saved; 130, 143, 129, 138 stopped by Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, with what was reached saved.
+    """
     from sdtrain.commands.fit import fit_config
 
-    if not fit_config(config, set_ or [], Console(), resume=resume, accept_data=accept_data).finished:
-        raise typer.Exit(130)
+    try:
+        how: Literal["auto"] | bool = "auto" if resume_or_start else resume
+        code = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data).exit_code
+    except Interrupted as stopped:  # which was told when it came
+        code = stopped.exit_code
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -182,12 +198,13 @@ def options(
 
 
 def main() -> None:
-    """Entry point: what the user can mend is told in plain words, with exit code 2."""
+    """Entry point: what the user can mend is told in plain words, with the error's exit code."""
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(error.text(), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            Console(stderr=True).print(error.text(), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ class Problem:
 
 
 class UserError(Exception):
-    """Problems the user can mend. The command line prints them all and leaves with exit code 2."""
+    """Problems the user can mend. The command line prints them all and leaves with `exit_code`."""
+
+    exit_code = 2
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         assert problems, "a UserError without a problem says nothing"
@@ -33,6 +35,34 @@ class UserError(Exception):
         width = min(40, max(len(problem.where) for problem in self.problems))
         lines = [f"  {problem.where:<{width}}  {problem.what}" for problem in self.problems]
         return "\n".join([f"{self.source}: {count}", *lines])
+
+
+class NotFiniteError(UserError):
+    """Losses or gradients stayed not finite, so that the run had to end."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(UserError):
+    """There was too little memory for a step."""
+
+    exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run before its first step or after its last, when there is nothing to save.
+
+    It is a KeyboardInterrupt, so that whoever lets Ctrl-C through lets this through as well.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"ended by signal {number}")
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as a shell says it."""
+        return 128 + self.number
 
 
 def user_error(source: str, where: str, what: str) -> UserError:

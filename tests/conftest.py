@@ -35,6 +35,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def table(tmp_path: Path, pictures: Path) -> dict[str, Any]:
     """The plain config of a run that takes a few seconds: 96 px, rank 2, four steps."""
+    return small_run(tmp_path, pictures)
+
+
+def small_run(tmp_path: Path, pictures: Path) -> dict[str, Any]:
     return {
         "name": "small",
         "output": str(tmp_path / "runs"),

@@ -293,6 +293,11 @@ class MemoryConfig(Settings):
         default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
     )
     fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
+    on_oom: Literal["stop", "adapt"] = Field(
+        default="stop",
+        description="Where a step finds too little memory: `stop` saves and says what would help; `adapt` goes on with "
+        "recomputed activations, then with fewer pictures at once, and as many in a step.",
+    )
 
 
 class Config(Settings):

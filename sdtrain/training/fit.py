@@ -2,64 +2,34 @@
 
 from __future__ import annotations
 
-import math
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.models.model import Model
-from sdtrain.training.export import export_weights, format_of
-from sdtrain.training.guard import NonFiniteGuard
+from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
+from sdtrain.training.ending.memory import Room, explained_while
+from sdtrain.training.ending.rescue import kept_on_errors
+from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.keeping.room import require_room
 from sdtrain.training.keeping.standing import Standing, clear_the_way
-from sdtrain.training.keeping.states import Background, NotFiniteError, load_state, save_state
+from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.parameters import Trainable, train_parameters
-from sdtrain.training.prepare import Prepared, encode_everything, load
+from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save
+from sdtrain.training.parameters import train_parameters
+from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
-from sdtrain.training.signals import stop_requests
-from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.pace import Pace
-from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
-from sdtrain.training.watching.records import (
-    EndRecord,
-    NoteRecord,
-    PictureRecord,
-    RunRecord,
-    SavedRecord,
-    StepRecord,
-    Watcher,
-)
-from sdtrain.training.watching.summary import banner, farewell, summary
+from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
+from sdtrain.training.watching.summary import banner, summary
 from sdtrain.training.watching.watchers import Watchers, watching
-
-
-@dataclass
-class Training:
-    """Everything that a run holds while it trains."""
-
-    run: Run
-    model: Model
-    trainable: Trainable
-    optimizer: ProdigyPlusScheduleFree
-    data: Prepared
-    background: Background
-    saved_step: int | None = None
-    """The step whose state is on disk as it is in memory."""
-    loss_is_finite: bool = True
-    """Whether the last step had a finite loss."""
 
 
 def fit(
@@ -67,78 +37,115 @@ def fit(
     opened: OpenedModel,
     standing: Standing,
     console: Console,
+    stop: StopRequests,
     *,
     watchers: Sequence[Watcher] = (),
 ) -> int:
     """Train what the config says on a model that was opened, from where the run stands; return the steps done.
 
     These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
-    happens, see `watching/records.py`.
+    happens, see `watching/records.py`. stop: asked between two steps.
 
-    Raises UserError for what the user can mend, before anything is changed wherever that can be known.
+    Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
+    raised after the first step, what was reached is saved before, and told.
     """
     started = time.monotonic()
+    training = prepare(config, opened, standing, console, stop)
+    first_step = training.step
+    console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
+    said = [""]
+    try:
+        with (
+            watching(_record_of(training.run, first_step), console, watchers) as everybody,
+            kept_on_errors(lambda error: said.append(leave(training, everybody, error)), training.explain),
+        ):
+            train(training, everybody, stop)
+            if training.step < config.steps:
+                said.append(leave(training, everybody, stop.name))
+            everybody.tell(EndRecord(training.step, "finished" if training.step == config.steps else "stopped"))
+    finally:
+        console.print(said[-1], markup=False, highlight=False, soft_wrap=True, end="\n" if said[-1] else "")
+    if training.step == config.steps:
+        console.print(summary(training.run, training.optimizer, time.monotonic() - started))
+    return training.step
+
+
+def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Console, stop: StopRequests) -> Training:
+    """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config)
-    model = load(run, opened)
-    data = encode_everything(model, run, standing, console)
-    trainable = train_parameters(model, run)
-    optimizer = build_optimizer(trainable, config)
+    with explained_while(lambda: stop.doing, run):
+        stop.doing = "loading the model"
+        model = load(run, opened)
+        stop.doing = "encoding the pictures and captions"
+        data = encode_everything(model, run, standing, console)
+        stop.doing = "preparing the first step"
+        stop.leave_if_asked()
+        trainable = train_parameters(model, run)
+        optimizer = build_optimizer(trainable, config)
     require_room(run.folder, config, opened, trainable, standing.step)
     for note in (*standing.notes, *clear_the_way(standing, run.folder)):
         console.print(note, markup=False, soft_wrap=True)
     background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
     training = Training(run, model, trainable, optimizer, data, background)
-    first_step = _resumed_step(training, standing, console)
+    _go_on_from(standing, training, console)
     write_resolved_config(run)
-    console.print(banner(run, trainable, data.batches, first_step))
-    with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
-        step = train(training, first_step, everybody, stop)
-        everybody.tell(EndRecord(step, "finished" if step == config.steps else "stopped"))
-    if step < config.steps:
-        console.print(farewell(run, step))
-    else:
-        console.print(summary(run, optimizer, time.monotonic() - started))
-    return step
+    return training
 
 
-def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
-    """Train from `step` steps done to the planned number, or until `stop` is set; return the steps done.
-
-    This is the loop.
-    """
+def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
+    """Train to the planned number of steps, or until `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, guard, pace = run.config, NonFiniteGuard(), Pace()
+    config, pace, room = run.config, Pace(), Room(training.model, run.config, optimizer)
+    guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
     objective = Objective(training.model, config, run.device)
-    if step == 0:
-        preview(training, step, watchers)
-    while step < config.steps and not stop.is_set():
+    if training.step == 0:
+        preview(training, watchers, stop)
+    while training.step < config.steps and not stop.asked:
+        training.doing = f"finishing step {training.step + 1}"
         pace.begin_step()
-        trainable.require_gradients(step)
-        losses: list[Tensor] = []
-        examples: list[Example] = []
-        for batch, share in training.data.batches.at(step):
-            with trainable.dropout.drawn(run.generator("dropout", step, batch.index)):
-                loss = share * objective(batch, partial(run.generator, "noise", step))
-                loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            examples += batch.examples
-        total = float(sum(losses))
-        training.loss_is_finite = math.isfinite(total)
-        guard.check(total, examples, step, watchers.tell)
+        trainable.require_gradients(training.step)
+        losses, examples = room.enough_for(
+            lambda: gradients(training, objective, room.batch_size),
+            lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
+        )
         optimizer.step()  # changes nothing where gradients are not finite
         trainable.limit_norms(optimizer)
+        training.step += 1
+        total, groups = float(sum(losses)), group_records(optimizer)
+        skipped = guard.was_left_out(groups)
+        training.is_sound = guard.is_sound
+        bad = bad_gradients(trainable.named_parameters()) if skipped else ""
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         images_per_s = pace.end_step(len(examples))
-        watchers.tell(StepRecord(step, total, len(examples), images_per_s, group_records(optimizer)))
-        if due(step, config.preview.every, config.steps):
-            preview(training, step, watchers)
-        if due(step, config.checkpoint.every, config.steps):
-            save(training, step, watchers)
-    save(training, step, watchers)
-    if step == config.steps:
-        export(training, step, watchers)
-    return step
+        pictures = files_of(examples) if skipped else ()
+        record = StepRecord(training.step, total, len(examples), images_per_s, groups, skipped, pictures)
+        watchers.tell(record)
+        if skipped:
+            guard.tell(record, bad, watchers.tell)
+        if due(training.step, config.preview.every, config.steps):
+            preview(training, watchers, stop)
+        if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
+            checkpoint(training, watchers)
+    if training.step == config.steps:
+        save(training, watchers)
+        export(training, watchers, run.weights_path)
+
+
+def gradients(training: Training, objective: Objective, batch_size: int) -> tuple[list[Tensor], list[Example]]:
+    """Add up the gradients of the coming step; return its micro-batches' shares of the loss, and its pictures.
+
+    batch_size: the most pictures that are computed at once.
+    """
+    losses: list[Tensor] = []
+    examples: list[Example] = []
+    for batch, share in training.data.batches.at(training.step, batch_size):
+        with training.trainable.dropout.drawn(training.run.generator("dropout", training.step, batch.index)):
+            loss = share * objective(batch, partial(training.run.generator, "noise", training.step))
+            backward(loss)
+        losses.append(loss.detach())
+        examples += batch.examples
+    return losses, examples
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -149,73 +156,14 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def preview(training: Training, step: int, watchers: Watchers) -> None:
-    """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before."""
-    config, prompts = training.run.config, training.data.prompts
-    if not prompts.texts or not config.preview.every:
-        return
-    training.model.move_encoders(training.run.device, text=False)
-    with averaged(training.optimizer):
-        rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config))
-    training.model.move_encoders(torch.device("cpu"), text=False)
-    path = training.run.folder / "previews" / f"step-{step:06d}.png"
-    save_picture(preview_grid(rows, prompts, config, step, training.run.folder / "previews" / "base.png"), path)
-    watchers.tell(PictureRecord(step, path))
-
-
-def save(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago.
-
-    Numbers that are not finite are not worth a state: the ones that are there stay, which is told.
-    """
-    if step == training.saved_step:
-        return
-    try:
-        path = save_state(
-            training.run.folder / "checkpoints",
-            step,
-            training.trainable,
-            training.optimizer,
-            training.background,
-            training.run.config.checkpoint,
-            loss_is_finite=training.loss_is_finite,
-        )
-    except NotFiniteError as error:
-        watchers.tell(NoteRecord(step, f"step {step} is not saved: {error}; the states of before stay as they are"))
-        return
-    training.saved_step = step
-    watchers.tell(SavedRecord(step, path, "state"))
-    if not training.loss_is_finite:
-        watchers.tell(
-            NoteRecord(step, f"step {step} was saved while the loss was not finite: no good state went for it")
-        )
-
-
-def export(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the averaged weights into `weights/`."""
-    run, optimizer = training.run, training.optimizer
-    with averaged(optimizer):
-        export_weights(
-            training.model,
-            run.config,
-            run.weights_path,
-            kind=format_of(run.config),
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
-        )
-    watchers.tell(SavedRecord(step, run.weights_path, "weights"))
-
-
-def _resumed_step(training: Training, standing: Standing, console: Console) -> int:
-    """The steps that are done, with everything as it was then; a d that is estimated again is told of."""
+def _go_on_from(standing: Standing, training: Training, console: Console) -> None:
+    """Put everything back as it was in the state that a run goes on from; a d that is estimated again is told of."""
     if standing.state is None:
-        return 0
-    step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
-    training.loss_is_finite = standing.state.loss_was_finite
+        return
+    training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    training.is_sound = standing.state.loss_was_finite
     if thawed := training.optimizer.thaw():
-        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
-    return step
+        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")
 
 
 def _record_of(run: Run, first_step: int) -> RunRecord:

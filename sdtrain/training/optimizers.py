@@ -58,6 +58,7 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
             frozen=now.frozen,
             stopped=not now.active,
             climbing=now.climbing,
+            skipped=now.skipped,
             start_d=float((group if optimizer.settings.split_groups else groups[0])["d0"]),
         )
         for now, group in zip(optimizer.metrics(), groups, strict=True)

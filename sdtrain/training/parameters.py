@@ -18,7 +18,7 @@ from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
 from sdtrain.adapters.warm_start import start_from
-from sdtrain.config.schema import FullConfig, LoraConfig
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
@@ -111,8 +111,7 @@ def train_parameters(model: Model, run: Run) -> Trainable:
     if run.config.memory.compile:
         _compile_blocks(model.networks[DENOISER])
     if run.config.memory.gradient_checkpointing:
-        for network in networks.values():
-            _recompute_activations(network)
+        recompute_activations(model, run.config)
     return Trainable(
         tuple(
             Group(name, found[name], method.lr.get(name, 1.0), d.get(name, 0.0), method.stop.get(name, 0))
@@ -168,6 +167,12 @@ def _attach(
 def _compile_blocks(unet: Any) -> None:
     """Regional compilation: the transformer blocks are alike, so few compilations serve all of them."""
     unet.compile_repeated_blocks()
+
+
+def recompute_activations(model: Model, config: Config) -> None:
+    """Let the trained networks keep few activations for backward, and compute the others again there."""
+    for name in config.method.train:
+        _recompute_activations(model.networks[name])
 
 
 def _recompute_activations(network: Any) -> None:

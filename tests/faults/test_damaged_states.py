@@ -16,7 +16,7 @@ from sdtrain.files.header import read_header
 from sdtrain.files.tensors import planned, read_tensors, write_safetensors
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.newest import find_newest
-from sdtrain.training.keeping.states import NotFiniteError, load_state
+from sdtrain.training.keeping.states import UnusableNumbersError, load_state
 from tests.faults.small_states import SmallRun, run_with_states
 
 FILES = ("config.toml", "optimizer.safetensors", "parameters.safetensors", "pictures.json", "state.json")
@@ -141,7 +141,7 @@ def test_numbers_that_are_not_finite_are_not_saved_and_the_good_states_stay(stat
     run.step()
     with torch.no_grad():
         run.parameters["b"][7] = float("nan")
-    with pytest.raises(NotFiniteError, match=r"1 of .* tensors are not finite, for example unet/b"):
+    with pytest.raises(UnusableNumbersError, match=r"1 of .* tensors are not finite, for example unet/b"):
         run.save(states, keep=1)
     assert [state.step for state in saved_states(states)] == [1, 2, 3]
 
@@ -159,7 +159,7 @@ def test_no_sort_of_number_that_is_not_finite_is_saved(tmp_path: Path, values: t
     run = SmallRun()
     with torch.no_grad():
         run.parameters["b"][:2] = torch.tensor(values)
-    with pytest.raises(NotFiniteError):
+    with pytest.raises(UnusableNumbersError):
         run.save(tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -46,7 +46,7 @@ class Background:
     base: str
 
 
-class NotFiniteError(Exception):
+class UnusableNumbersError(Exception):
     """Numbers of a state are not finite, so that nothing could go on from it; the text says which."""
 
 
@@ -59,13 +59,15 @@ def save_state(
     settings: CheckpointConfig,
     *,
     loss_is_finite: bool = True,
+    keep_all: bool = False,
 ) -> Path:
     """Write the state after `step` steps under `folder`, then remove those that need not stay; return its folder.
 
     It is written under a temporary name and renamed when it is complete, so that a kill at any moment leaves whole
     states only. A state of that step that is there already is replaced: it may only look whole. loss_is_finite: whether
-    the last step had a finite loss; if not, the state removes no other. Raises UserError when it cannot be written, for
-    example because the disk is full, and NotFiniteError, before anything is written, when there is no use in it.
+    the last step had a finite loss; if not, the state removes no other. keep_all: whether none is removed anyway.
+    Raises UserError when it cannot be written, for example because the disk is full, and UnusableNumbersError, before
+    anything is written, when there is no use in it.
     """
     target = folder / f"step-{step:06d}"
     state, metadata = flatten_state(optimizer.state_dict())
@@ -87,12 +89,13 @@ def save_state(
             "files": files,
         }
         write_text(partial / INDEX, index_text(index))
-    remove_superfluous(folder, step, settings)
+    if not keep_all:
+        remove_superfluous(folder, step, settings)
     return target
 
 
 def _require_finite(*parts: Mapping[str, Tensor]) -> None:
-    """Raise NotFiniteError unless all numbers are finite. The tensors of a part lie on one device: it waits once.
+    """Raise UnusableNumbersError unless all numbers are finite. The tensors of a part lie on one device: it waits once.
 
     A number that is not finite makes the sum so, which is quicker to find; a sum may also have overflowed.
     """
@@ -104,7 +107,7 @@ def _require_finite(*parts: Mapping[str, Tensor]) -> None:
         broken += [name for name in suspect if not bool(floats[name].isfinite().all())]
         num += len(floats)
     if broken:
-        raise NotFiniteError(f"{len(broken)} of {num} tensors are not finite, for example {broken[0]}")
+        raise UnusableNumbersError(f"{len(broken)} of {num} tensors are not finite, for example {broken[0]}")
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -135,7 +138,7 @@ def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusSc
         _round_to(content["state"], list(wanted.values()))
         chosen = [group["d_coef"] for group in optimizer.param_groups]
         optimizer.load_state_dict(content)
-    except (ValueError, NotFiniteError) as error:
+    except (ValueError, UnusableNumbersError) as error:
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
     for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
         group["d_coef"] = d_coef

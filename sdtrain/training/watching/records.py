@@ -47,6 +47,8 @@ class GroupRecord:
     """Whether it took no part in the step (`method.stop`): it holds its weights, and its effective_lr is 0."""
     climbing: bool = False
     """Whether d has just grown by half, or had when it was frozen: it is not yet what it is going to be."""
+    skipped: int = 0
+    """How many steps of the run were left out so far, because a loss or a gradient was not finite."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class StepRecord:
     """A running mean, in which previews and saves between steps do not count."""
     groups: tuple[GroupRecord, ...]
     """One record per trained network."""
+    skipped: bool = False
+    """Whether the step was left out, because its loss or a gradient was not finite."""
+    pictures: tuple[str, ...] = ()
+    """The files of the step's pictures, where it was skipped."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class NoteRecord:
 class EndRecord:
     """The last record.
 
-    outcome: `stopped` is by Ctrl-C or SIGTERM, with the state saved; `failed` is by an error.
+    outcome: `stopped` is by Ctrl-C or another signal, `failed` is by an error.
     """
 
     step: int

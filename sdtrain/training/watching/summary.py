@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import assert_never
 
 from rich.panel import Panel
@@ -9,6 +10,7 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.training.ending.rescue import Kept
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
 from sdtrain.training.watching.text import duration, facts_table
@@ -64,15 +66,26 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
     for group in optimizer.metrics():
         rate = f"effective_lr {group.effective_lr:.2e}" if group.active else "stopped"
         rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
+    skipped = max(group.skipped for group in optimizer.metrics())
+    if skipped:
+        rows["left out"] = f"{skipped} of {run.config.steps} steps: loss or gradients were not finite"
     rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
     rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
     title = f"done: {run.config.steps} steps in {duration(seconds)}"
     return Panel(facts_table(rows), title=title, title_align="left", expand=False)
 
 
-def farewell(run: Run, step: int) -> str:
-    """Return what a stopped run tells its user: nothing is lost, and how to go on."""
-    return (
-        f"stopped after {step} of {run.config.steps} steps; the training state is saved.\n"
-        f"go on: sdtrain fit {run.folder / 'config.toml'} --resume"
-    )
+def farewell(run: Run, step: int, cause: str, kept: Kept) -> str:
+    """Return what a run that ended early tells its user: what is kept, what is not, and how to go on."""
+    lines = [f"stopped by {cause} after {step} of {run.config.steps} steps"]
+    lines += [f"  {problem}" for problem in kept.problems]
+    if kept.state is not None:
+        lines.append(f"training state: {kept.state}")
+    if kept.weights is not None:
+        lines.append(f"averaged weights: {kept.weights}")
+        lines.append(f'look: sdtrain sample {shlex.quote(str(kept.weights))} --prompt "..."')
+    if kept.state is not None:
+        lines.append(f"other formats: sdtrain export {shlex.quote(str(run.folder))} --format diffusers")
+    resume = f"sdtrain fit {shlex.quote(str(run.folder / 'config.toml'))} --resume"
+    lines.append(f"go on: {resume}" if kept.state is not None else f"begin again: {resume}")
+    return "\n".join(lines)
