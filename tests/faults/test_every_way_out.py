@@ -42,12 +42,12 @@ def raising_at(call: int, error: Exception, original: Callable[..., Any]) -> Cal
     """The original, but for one call, which raises."""
     calls = 0
 
-    def broken(*arguments: Any) -> Any:
+    def broken(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             raise error
-        return original(*arguments)
+        return original(*arguments, **named)
 
     return broken
 
