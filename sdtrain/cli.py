@@ -84,7 +84,7 @@ def export(
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.commands.export import export_run
+    from sdtrain.commands.files.export import export_run
 
     typer.echo(f"wrote {export_run(run, format_, step, out)}")
 
@@ -103,7 +103,7 @@ def merge(
     if len(weights) != len(files):
         raise user_error("merge", "--weight", f"given {len(weights)} times for {len(files)} files; give one for each")
     quiet_libraries()
-    from sdtrain.commands.merge import merge as run_merge
+    from sdtrain.commands.files.merge import merge as run_merge
 
     changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
     typer.echo(f"wrote {out}: {changed} layers of {base} changed")
@@ -122,7 +122,7 @@ def extract(
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
-    from sdtrain.commands.extract import extract_lora
+    from sdtrain.commands.files.extract import extract_lora
 
     layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
     typer.echo(f"wrote {out}: {layers} layers")
@@ -140,7 +140,7 @@ def resize(
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
-    from sdtrain.commands.extract import resize_lora
+    from sdtrain.commands.files.extract import resize_lora
 
     resize_lora(file, base, RankRule(rank, energy), out, components)
     typer.echo(f"wrote {out}")
@@ -149,7 +149,7 @@ def resize(
 @app.command()
 def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
     """What is in a file: kind, ranks, base, steps, d per network, tags."""
-    from sdtrain.commands.info import file_info
+    from sdtrain.commands.files.info import file_info
 
     Console().print(file_info(file))
 

@@ -10,9 +10,9 @@ import pytest
 
 from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.low_rank import RankRule
-from sdtrain.commands.export import export_run
-from sdtrain.commands.extract import resize_lora
-from sdtrain.commands.merge import merge, trained_size
+from sdtrain.commands.files.export import export_run
+from sdtrain.commands.files.extract import resize_lora
+from sdtrain.commands.files.merge import merge, trained_size
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.metadata import (
     CONFIG_KEY,
