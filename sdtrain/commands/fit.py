@@ -9,11 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.config.draft import Draft, draft_of_config
+from sdtrain.config.draft import Draft
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
-from sdtrain.training.start import draft_run, inspect_run, require_own_folder, run_folder
+from sdtrain.training.start import draft_run, inspect_run, run_folder
 from sdtrain.training.watching.records import Watcher
 
 
@@ -26,7 +26,10 @@ class FitResult:
     steps: int
     """The number of steps that are done, those of earlier sittings included."""
     finished: bool
-    """Whether all planned steps are done; else the run was stopped, and `resume=True` goes on."""
+    """Whether all planned steps are done, or as many as `validation.patience` found enough.
+
+    Else the run was stopped, and `resume=True` goes on.
+    """
     weights: Path | None
     """The file with the averaged weights; None where the run is not finished."""
 
@@ -66,34 +69,13 @@ def fit_config(path: Path, overrides: Sequence[str], console: Console, *, resume
     return fit_draft(draft_run(read_written(path, overrides), resume=resume), console, resume=resume)
 
 
-def fit_settings(
-    config: Config,
-    source: str,
-    console: Console,
-    *,
-    resume: bool,
-    fetch: bool = True,
-    watchers: Sequence[Watcher] = (),
-) -> FitResult:
-    """Train what settings say. Raises UserError, see `fit`.
-
-    source: what the settings were read from, which messages name. fetch: whether a model that is named by a hub id
-    and not in the local cache is fetched.
-    """
-    require_own_folder(config, source, resume=resume)
-    return fit_draft(draft_of_config(config, source), console, resume=resume, fetch=fetch, watchers=watchers)
-
-
-def fit_draft(
-    draft: Draft, console: Console, *, resume: bool, fetch: bool = True, watchers: Sequence[Watcher] = ()
-) -> FitResult:
+def fit_draft(draft: Draft, console: Console, *, resume: bool, watchers: Sequence[Watcher] = ()) -> FitResult:
     """Train what a draft says. Raises UserError if anything is wrong with it, its model or its pictures."""
-    opened, examples = inspect_run(draft, decode=False, fetch=fetch)
+    opened, examples = inspect_run(draft, decode=False, fetch=True)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
     config = draft.config
-    steps = train(config, opened, examples, console, resume=resume, watchers=watchers)
+    steps, finished = train(config, opened, examples, console, resume=resume, watchers=watchers)
     folder = run_folder(config.output, config.name)
-    finished = steps == config.steps
     return FitResult(folder, steps, finished, folder / "weights" / f"{config.name}.safetensors" if finished else None)
