@@ -30,6 +30,8 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("loss", schema.LossConfig),
     ("preview", schema.PreviewConfig),
     ("checkpoint", schema.CheckpointConfig),
+    ("validation", schema.ValidationConfig),
+    ("validation.folder", schema.FolderConfig),
     ("export", schema.ExportConfig),
     ("memory", schema.MemoryConfig),
 ]
@@ -41,7 +43,7 @@ def settings_text() -> str:
     for name, model in TABLES:
         kind = ' with `kind = "lora"`' if model is schema.LoraConfig else ""
         kind = ' with `kind = "full"`' if model is schema.FullConfig else kind
-        brackets = f"[[{name}]]" if name == "data.folder" else f"[{name}]"
+        brackets = f"[[{name}]]" if name.endswith(".folder") else f"[{name}]"
         title = f"**`{brackets}`**{kind}" if name else "**At the top**"
         rows = [
             f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RunRecord,
         SavedRecord,
         StepRecord,
+        ValidationRecord,
         Watcher,
     )
 
@@ -43,6 +44,7 @@ __all__ = [
     "SavedRecord",
     "StepRecord",
     "UserError",
+    "ValidationRecord",
     "Watcher",
     "__version__",
     "fit",
@@ -70,6 +72,7 @@ _HOMES = {
         "RunRecord",
         "SavedRecord",
         "StepRecord",
+        "ValidationRecord",
         "Watcher",
     ),
 }

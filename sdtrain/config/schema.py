@@ -217,6 +217,28 @@ class CheckpointConfig(Settings):
     keep: Count = Field(default=2, description="How many training states stay.")
 
 
+class ValidationConfig(Settings):
+    """Pictures that are held out of the training: their loss tells when the weights are best."""
+
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of the training pictures that is held out, chosen by their content; 0: none."
+    )
+    folder: list[FolderConfig] = Field(
+        default=[], description="Folders of pictures that are only validated on, instead of a share."
+    )
+    every: Whole = Field(default=100, description="Steps between validations, if pictures are held out; 0: none.")
+    noise_levels: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=4, description="Noise levels at which each picture is looked at, the same at every validation."
+    )
+    seed: Whole = Field(
+        default=0, description="Which pictures a share holds out, and their noise; whatever the seed of the run is."
+    )
+    patience: Whole = Field(
+        default=0,
+        description="Stop after this many validations without a lower loss, beyond the standard error; 0: never.",
+    )
+
+
 class ExportConfig(Settings):
     """The file that a finished run leaves."""
 
@@ -256,5 +278,6 @@ class Config(Settings):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()

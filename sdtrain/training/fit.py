@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,7 +16,7 @@ from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
-from sdtrain.errors import user_error
+from sdtrain.errors import UserError, user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
@@ -27,10 +28,12 @@ from sdtrain.training.prepare import Prepared, encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
 from sdtrain.training.states import load_state, save_state, saved_states
+from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
 from sdtrain.training.watching.records import (
     EndRecord,
+    NoteRecord,
     PictureRecord,
     RunRecord,
     SavedRecord,
@@ -50,6 +53,7 @@ class Training:
     trainable: Trainable
     optimizer: ProdigyPlusScheduleFree
     data: Prepared
+    validator: Validator
 
 
 def fit(
@@ -60,11 +64,11 @@ def fit(
     *,
     resume: bool = False,
     watchers: Sequence[Watcher] = (),
-) -> int:
-    """Train what the config says on a model that was opened and pictures that were scanned; return the steps done.
+) -> tuple[int, bool]:
+    """Train what the config says on a model that was opened and pictures that were scanned.
 
-    These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
-    happens, see `watching/records.py`.
+    Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
+    found enough. watchers: are handed a record of everything that happens, see `watching/records.py`.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known.
     """
@@ -75,30 +79,36 @@ def fit(
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
     write_resolved_config(run)
-    training = Training(run, model, trainable, optimizer, data)
+    validator = Validator(data.held_out, run.folder / "checkpoints", config.validation.patience)
+    training = Training(run, model, trainable, optimizer, data, validator)
     first_step = _resumed_step(training, console) if resume else 0
+    validator.go_on_from(first_step)
     console.print(banner(run, trainable, data.batches, first_step))
     with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
         step = train(training, first_step, everybody, stop)
-        everybody.tell(EndRecord(step, "finished" if step == config.steps else "stopped"))
-    if step < config.steps:
-        console.print(farewell(run, step))
+        finished = step == config.steps or validator.is_enough
+        everybody.tell(EndRecord(step, "finished" if finished else "stopped"))
+    if finished:
+        console.print(summary(run, optimizer, step, time.monotonic() - started, validator.history.best))
     else:
-        console.print(summary(run, optimizer, time.monotonic() - started))
-    return step
+        console.print(farewell(run, step))
+    return step, finished
 
 
 def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
     """Train from `step` steps done to the planned number, or until `stop` is set; return the steps done.
 
-    This is the loop.
+    This is the loop. It ends before where the validation says that it is enough.
     """
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
+    validator = training.validator
     config, guard, pace = run.config, NonFiniteGuard(), Pace()
     objective = Objective(training.model, config, run.device)
     if step == 0:
         preview(training, step, watchers)
-    while step < config.steps and not stop.is_set():
+    if due(step, config.validation.every, config.steps) and validator.lacks(step):  # given up when the run was stopped
+        validate(training, objective, step, watchers, stop)
+    while step < config.steps and not stop.is_set() and not validator.is_enough:
         pace.begin_step()
         trainable.require_gradients(step)
         losses: list[Tensor] = []
@@ -117,11 +127,13 @@ def train(training: Training, step: int, watchers: Watchers, stop: threading.Eve
         watchers.tell(StepRecord(step, total, len(examples), images_per_s, group_records(optimizer)))
         if due(step, config.preview.every, config.steps):
             preview(training, step, watchers)
+        if due(step, config.validation.every, config.steps):
+            validate(training, objective, step, watchers, stop)
         if due(step, config.checkpoint.every, config.steps):
             save(training, step, watchers)
     save(training, step, watchers)
-    if step == config.steps:
-        export(training, step, watchers)
+    if step == config.steps or validator.is_enough:
+        export(training, step, run.weights_path, watchers)
     return step
 
 
@@ -157,20 +169,37 @@ def save(training: Training, step: int, watchers: Watchers) -> None:
     watchers.tell(SavedRecord(step, path, "state"))
 
 
-def export(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the averaged weights into `weights/`."""
+def validate(training: Training, objective: Objective, step: int, watchers: Watchers, stop: threading.Event) -> None:
+    """Measure the loss on held-out pictures with the averaged weights; the training is as it was before.
+
+    Where it is the lowest so far the weights are written, and the training state where states are kept at all. The
+    state comes last, so that a run which goes on from it has the weights too. A file that cannot be written is no
+    reason to end the training.
+    """
+    if not training.validator.validate(objective, training.optimizer, step, watchers.tell, stop):
+        return
+    try:
+        export(training, step, training.run.best_weights_path, watchers)
+        if training.run.config.checkpoint.every:
+            save(training, step, watchers)
+    except UserError as error:
+        watchers.tell(NoteRecord(step, f"note: the best weights so far could not be kept: {error}"))
+
+
+def export(training: Training, step: int, path: Path, watchers: Watchers) -> None:
+    """Write the averaged weights to a path in `weights/`."""
     run, optimizer = training.run, training.optimizer
     with averaged(optimizer):
         export_weights(
             training.model,
             run.config,
-            run.weights_path,
+            path,
             kind=format_of(run.config),
             step=step,
             examples=training.data.examples,
             groups=optimizer.metrics(),
         )
-    watchers.tell(SavedRecord(step, run.weights_path, "weights"))
+    watchers.tell(SavedRecord(step, path, "weights"))
 
 
 def _resumed_step(training: Training, console: Console) -> int:

@@ -26,9 +26,8 @@ class Objective:
 
     def __call__(self, batch: Batch, generator: Generator) -> Tensor:
         """Return the mean loss () of a batch, with noise and timesteps from `generator`; gradients flow through it."""
-        config, model = self.config, self.model
-        latents = batch.latents
-        num, channels, height, width = latents.shape
+        config = self.config
+        num, channels, height, width = batch.latents.shape
         noise = draw_noise(
             (num, channels, height, width),
             generator,
@@ -45,6 +44,18 @@ class Objective:
             logit_std=config.timesteps.logit_std,
         )
         seen = perturb_input(noise, generator, config.noise.input_perturbation)
+        return self.errors(batch, noise, seen, timesteps).mean()
+
+    def errors(self, batch: Batch, noise: Tensor, seen: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the weighted error of each picture of a batch, (n,) float32; gradients flow through it.
+
+        Args:
+            batch: n pictures.
+            noise: what is to be found in the pictures, (n, c, h, w).
+            seen: the noise that the network sees, of that shape; another one than `noise` for perturbed inputs.
+            timesteps: the noise level of each picture, (n,).
+        """
+        config, model, latents = self.config, self.model, batch.latents
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
@@ -59,4 +70,4 @@ class Objective:
             weighting=config.loss.weighting,
             min_snr_gamma=config.loss.min_snr_gamma,
         )
-        return (errors * weights.to(errors.device)).mean()
+        return errors * weights.to(errors.device)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
+from sdtrain.data.held_out import held_out_examples, identity, training_examples
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
+from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 
 
@@ -40,11 +43,12 @@ def load(run: Run, opened: OpenedModel) -> Model:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop reads: the pictures as batches, and the prompts to preview."""
+    """What the loop reads: the pictures as batches, those that are held out, and the prompts to preview."""
 
     examples: list[Example]
     batches: Batches
     prompts: Prompts
+    held_out: HeldOut | None
 
 
 def encode_everything(model: Model, run: Run, examples: list[Example], console: Console) -> Prepared:
@@ -53,10 +57,25 @@ def encode_everything(model: Model, run: Run, examples: list[Example], console: 
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
     model.move_encoders(run.device, text=True)
-    batches = make_batches(model, run, examples, console)
+    trained = training_examples(examples)
+    batches = make_batches(model, run, trained, console)
+    held_out = prepare_held_out(model, run, examples, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=True)
-    return Prepared(examples, batches, prompts)
+    return Prepared(trained, batches, prompts, held_out)
+
+
+def prepare_held_out(model: Model, run: Run, examples: Sequence[Example], console: Console) -> HeldOut | None:
+    """Return the pictures that are held out, encoded; None where there are none. Raises UserError as `make_batches`."""
+    apart = [replace(example, repeats=1) for example in held_out_examples(examples)]
+    if not apart:
+        return None
+    whole = {"caption_dropout": 0.0, "gradient_accumulation": 1}  # every picture once an epoch, one micro-batch a step
+    config = run.config.model_copy(
+        update={"data": run.config.data.model_copy(update=whole), "seed": run.config.validation.seed}
+    )
+    batches = make_batches(model, replace(run, config=config), apart, console)
+    return HeldOut(batches, {example.path: identity(example.path) for example in apart})
 
 
 def make_batches(model: Model, run: Run, examples: list[Example], console: Console) -> Batches:

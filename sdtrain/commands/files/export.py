@@ -7,6 +7,7 @@ from pathlib import Path
 from optim import averaged
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import scan_folders
+from sdtrain.data.held_out import hold_out, training_examples
 from sdtrain.errors import user_error
 from sdtrain.training.export import Format, export_weights
 from sdtrain.training.optimizers import build_optimizer
@@ -30,7 +31,8 @@ def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
     load_state(state, trainable, optimizer)
-    examples, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
+    found, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
+    examples = training_examples(hold_out(found, [], config.validation)[0])
     target = out or folder / "weights" / _file_name(config, state.step, kind)
     with averaged(optimizer):
         export_weights(model, config, target, kind=kind, step=state.step, examples=examples, groups=optimizer.metrics())

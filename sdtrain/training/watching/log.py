@@ -1,4 +1,4 @@
-"""Writes `log.jsonl`: one line per step, for people and programs."""
+"""Writes `log.jsonl`: one line per step and per validation, for people and programs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdtrain.files.writer import write_text
-from sdtrain.training.watching.records import Record, StepRecord, Watcher
+from sdtrain.training.watching.records import Record, StepRecord, ValidationRecord, Watcher
 
 
 @contextmanager
 def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
-    """Give a watcher that appends every step to the log; lines of steps after `first_step` are dropped before."""
+    """Give a watcher that appends every step and validation to the log.
+
+    Lines of steps after `first_step` are dropped before.
+    """
     _drop_records_after(path, first_step)
     with path.open("a", encoding="utf-8") as file:
 
         def write(record: Record) -> None:
-            if isinstance(record, StepRecord):
-                file.write(log_line(record) + "\n")
+            if isinstance(record, StepRecord | ValidationRecord):
+                line = log_line(record) if isinstance(record, StepRecord) else validation_line(record)
+                file.write(line + "\n")
                 file.flush()
 
         yield write
@@ -46,6 +50,17 @@ def log_line(record: StepRecord) -> str:
             "groups": groups,
         }
     )
+
+
+def validation_line(record: ValidationRecord) -> str:
+    """Return a validation as a line of JSON of its own, told from those of steps by its key `validation`."""
+    found = {
+        "loss": record.loss if math.isfinite(record.loss) else None,
+        "standard_error": record.standard_error if math.isfinite(record.standard_error) else None,
+        "pictures": record.num_pictures,
+        "best_step": record.best_step,
+    }
+    return json.dumps({"step": record.step, "validation": found})
 
 
 def _drop_records_after(path: Path, step: int) -> None:

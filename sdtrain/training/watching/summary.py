@@ -11,6 +11,7 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
+from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table
 
 
@@ -54,9 +55,14 @@ def _optimizer(config: Config) -> str:
     return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
 
 
-def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Panel:
-    """Return a panel that tells where everything is, and what to do next."""
+def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: float, best: Validation | None) -> Panel:
+    """Return a panel that tells where everything is, and what to do next.
+
+    step: the steps that are done. best: the validation with the lowest loss, if there was any.
+    """
     rows = {"weights": str(run.weights_path)}
+    if best is not None:
+        rows["best"] = f"step {best.step}, held-out loss {best.loss:.5f}: {run.best_weights_path}"
     previews = sorted((run.folder / "previews").glob("step-*.png"))
     if previews:
         rows["previews"] = f"{previews[0]} ... {previews[-1].name}" if len(previews) > 1 else str(previews[0])
@@ -66,7 +72,7 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
         rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
     rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
     rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
-    title = f"done: {run.config.steps} steps in {duration(seconds)}"
+    title = f"done: {step} steps in {duration(seconds)}"
     return Panel(facts_table(rows), title=title, title_align="left", expand=False)
 
 
