@@ -17,6 +17,7 @@ from sdtrain.config.write import _value as toml_value
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
+LARGEST = 1_000_000_000
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("", schema.Config),
     ("model", schema.ModelConfig),
@@ -98,6 +99,8 @@ def _bounds(metadata: Any) -> str:
                 found.append(f"≥ {number:g}")
             case Gt(gt=number):
                 found.append(f"> {number:g}")
+            case Le(le=number) | Lt(lt=number) if number >= LARGEST:
+                pass  # such a bound keeps out what is no number of anything
             case Le(le=number):
                 found.append(f"≤ {number:g}")
             case Lt(lt=number):

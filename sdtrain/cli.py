@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import UserError, user_error
+from sdtrain.training.watching.text import say
 
 app = typer.Typer(
     name="sdtrain",
@@ -86,7 +87,7 @@ def export(
     quiet_libraries()
     from sdtrain.commands.files.export import export_run
 
-    typer.echo(f"wrote {export_run(run, format_, step, out)}")
+    say(Console(), f"wrote {export_run(run, format_, step, out)}")
 
 
 @app.command()
@@ -106,7 +107,7 @@ def merge(
     from sdtrain.commands.files.merge import merge as run_merge
 
     changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
-    typer.echo(f"wrote {out}: {changed} layers of {base} changed")
+    say(Console(), f"wrote {out}: {changed} layers of {base} changed")
 
 
 @app.command()
@@ -125,7 +126,7 @@ def extract(
     from sdtrain.commands.files.extract import extract_lora
 
     layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
-    typer.echo(f"wrote {out}: {layers} layers")
+    say(Console(), f"wrote {out}: {layers} layers")
 
 
 @app.command()
@@ -143,7 +144,7 @@ def resize(
     from sdtrain.commands.files.extract import resize_lora
 
     resize_lora(file, base, RankRule(rank, energy), out, components)
-    typer.echo(f"wrote {out}")
+    say(Console(), f"wrote {out}")
 
 
 @app.command()
@@ -157,7 +158,7 @@ def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> 
 def show_version(wanted: bool) -> None:
     """`--version`: of sdtrain and of what it stands on, without importing any of it."""
     if wanted:
-        typer.echo("\n".join(versions()))
+        say(Console(), *versions())
         raise typer.Exit
 
 
@@ -176,7 +177,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(error.text(), markup=False, highlight=False, soft_wrap=True)
+        say(Console(stderr=True), *error.text().split("\n"))
         sys.exit(2)
 
 

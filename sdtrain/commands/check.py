@@ -13,6 +13,7 @@ from sdtrain.data.held_out import held_out_examples, training_examples
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.text import say
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
@@ -24,10 +25,10 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     facts, examples = inspect_run(draft, decode=True)
     config = draft.require_sound()
     report = summarise(training_examples(examples), config.data)
-    console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"{path}: no problems found")
     num_held_out = len(held_out_examples(examples))
     for line in (*_model_lines(config, facts), *report_lines(report), *_validation_lines(config, num_held_out)):
-        console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+        say(console, "  " + line)
 
 
 def _model_lines(config: Config, facts: OpenedModel) -> list[str]:

@@ -24,6 +24,7 @@ from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
+from sdtrain.training.watching.text import say
 
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
@@ -79,9 +80,7 @@ def sample_to_files(
         for seed, picture in zip(seeds, pictures, strict=True):
             save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
     save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
-    console.print(
-        f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}", soft_wrap=True
-    )
+    say(console, f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}")
 
 
 def draw(source: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:

@@ -17,6 +17,7 @@ from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.errors import UserError, user_error
+from sdtrain.files.header import explain
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
@@ -41,6 +42,7 @@ from sdtrain.training.watching.records import (
     Watcher,
 )
 from sdtrain.training.watching.summary import banner, farewell, summary
+from sdtrain.training.watching.text import say
 from sdtrain.training.watching.watchers import Watchers, watching
 
 
@@ -91,7 +93,7 @@ def fit(
     if finished:
         console.print(summary(run, optimizer, step, time.monotonic() - started, validator.history.best))
     else:
-        console.print(farewell(run, step))
+        say(console, *farewell(run, step).split("\n"))
     return step, finished
 
 
@@ -183,7 +185,7 @@ def validate(training: Training, objective: Objective, step: int, watchers: Watc
         if training.run.config.checkpoint.every:
             save(training, step, watchers)
     except UserError as error:
-        watchers.tell(NoteRecord(step, f"note: the best weights so far could not be kept: {error}"))
+        watchers.tell(NoteRecord(step, f"note: the best weights so far could not be kept: {explain(error)}"))
 
 
 def export(training: Training, step: int, path: Path, watchers: Watchers) -> None:
@@ -212,7 +214,7 @@ def _resumed_step(training: Training, console: Console) -> int:
         raise user_error(f"--resume {training.run.folder}", "steps", what)
     step = load_state(states[-1], training.trainable, training.optimizer)
     if thawed := training.optimizer.thaw():
-        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
+        say(console, f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
     return step
 
 

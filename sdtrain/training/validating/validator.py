@@ -8,6 +8,7 @@ from pathlib import Path
 
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.errors import UserError
+from sdtrain.files.header import explain
 from sdtrain.training.objective import Objective
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.validating.history import History, Validation, read_history, write_history
@@ -61,7 +62,7 @@ class Validator:
         try:
             write_history(self.folder, self.history)
         except UserError as error:  # the numbers are told anyway, and the training is worth more than they are
-            tell(NoteRecord(step, f"note: the validations so far could not be kept: {error}"))
+            tell(NoteRecord(step, f"note: the validations so far could not be kept: {explain(error)}"))
         best = self.history.best
         lowest = (best.step, best.loss) if best else (None, None)
         tell(ValidationRecord(step, now.loss, now.standard_error, len(losses), *lowest))

@@ -22,7 +22,7 @@ from sdtrain.training.watching.records import (
     StepRecord,
     ValidationRecord,
 )
-from sdtrain.training.watching.text import duration
+from sdtrain.training.watching.text import duration, say
 
 SMOOTHING = 0.98
 """The share of the smoothed loss that stays at each step: it looks back about 50 steps."""
@@ -73,7 +73,7 @@ class Screen:
 
     def _say(self, text: str) -> None:
         """Print one line above the progress display."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def _step(self, record: StepRecord) -> None:
         if math.isfinite(record.loss):  # any other would stay in the mean for ever

@@ -12,7 +12,7 @@ from sdtrain.data.batches import Batches
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
 from sdtrain.training.validating.history import Validation
-from sdtrain.training.watching.text import duration, facts_table
+from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
 
 
 def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
@@ -29,7 +29,7 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     rows["steps"] = f"{config.steps}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)
     rows["run folder"] = str(run.folder)
-    return Panel(facts_table(rows), title=f"sdtrain fit: {config.name}", title_align="left", expand=False)
+    return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
 
 
 def _method(config: Config) -> str:
@@ -70,15 +70,15 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: fl
     for group in optimizer.metrics():
         rate = f"effective_lr {group.effective_lr:.2e}" if group.active else "stopped"
         rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
-    rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
-    rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
+    rows["look"] = f'sdtrain sample {shell_word(run.folder)} --prompt "..."'
+    rows["go on"] = f"sdtrain fit {shell_word(run.folder / 'config.toml')} --resume --set steps={2 * run.config.steps}"
     title = f"done: {step} steps in {duration(seconds)}"
-    return Panel(facts_table(rows), title=title, title_align="left", expand=False)
+    return Panel(facts_table(rows), title=shown(title), title_align="left", expand=False)
 
 
 def farewell(run: Run, step: int) -> str:
     """Return what a stopped run tells its user: nothing is lost, and how to go on."""
     return (
         f"stopped after {step} of {run.config.steps} steps; the training state is saved.\n"
-        f"go on: sdtrain fit {run.folder / 'config.toml'} --resume"
+        f"go on: sdtrain fit {shell_word(run.folder / 'config.toml')} --resume"
     )
