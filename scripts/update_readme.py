@@ -99,7 +99,7 @@ def _bounds(metadata: Any) -> str:
                 found.append(f"≥ {number:g}")
             case Gt(gt=number):
                 found.append(f"> {number:g}")
-            case Le(le=number) | Lt(lt=number) if number >= LARGEST:
+            case Le(le=int(number)) | Lt(lt=int(number)) if number >= LARGEST:
                 pass  # such a bound keeps out what is no number of anything
             case Le(le=number):
                 found.append(f"≤ {number:g}")

@@ -34,6 +34,7 @@ CheckpointLayout = Literal["single-file", "folder"]
 BaseModel = Annotated[str, typer.Argument(help="The base model: a file, a folder, a hub id or builtin:NAME.")]
 OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
 Rank = Annotated[int, typer.Option("--rank", min=1, help="The highest rank a layer may get.")]
+Step = Annotated[int | None, typer.Option("--step", help="Which training state of a run; default the newest.")]
 Energy = Annotated[
     float, typer.Option("--energy", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW.")
 ]
@@ -66,21 +67,22 @@ def sample(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to show; can be given repeatedly.")],
     seed: Annotated[list[int] | None, typer.Option("--seed", help="One picture each; default 0, 1, 2, 3.")] = None,
+    step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
     set_: Overrides = None,
 ) -> None:
-    """Make pictures with the averaged weights of a run."""
+    """Make pictures with the averaged weights of a run, finished or not."""
     quiet_libraries()
     from sdtrain.commands.sample import SEEDS, sample_to_files
 
-    sample_to_files(source, prompt, seed or SEEDS, out, set_ or [], Console())
+    sample_to_files(source, prompt, seed or SEEDS, out, set_ or [], Console(), step=step)
 
 
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
-    step: Annotated[int | None, typer.Option("--step", help="Training state to export; default the newest.")] = None,
+    step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
@@ -148,11 +150,41 @@ def resize(
 
 
 @app.command()
-def info(file: Annotated[Path, typer.Argument(help="A .safetensors file.")]) -> None:
-    """What is in a file: kind, ranks, base, steps, d per network, tags."""
-    from sdtrain.commands.files.info import file_info
+def info(
+    file: Annotated[Path, typer.Argument(metavar="FILE_OR_RUN", help="A .safetensors file or a run folder.")],
+    step: Step = None,
+) -> None:
+    """What is in a file (kind, ranks, base, steps, d per network, tags), or how far a run is."""
+    from sdtrain.commands.files.info import file_info, run_info
 
-    Console().print(file_info(file))
+    if file.is_dir() or step is not None:
+        Console().print(run_info(file, step))
+    else:
+        Console().print(file_info(file))
+
+
+@app.command()
+def runs(
+    folder: Annotated[Path, typer.Argument(help="A folder of runs; default runs.")] = Path("runs"),
+) -> None:
+    """List runs: how they stand, how far they are, how large, and how to go on."""
+    from sdtrain.commands.runs import list_runs
+
+    list_runs(folder, Console())
+
+
+@app.command("verify-resume")
+def verify_resume(
+    config: ConfigPath,
+    steps: Annotated[int, typer.Option("--steps", help="Steps of each of the two runs.")] = 8,
+    set_: Overrides = None,
+) -> None:
+    """Prove on this machine that a run which is interrupted equals one that is not, bit for bit."""
+    quiet_libraries()
+    from sdtrain.commands.verify_resume import verify_resume as run_verify_resume
+
+    if not run_verify_resume(config, set_ or [], Console(), steps=steps):
+        raise typer.Exit(1)
 
 
 def show_version(wanted: bool) -> None:

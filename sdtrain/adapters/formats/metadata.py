@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.family import Family
@@ -118,12 +118,12 @@ def number_of(value: object, key: str) -> float:
     """Return a number that stands in the JSON under a key. Raises ValueError, as a sentence, for what is none."""
     if not is_number(value):
         raise ValueError(f"cannot be read: `{key}` in the header has {str(value)[:40]!r} where a number belongs")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Return whether JSON had a number there, neither true nor false, that can be shown and counted with."""
-    return type(value) in (int, float) and abs(value) < LARGEST  # type: ignore[operator]
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

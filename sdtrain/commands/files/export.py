@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from optim import averaged
+from sdtrain.commands.reached import open_reached
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import scan_folders
 from sdtrain.data.held_out import hold_out, training_examples
-from sdtrain.errors import user_error
 from sdtrain.training.export import Format, export_weights
-from sdtrain.training.optimizers import build_optimizer
-from sdtrain.training.parameters import train_parameters
-from sdtrain.training.prepare import open_and_load
-from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
-from sdtrain.training.states import SavedState, load_state, saved_states
 
 
 def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -> Path:
@@ -24,30 +19,16 @@ def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -
     step: which state, None for the newest. out: where to write, None for the run's `weights/`.
     """
     config = stored_config(folder)
-    state = _state(folder, step)
-    device = pick_device(config)
-    run = Run(folder, config, device, pick_dtype(config, device))
-    model = open_and_load(run)
-    trainable = train_parameters(model, run)
-    optimizer = build_optimizer(trainable, config)
-    load_state(state, trainable, optimizer)
+    reached = open_reached(folder, config, step)
+    model, optimizer = reached.model, reached.optimizer
     found, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
     examples = training_examples(hold_out(found, [], config.validation)[0])
-    target = out or folder / "weights" / _file_name(config, state.step, kind)
+    target = out or folder / "weights" / _file_name(config, reached.step, kind)
     with averaged(optimizer):
-        export_weights(model, config, target, kind=kind, step=state.step, examples=examples, groups=optimizer.metrics())
+        export_weights(
+            model, config, target, kind=kind, step=reached.step, examples=examples, groups=optimizer.metrics()
+        )
     return target
-
-
-def _state(folder: Path, step: int | None) -> SavedState:
-    states = saved_states(folder / "checkpoints")
-    if not states:
-        raise user_error(str(folder), "checkpoints", "holds no training state to export from")
-    for state in states:
-        if state.step == step or (step is None and state is states[-1]):
-            return state
-    there = ", ".join(str(state.step) for state in states)
-    raise user_error(str(folder), "--step", f"no training state of step {step}; there are {there}")
 
 
 def _file_name(config: Config, step: int, kind: Format) -> str:
