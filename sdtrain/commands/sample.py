@@ -26,7 +26,8 @@ from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_table
-from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
+from sdtrain.training.watching.grid import labelled_grid, save_picture
+from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
 
 SEEDS = (0, 1, 2, 3)
