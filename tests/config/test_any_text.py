@@ -16,7 +16,7 @@ from sdtrain.config.mistakes import all_settings
 from sdtrain.config.paths import DEEPEST, toml_string
 from sdtrain.config.read import overridden, read_config, read_draft
 from sdtrain.config.write import config_to_toml
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, printable
 from sdtrain.training.start import inspect_run
 
 GOOD = """name = "x"
@@ -59,7 +59,7 @@ def answer(text: str, overrides: list[str]) -> str:
             inspect_run(draft, decode=False)
             config_to_toml(draft.require_sound())
         except UserError as error:
-            assert all(character.isprintable() or character == "\n" for character in error.text()), error.text()
+            assert error.text() == "\n".join(map(printable, error.text().split("\n")))
             return error.text()
         return ""
 

@@ -17,7 +17,7 @@ from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.commands.files.info import file_info
 from sdtrain.config.schema import ModelConfig
-from sdtrain.errors import UserError
+from sdtrain.errors import UserError, printable
 from sdtrain.files.header import BITS, read_header
 from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 from sdtrain.models.load import load_model
@@ -102,7 +102,7 @@ def edited(content: bytes, edits: list[tuple[str, int]]) -> bytes:
 
 def sentence(error: UserError) -> str:
     text = error.text()
-    assert all(char.isprintable() or char == "\n" for char in text)
+    assert text == "\n".join(map(printable, text.split("\n")))
     return text
 
 

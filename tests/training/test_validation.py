@@ -157,6 +157,29 @@ def test_the_best_weights_are_those_of_the_lowest_loss(train: Train, others: dic
     assert kept["step"] == 6 or any(not torch.equal(last[name], best[name]) for name in last)
 
 
+def test_the_averaged_weights_are_validated_with_every_caption(
+    train: Train, others: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen, captions = HeldOut.losses, dict[str, torch.Tensor](), set[str]()
+
+    def watch(self: HeldOut, objective: Objective, stop: threading.Event) -> dict[str, float] | None:
+        parameters = dict(objective.model.networks["unet"].named_parameters())
+        seen.update({name: value.detach().clone() for name, value in parameters.items() if "lora_" in name})
+        captions.update(caption for batch in self._batches() for caption in batch.captions)
+        return original(self, objective, stop)
+
+    monkeypatch.setattr(HeldOut, "losses", watch)
+    settings = {"method.alpha": 2.0, "export.names": "diffusers", "optimizer.d0": 1e-2, "data.caption_dropout": 0.9}
+    run, _ = train(others | settings)
+    saved = load_file(run / "weights" / "small.safetensors")
+    trained = load_file(run / "checkpoints" / "step-000004" / "parameters.safetensors")
+    names = {f"unet.{name.replace('.default', '')}": name for name in seen}
+    assert set(names) == set(saved)
+    assert all(torch.allclose(saved[key], seen[name], rtol=0, atol=1e-7) for key, name in names.items())
+    assert any(not torch.equal(trained[f"unet/{name}"], seen[name]) for name in seen), "or this test shows nothing"
+    assert captions == {"a blue thing 0", "a blue thing 1", "a blue thing 2"}
+
+
 def test_training_ends_where_the_held_out_loss_no_longer_falls(
     train: Train, others: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
