@@ -177,6 +177,17 @@ def test_info_shows_what_a_stranger_wrote_letter_by_letter(tmp_path: Path) -> No
     assert printable(title) in shown
 
 
+def test_nothing_that_a_run_leaves_holds_the_environment(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"HF_TOKEN": "hf_k9Zq7Lw2Xv", "WANDB_API_KEY": "wb-4Tn8Rc1Yp", "SOMETHING_ELSE": "xq-6Mf3Hd0Js"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    run, text = train({"steps": 1, "preview.every": 1})
+    files = [path for path in run.rglob("*") if path.is_file()]
+    assert len(files) >= 5
+    for content in (text.encode(), *(path.read_bytes() for path in files)):
+        assert not any(word.encode() in content for pair in secrets.items() for word in pair)
+
+
 # ---------------------------------------------------------------------- what is read
 
 
