@@ -20,7 +20,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
-from sdtrain.commands.run_facts import Logged, facts_of, read_log
+from sdtrain.commands.run_facts import Logged, facts_of, finished_weights, read_log
 from sdtrain.commands.sample import draw
 from sdtrain.commands.verify_resume import compare_runs, verify_resume
 from sdtrain.config.read import resolve
@@ -76,6 +76,14 @@ def test_a_run_that_is_trained_says_so(stopped: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert facts_of(stopped).standing == "running"
     assert facts_of(stopped).standing == "stopped"
+
+
+def test_a_run_with_more_steps_planned_is_not_finished_until_they_are_done(train: Train) -> None:
+    run, _ = train({"steps": 1, "optimizer.d0": 1e-2})
+    assert (facts_of(run).standing, facts_of(run).step) == ("finished", 1)
+    train({"steps": 4, "optimizer.d0": 1e-2}, resume=True, watchers=[stop_at(2)])
+    assert (facts_of(run).standing, facts_of(run).step) == ("stopped", 2)
+    assert finished_weights(run) is None, "what is looked at is the newest state, not the older file"
 
 
 def test_there_is_nothing_to_list_where_there_are_no_runs(tmp_path: Path) -> None:
