@@ -253,6 +253,8 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
 @example({"sdtrain.alpha": '{"unet": {"*": [1]}}'})
 @example({"lora_adapter_metadata": '{"unet.lora_alpha": "x", "unet.alpha_pattern": [1]}'})
 @example({"lora_adapter_metadata": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(": 2}}'})
+@example({"lora_adapter_metadata": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {"(.*.*)*x": 2}}'})
+@example({"lora_adapter_metadata": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {".*.*.*.*.*.*x": 2}}'})
 @example({"sdtrain.d": '{"unet": "big"}'})
 @example({"ss_tag_frequency": '{"x": {"a": "many"}}'})
 def test_whatever_metadata_says_the_answer_is_a_description_or_a_sentence(

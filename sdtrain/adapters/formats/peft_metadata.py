@@ -18,6 +18,9 @@ from sdtrain.adapters.formats.tensor_names import factor_shape
 from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
 
+MOST_REPETITIONS = 2
+"""Of a stranger's pattern; with more, or with one of a group, matching could take longer than anybody waits."""
+
 
 def peft_metadata(path: Path, adapters: Adapters) -> str:
     """Return the JSON for the header; it is empty where readers need none, for LoRA with alpha = rank everywhere.
@@ -131,6 +134,8 @@ def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value whose pattern fits a module as peft matches: at the end of its name, from a dot on."""
     for pattern, value in patterns.items():
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPETITIONS:
+            raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has a pattern that could take for ever")
         try:
             found = re.match(rf"(.*\.)?({pattern})$", module)
         except (re.error, RecursionError, OverflowError):
