@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+JOINERS = "\u200c\u200d"
+"""Characters without a width of their own that words and emoji are written with."""
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with everything that could steer a terminal or mislead a reader spelt out.
+
+    Names, prompts and metadata are other people's. Line ends, escape codes, characters that turn the direction of
+    writing and bytes that are no text are shown as Python writes them, `\\x1b`; applying it twice changes nothing more.
+    """
+    return "".join(char if _is_shown(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or char in JOINERS or unicodedata.category(char) == "Zs"
 
 
 @dataclass(frozen=True)
@@ -30,11 +47,15 @@ class UserError(Exception):
         super().__init__(self.text())
 
     def text(self) -> str:
-        """All problems, one a line, in aligned columns under the source they were found in."""
+        """All problems, one a line, in aligned columns under the source they were found in.
+
+        It can be shown as it is: see `printable`.
+        """
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        width = min(40, max(len(problem.where) for problem in self.problems))
-        lines = [f"  {problem.where:<{width}}  {problem.what}" for problem in self.problems]
-        return "\n".join([f"{self.source}: {count}", *lines])
+        rows = [(printable(problem.where), printable(problem.what)) for problem in self.problems]
+        width = min(40, max(len(where) for where, _ in rows))
+        lines = [f"  {where:<{width}}  {what}" for where, what in rows]
+        return "\n".join([f"{printable(self.source)}: {count}", *lines])
 
 
 class NotFiniteError(UserError):

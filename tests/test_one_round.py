@@ -87,10 +87,11 @@ def spoilt(folders: Path, *mistakes: str) -> dict[str, Any]:
 
 def put(table: dict[str, Any], key: str, value: Any) -> None:
     inner: Any = table
-    *above, last = location_of(key)
-    for part in above:
-        inner = inner[part] if isinstance(part, int) else inner.setdefault(part, {})
-    inner[last] = value
+    location = location_of(key)
+    for part, after in itertools.pairwise(location):
+        empty = [dict(table["data"]["folder"][0])] if isinstance(after, int) else {}  # all our lists are of folders
+        inner = inner[part] if isinstance(part, int) else inner.setdefault(part, empty)
+    inner[location[-1]] = value
 
 
 def problems(

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.commands.notes import notes
-from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
+from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
@@ -21,10 +21,11 @@ from sdtrain.training.ending.signals import StopRequests, speaker, stop_requests
 from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.keeping.standing import find_standing
 from sdtrain.training.keeping.stored import readable_config
-from sdtrain.training.start import draft_run, inspect_run, require_own_folder, run_folder
+from sdtrain.training.start import draft_run, inspect_run, run_folder
 from sdtrain.training.watching.preparation import Preparation
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.terminal import outliving
+from sdtrain.training.watching.text import say
 
 Resume: TypeAlias = bool | Literal["auto"]
 """Whether a run goes on; `auto` is whether it can."""
@@ -39,7 +40,10 @@ class FitResult:
     steps: int
     """The number of steps that are done, those of earlier sittings included."""
     finished: bool
-    """Whether all planned steps are done; else the run was stopped, and `resume=True` goes on."""
+    """Whether all planned steps are done, or as many as `validation.patience` found enough.
+
+    Else the run was stopped, and `resume=True` goes on.
+    """
     weights: Path | None
     """The file with the averaged weights; None where the run is not finished."""
     stopped_by: int = 0
@@ -93,30 +97,10 @@ def fit_config(
     """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted."""
     readable = readable_config(path, resume=bool(resume))
     if readable != path:
-        console.print(f"{path} is gone or damaged: reading its copy, {readable}", markup=False, soft_wrap=True)
+        say(console, f"{path} is gone or damaged: reading its copy, {readable}")
     with stop_requests(speaker(console), leave=True) as stop:
         written = read_written(readable, overrides)
         return _fit_written(written, console, stop, resume=resume, accept_data=accept_data)
-
-
-def fit_settings(
-    config: Config,
-    source: str,
-    console: Console,
-    *,
-    resume: bool,
-    fetch: bool = True,
-    watchers: Sequence[Watcher] = (),
-) -> FitResult:
-    """Train what settings say. Raises UserError, see `fit`.
-
-    source: what the settings were read from, which messages name. fetch: whether a model that is named by a hub id
-    and not in the local cache is fetched.
-    """
-    with stop_requests(speaker(console)) as stop, only_process(run_folder(config.output, config.name)):
-        require_own_folder(config, source, resume=resume)
-        draft = draft_of_config(config, source)
-        return _fit_draft(draft, console, stop, resume=resume, fetch=fetch, watchers=watchers)
 
 
 def _fit_written(
@@ -137,7 +121,7 @@ def _fit_written(
         resumes = _resumes(written, resume)
         draft = draft_run(written, resume=resumes, accept_data=accept_data)  # a process may have ended in this moment
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
-            console.print(_done(done), markup=False, highlight=False, soft_wrap=True)
+            say(console, _done(done))
             return done
         return _fit_draft(draft, console, stop, resume=resumes, accept_data=accept_data, watchers=watchers)
 
@@ -170,15 +154,13 @@ def _fit_draft(
     *,
     resume: bool,
     accept_data: bool = False,
-    fetch: bool = True,
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
     """Train what a draft says. Raises UserError if anything is wrong with it, its model, its pictures or its states."""
     with outliving(console):
         stop.doing = "reading the model and the pictures"
-        opened, examples = inspect_run(draft, decode=False, fetch=fetch)
-        for line in notes(draft.config, opened):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        opened, examples = inspect_run(draft, decode=False, fetch=True)
+        say(console, *notes(draft.config, opened))
         config = draft.config
         folder = run_folder(config.output, config.name)
         with Preparation(console) as progress:
@@ -192,7 +174,7 @@ def _fit_draft(
         quiet_libraries()  # not before: fetching a model shows its progress
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
-        steps = train(config, opened, standing, console, stop, watchers=watchers)
-        if steps == config.steps:
+        steps, is_finished = train(config, opened, standing, console, stop, watchers=watchers)
+        if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
         return FitResult(folder, steps, False, None, stop.number)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sdtrain.config.paths import Location, begins_with, holds, path_text, split_path
+from sdtrain.config.paths import Location, begins_with, holds, path_text, read_toml, split_path
 from sdtrain.errors import Problem
 
 Table = dict[str, Any]
@@ -92,8 +91,8 @@ def _value(setting: Location, text: str) -> Any:
     if setting == ("steps",) and text.startswith("+"):
         return text  # so many more, which TOML would read as so many
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return read_toml(f"value = {text}")["value"]
+    except ValueError:
         return text  # a bare word is a string: --set name=cats
 
 

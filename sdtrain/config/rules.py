@@ -157,6 +157,23 @@ def _preview_height(config: Config) -> Iterator[Problem]:
         yield Problem("preview.height_px", f"{config.preview.height_px} {NOT_A_MULTIPLE}")
 
 
+def _one_way_to_hold_out(config: Config) -> Iterator[Problem]:
+    if config.validation.share and config.validation.folder:
+        yield Problem(
+            "validation.share", f"{config.validation.share:g}, and validation.folder names pictures too: choose one"
+        )
+
+
+def _patience_needs_validations(config: Config) -> Iterator[Problem]:
+    validation = config.validation
+    if validation.patience and not (validation.every and (validation.share or validation.folder)):
+        lacking = "validation.every is 0" if not validation.every else "no pictures are held out"
+        yield Problem(
+            "validation.patience",
+            f"{validation.patience}, but {lacking}; it counts validations: set validation.share, or leave it out",
+        )
+
+
 RULES = (
     Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
@@ -187,6 +204,11 @@ RULES = (
     Rule(("preview.guidance_rescale", "preview.guidance_scale"), _rescaled_guidance),
     Rule(("preview.width_px",), _preview_width),
     Rule(("preview.height_px",), _preview_height),
+    Rule(("validation.share", "validation.folder"), _one_way_to_hold_out),
+    Rule(
+        ("validation.patience", "validation.every", "validation.share", "validation.folder"),
+        _patience_needs_validations,
+    ),
 )
 
 

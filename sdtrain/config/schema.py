@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
@@ -12,8 +13,28 @@ from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, Traina
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Whole = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+def _usable_path(text: str) -> str:
+    """Return a path as it is. Raises ValueError for one that no file system takes."""
+    if "\0" in text:
+        raise ValueError("a path without zero bytes")
+    if any(len(name.encode("utf-8", "surrogateescape")) > LONGEST_NAME for name in text.split("/")):
+        raise ValueError(f"a path whose names have at most {LONGEST_NAME} bytes each")
+    if len(text) > LONGEST_PATH:
+        raise ValueError(f"a path of at most {LONGEST_PATH} characters")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a path; there is no user of that name, whose home ~ could mean") from None
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""What file systems take, in bytes for a name and nearly so for a path."""
 
 
 class Settings(BaseModel):
@@ -25,9 +46,11 @@ class Settings(BaseModel):
 class ModelConfig(Settings):
     """The model that is fine-tuned."""
 
-    path: str = Field(description="`builtin:tiny-sdxl`, a diffusers folder, a `.safetensors` checkpoint or a hub id.")
-    vae: str = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
-    components: str = Field(
+    path: PathText = Field(
+        description="`builtin:tiny-sdxl`, a diffusers folder, a `.safetensors` checkpoint or a hub id."
+    )
+    vae: PathText = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
+    components: PathText = Field(
         default="",
         description="Folder with configs and tokenizers, which a single file lacks: a diffusers folder, say.",
     )
@@ -104,7 +127,7 @@ class LoraConfig(Settings):
         description="Largest norm of the change of a layer: after each step what is above it is scaled down to it, in "
         "training and in the average; 0: no limit. sd-scripts suggests 1. Not for `dora` and `oft`.",
     )
-    init_from: str = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
+    init_from: PathText = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
 
 
 class FullConfig(Settings):
@@ -130,7 +153,9 @@ class FullConfig(Settings):
 class FolderConfig(Settings):
     """One folder of pictures, each with a caption in a .txt file of the same name."""
 
-    path: str = Field(description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`.")
+    path: PathText = Field(
+        description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`."
+    )
     repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
     missing_captions: Literal["error", "empty"] = Field(
         default="error", description="What a picture without a caption gets: an error, or the empty caption."
@@ -141,14 +166,14 @@ class DataConfig(Settings):
     """How folders of pictures become batches."""
 
     folder: list[FolderConfig] = Field(min_length=1, description="The folders.")
-    resolution_px: Annotated[int, Field(ge=64)] = Field(
+    resolution_px: Annotated[int, Field(ge=64, le=16384)] = Field(
         default=1024, description="Pictures are scaled to about resolution_px x resolution_px pixels of any shape."
     )
     bucket_step_px: Annotated[int, Field(ge=LATENT_FACTOR_PX)] = Field(
         default=64,
         description=f"Widths and heights of buckets are multiples of this (of {LATENT_FACTOR_PX} at least).",
     )
-    max_aspect: Annotated[float, Field(ge=1.0)] = Field(
+    max_aspect: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         default=2.5, description="Longest side over shortest side of the most extreme bucket."
     )
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
@@ -157,7 +182,7 @@ class DataConfig(Settings):
         default=1, description="Captions are read in this many chunks of 75 tokens; what is longer is cut."
     )
     caption_dropout: Share = Field(default=0.0, description="Share of captions that are left empty.")
-    cache: str = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
+    cache: PathText = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
 
 
 class OptimizerConfig(Settings):
@@ -273,6 +298,28 @@ class CheckpointConfig(Settings):
     keep_every: Whole = Field(default=0, description="States of every so many steps stay as well; 0: none.")
 
 
+class ValidationConfig(Settings):
+    """Pictures that are held out of the training: their loss tells when the weights are best."""
+
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of the training pictures that is held out, chosen by their content; 0: none."
+    )
+    folder: list[FolderConfig] = Field(
+        default=[], description="Folders of pictures that are only validated on, instead of a share."
+    )
+    every: Whole = Field(default=100, description="Steps between validations, if pictures are held out; 0: none.")
+    noise_levels: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=4, description="Noise levels at which each picture is looked at, the same at every validation."
+    )
+    seed: Whole = Field(
+        default=0, description="Which pictures a share holds out, and their noise; whatever the seed of the run is."
+    )
+    patience: Whole = Field(
+        default=0,
+        description="Stop after this many validations without a lower loss, beyond the standard error; 0: never.",
+    )
+
+
 class ExportConfig(Settings):
     """The file that a finished run leaves."""
 
@@ -303,8 +350,10 @@ class MemoryConfig(Settings):
 class Config(Settings):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its files.")
-    output: str = Field(default="runs", description="Folder of all runs.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="Name of the run and of its files."
+    )
+    output: PathText = Field(default="runs", description="Folder of all runs.")
     steps: Count = Field(description="Optimizer updates. More can be added later: `--resume --set steps=+500`.")
     seed: Whole = Field(default=0, description="Every random draw follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: the GPU if there is one.")
@@ -317,5 +366,6 @@ class Config(Settings):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()

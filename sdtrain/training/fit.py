@@ -22,13 +22,15 @@ from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save
+from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save, validate
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
+from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
 from sdtrain.training.watching.summary import banner, summary
+from sdtrain.training.watching.text import say
 from sdtrain.training.watching.watchers import Watchers, watching
 
 
@@ -40,11 +42,12 @@ def fit(
     stop: StopRequests,
     *,
     watchers: Sequence[Watcher] = (),
-) -> int:
-    """Train what the config says on a model that was opened, from where the run stands; return the steps done.
+) -> tuple[int, bool]:
+    """Train what the config says on a model that was opened, from where the run stands.
 
-    These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
-    happens, see `watching/records.py`. stop: asked between two steps.
+    Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
+    found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
+    between two steps.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
@@ -54,21 +57,22 @@ def fit(
     first_step = training.step
     console.print(banner(training.run, training.trainable, training.data.batches, first_step))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
-    said = [""]
+    said: list[str] = []
     try:
         with (
             watching(_record_of(training.run, first_step), console, watchers) as everybody,
-            kept_on_errors(lambda error: said.append(leave(training, everybody, error)), training.explain),
+            kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
         ):
             train(training, everybody, stop)
-            if training.step < config.steps:
-                said.append(leave(training, everybody, stop.name))
-            everybody.tell(EndRecord(training.step, "finished" if training.step == config.steps else "stopped"))
+            if not training.is_finished:
+                said.extend(leave(training, everybody, stop.name))
+            everybody.tell(EndRecord(training.step, "finished" if training.is_finished else "stopped"))
     finally:
-        console.print(said[-1], markup=False, highlight=False, soft_wrap=True, end="\n" if said[-1] else "")
-    if training.step == config.steps:
-        console.print(summary(training.run, training.optimizer, time.monotonic() - started))
-    return training.step
+        say(console, *said)
+    if training.is_finished:
+        best, seconds = training.validator.history.best, time.monotonic() - started
+        console.print(summary(training.run, training.optimizer, training.step, seconds, best))
+    return training.step, training.is_finished
 
 
 def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Console, stop: StopRequests) -> Training:
@@ -84,24 +88,26 @@ def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Co
         trainable = train_parameters(model, run)
         optimizer = build_optimizer(trainable, config)
     require_room(run.folder, config, opened, trainable, standing.step)
-    for note in (*standing.notes, *clear_the_way(standing, run.folder)):
-        console.print(note, markup=False, soft_wrap=True)
+    say(console, *standing.notes, *clear_the_way(standing, run.folder))
     background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
-    training = Training(run, model, trainable, optimizer, data, background)
+    validator = Validator(data.held_out, run.folder / "checkpoints", config.validation.patience)
+    training = Training(run, model, trainable, optimizer, data, background, validator)
     _go_on_from(standing, training, console)
     write_resolved_config(run)
     return training
 
 
 def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
-    """Train to the planned number of steps, or until `stop` is asked for. This is the loop."""
+    """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
     config, pace, room = run.config, Pace(), Room(training.model, run.config, optimizer)
     guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
     objective = Objective(training.model, config, run.device)
     if training.step == 0:
         preview(training, watchers, stop)
-    while training.step < config.steps and not stop.asked:
+    if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):
+        validate(training, objective, watchers, stop)  # which was given up when the run was stopped
+    while not training.is_finished and not stop.asked:
         training.doing = f"finishing step {training.step + 1}"
         pace.begin_step()
         trainable.require_gradients(training.step)
@@ -125,9 +131,11 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             guard.tell(record, bad, watchers.tell)
         if due(training.step, config.preview.every, config.steps):
             preview(training, watchers, stop)
+        if due(training.step, config.validation.every, config.steps):
+            validate(training, objective, watchers, stop)
         if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
             checkpoint(training, watchers)
-    if training.step == config.steps:
+    if training.is_finished:
         save(training, watchers)
         export(training, watchers, run.weights_path)
 
@@ -162,8 +170,9 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
         return
     training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
     training.is_sound = standing.state.loss_was_finite
+    training.validator.go_on_from(training.step)
     if thawed := training.optimizer.thaw():
-        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")
+        say(console, f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")
 
 
 def _record_of(run: Run, first_step: int) -> RunRecord:

@@ -30,9 +30,18 @@ class Objective:
 
         generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
         """
-        config, model = self.config, self.model
-        latents = batch.latents
-        noise, seen, timesteps = self._drawn(batch, generator)
+        return self.errors(batch, *self._drawn(batch, generator)).mean()
+
+    def errors(self, batch: Batch, noise: Tensor, seen: Tensor, timesteps: Tensor) -> Tensor:
+        """Return the weighted error of each picture of a batch, (n,) float32; gradients flow through it.
+
+        Args:
+            batch: n pictures.
+            noise: what is to be found in the pictures, (n, c, h, w).
+            seen: the noise that the network sees, of that shape; another one than `noise` for perturbed inputs.
+            timesteps: the noise level of each picture, (n,).
+        """
+        config, model, latents = self.config, self.model, batch.latents
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
@@ -46,7 +55,7 @@ class Objective:
             weighting=config.loss.weighting,
             min_snr_gamma=config.loss.min_snr_gamma,
         )
-        return (errors * weights.to(errors.device)).mean()
+        return errors * weights.to(errors.device)
 
     def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the noise, the noise that the network sees, both (n, c, h, w), and the timesteps, (n,).

@@ -20,9 +20,11 @@ from sdtrain.training.ending.signals import GivenUpError, StopRequests
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Background, UnusableNumbersError, save_state
+from sdtrain.training.objective import Objective
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.run import Run
+from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
@@ -43,6 +45,7 @@ class Training:
     optimizer: ProdigyPlusScheduleFree
     data: Prepared
     background: Background
+    validator: Validator
     step: int = 0
     """The number of steps that are done."""
     saved_step: int | None = None
@@ -55,6 +58,11 @@ class Training:
     """What is done now, for the person who stops it."""
     try_again_at: int = 0
     """The step before which saving is not tried again, after it failed."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all planned steps are done, or as many as the validation found enough."""
+        return self.step >= self.run.config.steps or self.validator.is_enough
 
     def explain(self, error: Exception) -> UserError | None:
         """Return what a person is told instead of an error, where more can be said than the error does."""
@@ -151,6 +159,28 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
         watchers.tell(NoteRecord(step, text))
 
 
+def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:
+    """Measure the loss on held-out pictures with the averaged weights; the training is as it was before.
+
+    Where it is the lowest so far the weights are written, and the training state where states are kept at all. The
+    state comes last, so that a run which goes on from it has the weights too. It is given up when the run is asked to
+    end. What fails here is no reason to end the training.
+    """
+    step = training.step
+    training.doing = f"giving up the validation of step {step}"
+    try:
+        if not training.validator.validate(objective, training.optimizer, step, watchers.tell, lambda: stop.asked):
+            return
+        export(training, watchers, training.run.best_weights_path)
+        if training.run.config.checkpoint.every:
+            save(training, watchers)
+    except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
+        release(error)
+        watchers.tell(
+            NoteRecord(step, f"note: the validation of step {step} failed: {sentence(error)}; the training goes on")
+        )
+
+
 def export(training: Training, watchers: Watchers, path: Path) -> None:
     """Write the averaged weights to `path`."""
     run, optimizer, step = training.run, training.optimizer, training.step
@@ -167,8 +197,8 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
     watchers.tell(SavedRecord(step, path, "weights"))
 
 
-def leave(training: Training, watchers: Watchers, cause: str | Exception) -> str:
-    """Save what a run has reached that ends early; return what its user is told.
+def leave(training: Training, watchers: Watchers, cause: str | Exception) -> list[str]:
+    """Save what a run has reached that ends early; return what its user is told, a line each.
 
     cause: the error that ends it, or the name of the signal.
     """

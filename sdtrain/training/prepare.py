@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -11,6 +11,7 @@ from rich.console import Console
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
+from sdtrain.data.held_out import identity
 from sdtrain.data.order import Plan
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
@@ -19,6 +20,7 @@ from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.run import Run
+from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.watching.preparation import Preparation
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 
@@ -42,11 +44,12 @@ def load(run: Run, opened: OpenedModel) -> Model:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop reads: the pictures as batches, and the prompts to preview."""
+    """What the loop reads: the pictures as batches, those that are held out, and the prompts to preview."""
 
     examples: list[Example]
     batches: Batches
     prompts: Prompts
+    held_out: HeldOut | None
 
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
@@ -56,9 +59,23 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     """
     model.move_encoders(run.device, text=True)
     batches = make_batches(model, run, standing.examples, console, plan=standing.plan, digests=standing.digests)
+    held_out = prepare_held_out(model, run, standing.held_out, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=True)
-    return Prepared(standing.examples, batches, prompts)
+    return Prepared(standing.examples, batches, prompts, held_out)
+
+
+def prepare_held_out(model: Model, run: Run, examples: Sequence[Example], console: Console) -> HeldOut | None:
+    """Return the pictures that are held out, encoded; None where there are none. Raises UserError as `make_batches`."""
+    apart = [replace(example, repeats=1) for example in examples]
+    if not apart:
+        return None
+    whole = {"caption_dropout": 0.0, "gradient_accumulation": 1}  # every picture once an epoch, one micro-batch a step
+    config = run.config.model_copy(
+        update={"data": run.config.data.model_copy(update=whole), "seed": run.config.validation.seed}
+    )
+    batches = make_batches(model, replace(run, config=config), apart, console)
+    return HeldOut(batches, {example.path: identity(example.path) for example in apart})
 
 
 def make_batches(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
+from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
-from sdtrain.config.schema import Config, LoraConfig
+from sdtrain.config.schema import Config, FolderConfig, LoraConfig
 from sdtrain.data.examples import Example, scan_folders
+from sdtrain.data.held_out import hold_out
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
@@ -101,14 +102,6 @@ def as_it_began(stored: dict[str, Any]) -> dict[str, Any]:
     return stored
 
 
-def require_own_folder(config: Config, source: str, *, resume: bool) -> None:
-    """Refuse to mix a run with another that lies in its folder. Raises UserError, naming `source`."""
-    draft = draft_of_config(config, source)
-    folder = run_folder(config.output, config.name)
-    found = refused_changes(config, stored_config(folder), accept_data=False) if resume else _occupied(config, folder)
-    draft.with_problems(found).require_sound()
-
-
 def _occupied(config: Config, folder: Path) -> list[Problem]:
     """Return the problem that a run that begins has with another run in its folder, if there is one."""
     if not (folder / "config.toml").exists():
@@ -141,7 +134,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     picture is read. fetch: whether a model that is named by a hub id and not in the local cache is fetched, once
     nothing else is wrong.
     """
-    examples, problems = _scan(draft, decode=decode)
+    examples, problems = _pictures(draft, decode=decode)
     draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
@@ -166,21 +159,32 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     return opened, examples
 
 
-def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+def _pictures(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+    """Return the pictures to train on and those that are held out, and what is wrong with them."""
+    validation = draft.config.validation
+    examples, problems = _scan(draft, "data.folder", draft.config.data.folder, decode=decode)
+    apart, more = _scan(draft, "validation.folder", validation.folder, decode=decode)
+    if problems or more or not draft.knows("validation", "data.folder"):
+        return [*examples, *apart], [*problems, *more]
+    return hold_out(examples, apart, validation)
+
+
+def _scan(
+    draft: Draft, setting: str, folders: Sequence[FolderConfig], *, decode: bool
+) -> tuple[list[Example], list[Problem]]:
     """Return the pictures of those folders whose paths are known, and what is wrong with them."""
-    folders = draft.config.data.folder
-    known = [draft.knows(f"data.folder[{index}].path") for index in range(len(folders))]
+    known = [draft.knows(f"{setting}[{index}].path") for index in range(len(folders))]
     lenient = [
         folder
-        if draft.knows(f"data.folder[{index}].missing_captions")
+        if draft.knows(f"{setting}[{index}].missing_captions")
         else folder.model_copy(update={"missing_captions": "empty"})
         for index, folder in enumerate(folders)
     ]
     data = draft.config.data.model_copy(update={"folder": lenient})
     skip = [index for index, is_known in enumerate(known) if not is_known]
-    examples, problems = scan_folders(data, decode=decode, skip=skip)
+    examples, problems = scan_folders(data, decode=decode, skip=skip, setting=setting)
     return examples, [
-        problem if problem.where.startswith("data.folder[") else replace(problem, settings=("data.folder",))
+        problem if problem.where.startswith(f"{setting}[") else replace(problem, settings=(setting,))
         for problem in problems
     ]
 

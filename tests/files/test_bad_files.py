@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.lora_file import read_lora
-from sdtrain.commands.info import file_info
+from sdtrain.commands.files.info import file_info
 from sdtrain.config.schema import ModelConfig
 from sdtrain.data import cache as store
 from sdtrain.data.encoding import encode_captions

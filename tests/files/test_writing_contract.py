@@ -29,7 +29,7 @@ from sdtrain.data.order import Plan
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.files import temporary
-from sdtrain.files.temporary import is_temporary, temporary_name
+from sdtrain.files.temporary import NAME, temporary_name
 from sdtrain.files.tensors import planned, write_safetensors
 from sdtrain.files.writer import atomic_folder, remove_folder, write_bytes, write_json, write_text
 from sdtrain.models.checkpoints.components import Components, load_components
@@ -57,6 +57,10 @@ class Writer:
 @pytest.fixture(scope="session")
 def tiny() -> Components:
     return load_components(open_model(ModelConfig(path="builtin:tiny-sdxl"), "model"), torch.float32)
+
+
+def is_temporary(path: Path) -> bool:
+    return NAME.fullmatch(path.name) is not None
 
 
 def description(number: int) -> Description:

@@ -78,11 +78,7 @@ def trajectory(world: Path, method: str) -> Trajectory:
 
 
 def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
-    import io
-
-    from rich.console import Console
-
-    from sdtrain.commands.fit import fit_settings
+    from sdtrain.commands.fit import fit
     from sdtrain.config.read import resolve
 
     table: dict[str, Any] = {
@@ -108,9 +104,7 @@ def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
         for folder in folders:
             inner = inner[folder]
         inner[last] = value
-    config = resolve(table, "golden config")
-    fit_settings(config, "golden config", Console(file=io.StringIO()), resume=False, fetch=False)
-    return output / config.name
+    return fit(resolve(table, "golden config")).folder
 
 
 def _trajectory(run: Path) -> Trajectory:

@@ -14,6 +14,7 @@ from sdtrain.errors import Problem
 CHANGEABLE = (
     *("steps", "output", "device", "preview.", "checkpoint.", "export.", "memory.", "data.cache"),
     *("model.dtype", "optimizer.d_coef", "optimizer.prodigy_steps", "optimizer.freeze_share"),
+    *("validation.every", "validation.patience"),
 )
 """The settings that a resumed run may change: none changes what was computed before, or what it means."""
 SPLIT = ("data.batch_size", "data.gradient_accumulation")

@@ -10,6 +10,7 @@ from sdtrain.config.schema import Config
 from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.digests import picture_digests
 from sdtrain.data.examples import Example
+from sdtrain.data.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
 from sdtrain.errors import Problem, UserError
 from sdtrain.files.remembered import RememberedDigests
@@ -36,7 +37,7 @@ class Standing:
 
     newest: the state, if any, and the later ones that are passed over. examples and digests: the pictures, in the order
     in which they are numbered. plan: how they are dealt out to steps. register: the same pictures, as states note them.
-    base: the digest of the model. notes: what the user should know.
+    base: the digest of the model. held_out: the pictures that are only validated on. notes: what the user should know.
     """
 
     newest: Newest
@@ -45,6 +46,7 @@ class Standing:
     plan: Plan
     register: tuple[Picture, ...]
     base: str
+    held_out: tuple[Example, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -84,15 +86,17 @@ def find_standing(
     other pictures.
     """
     require_cache_room(cache_folder(config), config, examples)
+    trained = training_examples(examples)
     remembered = RememberedDigests(cache_folder(config) / "digests.json")
-    digests = picture_digests([example.path for example in examples], remembered, on_progress)
+    digests = picture_digests([example.path for example in trained], remembered, on_progress)
     standing = Standing(
         newest=Newest(None, ()),
-        examples=list(examples),
+        examples=trained,
         digests=digests,
         plan=Plan(config.data.batch_size, config.data.gradient_accumulation),
-        register=pictures.pictures_of(examples, digests),
+        register=pictures.pictures_of(trained, digests),
         base=base_digest(opened, remembered),
+        held_out=tuple(held_out_examples(examples)),
     )
     remembered.save()
     if not resume:

@@ -1,4 +1,4 @@
-"""Writes `log.jsonl`: one line per step, for people and programs."""
+"""Writes `log.jsonl`: one line per step and per validation, for people and programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdtrain.errors import UserError
 from sdtrain.files.writer import reason, write_bytes
-from sdtrain.training.watching.records import Record, StepRecord
+from sdtrain.training.watching.records import Record, StepRecord, ValidationRecord
 
 
 class Log:
@@ -25,9 +25,10 @@ class Log:
         self._waiting = b""
 
     def see(self, record: Record) -> None:
-        """Write the line of a step, and those that wait. Raises OSError when they have to wait longer."""
-        if isinstance(record, StepRecord):
-            self._waiting += (log_line(record) + "\n").encode("utf-8")
+        """Write the line of a step or a validation, and those that wait. Raises OSError when they wait longer."""
+        if isinstance(record, StepRecord | ValidationRecord):
+            line = log_line(record) if isinstance(record, StepRecord) else validation_line(record)
+            self._waiting += (line + "\n").encode("utf-8")
             self.write()
 
     def write(self) -> None:
@@ -93,6 +94,17 @@ def log_line(record: StepRecord) -> str:
             "groups": groups,
         }
     )
+
+
+def validation_line(record: ValidationRecord) -> str:
+    """Return a validation as a line of JSON of its own, told from those of steps by its key `validation`."""
+    found = {
+        "loss": record.loss if math.isfinite(record.loss) else None,
+        "standard_error": record.standard_error if math.isfinite(record.standard_error) else None,
+        "pictures": record.num_pictures,
+        "best_step": record.best_step,
+    }
+    return json.dumps({"step": record.step, "validation": found})
 
 
 def _drop_records_after(path: Path, step: int) -> None:

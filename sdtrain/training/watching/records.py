@@ -79,6 +79,21 @@ class PictureRecord:
 
 
 @dataclass(frozen=True)
+class ValidationRecord:
+    """The loss on pictures that are held out, measured with the averaged weights after `step` steps."""
+
+    step: int
+    loss: float
+    """The mean over the held-out pictures."""
+    standard_error: float
+    """The standard error of that mean over the pictures."""
+    num_pictures: int
+    best_step: int | None
+    """The step of the lowest loss so far; None where none of a trained step is finite."""
+    best_loss: float | None
+
+
+@dataclass(frozen=True)
 class SavedRecord:
     """Something was saved after `step` steps and is whole: a training state (a folder), or the averaged weights."""
 
@@ -107,6 +122,6 @@ class EndRecord:
     outcome: Literal["finished", "stopped", "failed"]
 
 
-Record: TypeAlias = RunRecord | StepRecord | PictureRecord | SavedRecord | NoteRecord | EndRecord
+Record: TypeAlias = RunRecord | StepRecord | PictureRecord | ValidationRecord | SavedRecord | NoteRecord | EndRecord
 Watcher: TypeAlias = Callable[[Record], None]
 """Anything that can be called with a record: a function, a method, `print`."""
