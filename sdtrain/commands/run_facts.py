@@ -16,6 +16,7 @@ from sdtrain.errors import UserError
 from sdtrain.families.metadata import steps_of
 from sdtrain.files.header import explain, read_header
 from sdtrain.training.ending.one_process import holder_of
+from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.text import shell_word
 
@@ -40,6 +41,8 @@ class RunFacts:
     """The steps of the training states, oldest first."""
     last: Logged
     num_bytes: int
+    holder: str = ""
+    """Which process trains it now; empty where none does."""
 
     @property
     def step(self) -> int:
@@ -51,7 +54,7 @@ class RunFacts:
         config = shell_word(self.folder / "config.toml")
         match self.standing:
             case "running":
-                return "it is being trained now"
+                return f"it is being trained now by {self.holder}"
             case "stopped":
                 return f"sdtrain fit {config} --resume"
             case "finished":
@@ -76,6 +79,8 @@ class Logged:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder looks like that of a run, be it damaged."""
+    if (folder / INDEX).exists():  # it is one of a run's training states
+        return False
     return any((folder / name).exists() for name in ("config.toml", "log.jsonl", "checkpoints"))
 
 
@@ -89,13 +94,16 @@ def facts_of(folder: Path) -> RunFacts:
     states = state_steps(folder)
     damage = damage or _state_damage(folder, states)
     standing: Standing = "stopped"
-    if holder_of(folder) is not None:
+    holder = holder_of(folder)
+    if holder:
         standing = "running"
     elif damage:
         standing = "damaged"
     elif config is not None and _weights_of(folder, config, states):
         standing = "finished"
-    return RunFacts(folder, standing, damage, config, states, read_log(folder / "log.jsonl"), disk_bytes(folder))
+    return RunFacts(
+        folder, standing, damage, config, states, read_log(folder / "log.jsonl"), disk_bytes(folder), holder
+    )
 
 
 def state_steps(folder: Path) -> tuple[int, ...]:
@@ -110,7 +118,7 @@ def _state_damage(folder: Path, steps: tuple[int, ...]) -> str:
         return ""
     state = folder / "checkpoints" / f"step-{steps[-1]:06d}"
     try:
-        index = json.loads((state / "state.json").read_text(encoding="utf-8"))
+        index = json.loads((state / INDEX).read_text(encoding="utf-8"))
         if not isinstance(index, dict):
             raise ValueError("it is no table")
         for name in ("parameters.safetensors", "optimizer.safetensors"):
@@ -118,10 +126,10 @@ def _state_damage(folder: Path, steps: tuple[int, ...]) -> str:
     except UserError as error:
         what = explain(error)
     except (OSError, ValueError, RecursionError) as error:
-        what = f"{state / 'state.json'} cannot be read ({error})"
+        what = f"{state / INDEX} cannot be read ({error})"
     else:
         return ""
-    before = "delete that folder to go on from the state before" if len(steps) > 1 else "there is no other state"
+    before = "`--resume` goes on from the state before" if len(steps) > 1 else "there is no other state"
     return f"{what}; {before}"
 
 

@@ -58,18 +58,18 @@ def only_process(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def holder_of(folder: Path) -> Holder | None:
-    """Return the process that trains in a folder now; None where there is none, or it has not said who it is."""
+def holder_of(folder: Path) -> str:
+    """Return which process trains in a folder now, for a sentence; empty where none does."""
     lock = _lock_of(folder)
     if not Path(lock.lock_file).exists():
-        return None
+        return ""
     try:
         with lock:
-            return None
+            return ""
     except Timeout:
-        return _read_holder(folder)
+        return _holder_text(folder)
     except OSError:  # a disk that cannot be written, on which nobody trains
-        return None
+        return ""
 
 
 def _lock_of(folder: Path) -> FileLock:
@@ -88,6 +88,10 @@ def _home(folder: Path) -> Path:
     return Path(os.path.realpath(folder))  # by whatever links it is reached
 
 
+def _holder_text(folder: Path) -> str:
+    return str(_read_holder(folder) or "another process")
+
+
 def _read_holder(folder: Path) -> Holder | None:
     try:
         return Holder(**json.loads(_holder_path(folder).read_text(encoding="utf-8")))
@@ -96,9 +100,8 @@ def _read_holder(folder: Path) -> Holder | None:
 
 
 def _held(folder: Path) -> str:
-    who = _read_holder(folder) or "another process"
     return (
-        f"{folder} is being trained by {who}; wait for it, stop it (Ctrl-C there, or `kill` its number, saves its "
+        f"{folder} is being trained by {_holder_text(folder)}; wait for it, stop it (Ctrl-C there, or `kill` its number, saves its "
         "state), or choose another `name` (--set name=...)"
     )
 

@@ -19,6 +19,7 @@ from types import FrameType
 from rich.console import Console
 
 from sdtrain.errors import Interrupted
+from sdtrain.training.watching.text import say
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 STOPPING = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)
@@ -131,7 +132,7 @@ def speaker(console: Console) -> Callable[[str], None]:
     """Return a function that shows a line to the person: on the console, or on stderr where stdout is led elsewhere."""
     if not console.is_terminal and not console.quiet and console.file is sys.stdout:
         console = Console(stderr=True)
-    return lambda text: console.print(text, markup=False, highlight=False, soft_wrap=True)
+    return lambda text: say(console, text)
 
 
 @contextmanager
