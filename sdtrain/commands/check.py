@@ -10,7 +10,7 @@ from rich.console import Console
 from sdtrain.commands.notes import notes
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
-from sdtrain.data.held_out import held_out_examples, training_examples
+from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run

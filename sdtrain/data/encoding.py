@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.digests import picture_digests
 from sdtrain.data.examples import Example, unreadable_problems
+from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead

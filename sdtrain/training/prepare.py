@@ -11,7 +11,7 @@ from rich.console import Console
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
-from sdtrain.data.held_out import identity
+from sdtrain.data.identity.held_out import identity
 from sdtrain.data.order import Plan
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing

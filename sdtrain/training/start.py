@@ -11,7 +11,7 @@ from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig, LoraConfig
 from sdtrain.data.examples import Example, scan_folders
-from sdtrain.data.held_out import hold_out
+from sdtrain.data.identity.held_out import hold_out
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing

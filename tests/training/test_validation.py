@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
-from sdtrain.data.held_out import identity, is_held_out
+from sdtrain.data.identity.held_out import identity, is_held_out
 from sdtrain.diffusion.timesteps import draw_timesteps, stratified_timesteps
 from sdtrain.errors import UserError
 from sdtrain.training.objective import Objective

@@ -8,7 +8,7 @@ from optim import averaged
 from sdtrain.commands.reached import open_reached
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import scan_folders
-from sdtrain.data.held_out import hold_out, training_examples
+from sdtrain.data.identity.held_out import hold_out, training_examples
 from sdtrain.training.export import Format, export_weights
 from sdtrain.training.start import stored_config
 

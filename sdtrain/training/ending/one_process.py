@@ -101,8 +101,8 @@ def _read_holder(folder: Path) -> Holder | None:
 
 def _held(folder: Path) -> str:
     return (
-        f"{folder} is being trained by {_holder_text(folder)}; wait for it, stop it (Ctrl-C there, or `kill` its number, saves its "
-        "state), or choose another `name` (--set name=...)"
+        f"{folder} is being trained by {_holder_text(folder)}; wait for it, stop it (Ctrl-C there, or `kill` its "
+        "number, saves its state), or choose another `name` (--set name=...)"
     )
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sdtrain.config.schema import Config
 from sdtrain.data.buckets import bucket_sizes, place
-from sdtrain.data.digests import picture_digests
 from sdtrain.data.examples import Example
-from sdtrain.data.held_out import held_out_examples, training_examples
+from sdtrain.data.identity.digests import picture_digests
+from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
 from sdtrain.errors import Problem, UserError
 from sdtrain.files.remembered import RememberedDigests
