@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import GroupValues, exact_dtype
+from optim.formulas.numbers import GroupValues, exact_dtype
 from optim.settings import GROUP_SETTINGS, check_group
 
 ON_DEVICE = (*GROUP_SETTINGS, "initial_lr")

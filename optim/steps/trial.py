@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import Coefficients, GroupValues, Numbers, begin_step
+from optim.formulas.numbers import Coefficients, GroupValues, Numbers
+from optim.formulas.prodigy import begin_step
 from optim.settings import Settings
 from optim.steps import plain, stacks
 from optim.steps.plain import Step

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from optim import ProdigyPlusScheduleFree
-from optim.formulas.prodigy import GroupValues, Numbers, end_step
+from optim.formulas.numbers import GroupValues, Numbers
+from optim.formulas.prodigy import end_step
 
 
 def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: Any) -> float:
@@ -174,8 +175,8 @@ def test_the_state_of_an_inactive_group_stays_when_nobody_takes_part() -> None:
 @pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("mean", ["harmonic_mean", None])
 def test_lr_and_d_coef_multiply_the_step_that_is_found_without_them(setting: str, factor: float, mean: Any) -> None:
-    one = two_bowls(100, split_groups_mean=mean).metrics()
-    weighed = two_bowls(100, split_groups_mean=mean, **{setting: factor}).metrics()
+    one = two_bowls(140, split_groups_mean=mean).metrics()
+    weighed = two_bowls(140, split_groups_mean=mean, **{setting: factor}).metrics()
     for before, after_it in zip(one, weighed, strict=True):
         assert before.d > 1e-2 and not before.climbing
         assert after_it.effective_lr == pytest.approx(factor * before.effective_lr, rel=0.25)
@@ -183,7 +184,7 @@ def test_lr_and_d_coef_multiply_the_step_that_is_found_without_them(setting: str
 
 
 def test_a_weight_does_not_change_what_a_step_counts_for_in_the_average() -> None:
-    one, weighed = two_bowls(100), two_bowls(100, lr=0.1)
+    one, weighed = two_bowls(140), two_bowls(140, lr=0.1)
     assert weighed._now.weight.tolist() == pytest.approx(one._now.weight.tolist(), rel=0.25)
 
 
