@@ -24,7 +24,7 @@ def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
                 case StepRecord():
                     line = log_line(record)
                 case NoteRecord():
-                    line = json.dumps({"step": record.step, "note": record.text}, ensure_ascii=False)
+                    line = note_line(record)
                 case _:
                     return
             file.write(line + "\n")
@@ -53,6 +53,11 @@ def log_line(record: StepRecord) -> str:
             "groups": groups,
         }
     )
+
+
+def note_line(record: NoteRecord) -> str:
+    """Return a note as a line of JSON of its own, told from those of steps by its key `note`."""
+    return json.dumps({"step": record.step, "note": record.text}, ensure_ascii=False)
 
 
 def _drop_records_after(path: Path, step: int) -> None:
