@@ -36,11 +36,11 @@ def preset_values(preset: Preset) -> dict[str, Any]:
     freeze = {"prodigy_steps": "auto", "freeze_share": FREEZE_SHARE}
     match preset:
         case "lora":
-            return {**freeze, "d0": 1e-6, "split_groups_mean": "harmonic_mean"}
+            return {**freeze, "d0": 1e-4, "split_groups_mean": "harmonic_mean"}
         case "lora-text-encoders":
-            return {**freeze, "d0": 1e-5, "split_groups_mean": "off"}
+            return {**freeze, "d0": 5e-5, "split_groups_mean": "off"}
         case "full":
-            return {**freeze, "d0": 1e-7, "split_groups_mean": "harmonic_mean"}
+            return {**freeze, "d0": 1e-6, "split_groups_mean": "harmonic_mean"}
         case "full-text-encoders":
             return {**freeze, "d0": 1e-6, "split_groups_mean": "off"}
         case "auto-freeze":

@@ -175,7 +175,8 @@ def test_the_preset_that_fits_is_chosen_and_is_no_problem_when_it_is_named(
 
 @pytest.mark.parametrize("train", ["unet", {"unet": 1}, [["unet"]], 3, []])
 def test_networks_that_cannot_be_read_do_not_hide_behind_the_preset(train: Any) -> None:
-    assert list(problems(small(method={"kind": "lora", "train": train}))) == ["method.train"]
+    (where,) = problems(small(method={"kind": "lora", "train": train}))
+    assert where.startswith("method.train")
 
 
 @pytest.mark.parametrize(
