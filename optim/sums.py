@@ -55,8 +55,10 @@ def note_squares(used: list[Stack], now: Numbers, all_finite: Tensor) -> None:
 
     all_finite: bool, 0-dim, whether all gradients were finite; if not, nothing is noted.
     """
-    starting_at_zero = [stack for stack in used if stack.kind.starts_at_zero]
-    square, of_zeros = _squares(used, now), _squares(starting_at_zero, now)
+    at_zero = [stack for stack in used if stack.kind.starts_at_zero]
+    groups = {stack.kind.group for stack in at_zero}
+    others = [stack for stack in used if stack.kind.group not in groups]
+    square, of_zeros = _squares(used, now), _squares([*at_zero, *others], now)
     now.square.copy_(torch.where(all_finite, square, now.square))
     now.left_zero.copy_(torch.where(all_finite & (of_zeros > 0), 1.0, now.left_zero))
 

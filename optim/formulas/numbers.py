@@ -39,7 +39,7 @@ class Numbers(NamedTuple):
     applied_lr: Tensor  # lr of the last step: without the weight while d climbs
     pace: Tensor  # the last step's size without weight and d_coef: what a step counts for in the average
     square: Tensor  # sum of g^2 over the group in the last step
-    left_zero: Tensor  # 1 once tensors that began at zero had a gradient
+    left_zero: Tensor  # 1 once tensors that began at zero had a gradient; where there are none, once any had
 
     @staticmethod
     def of(buffer: Tensor) -> "Numbers":
