@@ -74,7 +74,7 @@ def pictures(num: int = NUM_PICTURES) -> None:
         scene = world.random_scene(rng, seen_size(rng))
         target.with_suffix(".txt").write_text(world.random_caption(scene, rng) + "\n")
         world.draw(scene).save(target, compress_level=1)
-    write_folder(parts.make_pipeline(WORK), WORK / "untrained")
+    write_folder(parts.make_pipeline(WORK), WORK / "untrained", WORK / "tokenizer")
 
 
 def seen_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -91,11 +91,17 @@ def seen_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 @app.command()
-def train(steps: int = 0) -> None:
-    """Trains the U-Net with `sdtrain fit`, going on where an earlier run stopped; steps 0: as the config says."""
+def train(
+    steps: int = 0,
+    model: Annotated[str, typer.Option(help="a released model to train further; else from random weights")] = "",
+    step_size: float = 0.0,
+) -> None:
+    """Trains the U-Net with `sdtrain fit`, going on where an earlier run stopped; 0: as the config says."""
     command = [sys.executable, "-m", "sdtrain.cli", "fit", str(CONFIG), "--set", f"output={WORK / 'runs'}"]
-    command += ["--set", f"model.path={WORK / 'untrained'}", "--set", f'data.folder=[{{path="{WORK / "pictures"}"}}]']
+    command += ["--set", f"model.path={model or WORK / 'untrained'}"]
+    command += ["--set", f'data.folder=[{{path="{WORK / "pictures"}"}}]']
     command += ["--set", f"steps={steps}"] if steps else []
+    command += ["--set", f"optimizer.d0={step_size}"] if step_size else []
     command += ["--resume"] if (WORK / "runs" / "tiny-sdxl" / "config.toml").exists() else []
     subprocess.run(command, check=True, cwd=ROOT)
 
@@ -104,25 +110,30 @@ def train(steps: int = 0) -> None:
 
 
 @app.command()
-def release(run: Path = WORK / "runs" / "tiny-sdxl", folder: Path = BUILTIN / "tiny-sdxl") -> None:
+def release(
+    run: Path = WORK / "runs" / "tiny-sdxl",
+    folder: Path = BUILTIN / "tiny-sdxl",
+    rest: Annotated[Path | None, typer.Option(help="a released model whose other networks are kept")] = None,
+) -> None:
     """Writes the newest averaged weights of a run as a model in fp16; the folder is replaced by a whole one."""
     exported = WORK / "exported"
     shutil.rmtree(exported, ignore_errors=True)
     export = [sys.executable, "-m", "sdtrain.cli", "export", str(run), "--format", "folder", "--out", str(exported)]
     subprocess.run(export, check=True, cwd=ROOT)
-    pipeline = parts.make_pipeline(WORK)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(rest) if rest else parts.make_pipeline(WORK)
     pipeline.unet = type(pipeline.unet).from_pretrained(exported / "unet", torch_dtype=torch.float32)
-    write_folder(pipeline.to(torch.float16), folder)
+    tokenizer = rest / "tokenizer" if rest else WORK / "tokenizer"
+    write_folder(pipeline.to(torch.float16), folder, tokenizer)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*')) / 1e6:.1f} MB")
 
 
-def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path) -> None:
+def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path, tokenizer: Path) -> None:
     """Writes a diffusers folder in the pipeline's precision, in place of what is there."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new)
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes only tokenizer.json, which older readers ignore
-        for file in (WORK / "tokenizer").iterdir():
+        for file in tokenizer.iterdir():
             shutil.copy(file, new / name)
     for name in ("text_encoder", "text_encoder_2"):  # so that a pipeline without a dtype gets one type throughout
         config = new / name / "config.json"
@@ -157,18 +168,6 @@ def draw_pictures(folder: Path, pairs: list[tuple[str, str]], shapes: list[str],
         world.draw(scene).save(folder / f"{index + 1:02d}.png", optimize=True)
         (folder / f"{index + 1:02d}.txt").write_text(world.caption(colour, shape, background) + "\n")
     print(f"{folder}: {sum(f.stat().st_size for f in folder.iterdir()) / 1e3:.0f} kB")
-
-
-@app.command()
-def strip(run: Path, out: Path) -> None:
-    """Puts a run's first and last preview side by side: what the base model draws, and what it has learned."""
-    previews = sorted((run / "previews").glob("step-*.png"))
-    first, last = (Image.open(path) for path in (previews[0], previews[-1]))
-    joined = Image.new("RGB", (first.width + last.width + 12, max(first.height, last.height)), (255, 255, 255))
-    joined.paste(first, (0, 0))
-    joined.paste(last, (first.width + 12, 0))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    joined.save(out, optimize=True)
 
 
 @app.command(name="all")

@@ -23,7 +23,8 @@ from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
-from sdtrain.training.watching.preview import labelled_grid, prepare_prompts, render, sampling_settings, save_picture
+from sdtrain.training.watching.grid import labelled_grid, save_picture
+from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""

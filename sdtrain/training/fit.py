@@ -27,8 +27,9 @@ from sdtrain.training.prepare import Prepared, encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
 from sdtrain.training.states import load_state, save_state, saved_states
+from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.pace import Pace
-from sdtrain.training.watching.preview import labelled_grid, render, sampling_settings, save_picture
+from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import (
     EndRecord,
     PictureRecord,
@@ -143,7 +144,7 @@ def preview(training: Training, step: int, watchers: Watchers) -> None:
         rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config))
     training.model.move_encoders(torch.device("cpu"), text=False)
     path = training.run.folder / "previews" / f"step-{step:06d}.png"
-    save_picture(labelled_grid(rows, prompts.texts, config.preview.seeds, f"{config.name}, step {step}"), path)
+    save_picture(preview_grid(rows, prompts, config, step, training.run.folder / "previews" / "base.png"), path)
     watchers.tell(PictureRecord(step, path))
 
 

@@ -37,8 +37,8 @@ from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.training.parameters import Group, Trainable
 from sdtrain.training.states import save_state, saved_states
+from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.log import _drop_records_after
-from sdtrain.training.watching.preview import save_picture
 
 MODULE = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 

@@ -1,25 +1,22 @@
-"""Draws pictures to look at while training: a labelled grid of prompts by seeds."""
+"""Draws pictures to look at while training, prompts by seeds."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
 from sdtrain.config.schema import Config
-from sdtrain.files.writer import atomic_file
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sampling import sample
 from sdtrain.training.run import generator_of
+from sdtrain.training.watching.grid import Compared, Rows, keep_base, kept_base, labelled_grid
 
 PICTURES_AT_ONCE = 4
-LABEL_PX = 18
-SMALLEST_CELL_PX = 128
 
 
 @dataclass(frozen=True)
@@ -90,32 +87,17 @@ def to_picture(pixels: Tensor) -> Image.Image:
     return Image.fromarray(array.permute(1, 2, 0).contiguous().numpy())
 
 
-def labelled_grid(
-    rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seeds: Sequence[int], title: str
-) -> Image.Image:
-    """Return the pictures in a grid, with the prompt above each row and the seed above each picture."""
-    scale = max(1, -(-SMALLEST_CELL_PX // min(rows[0][0].size)))
-    width, height = rows[0][0].width * scale, rows[0][0].height * scale
-    font = ImageFont.load_default(size=12)
-    across = width * len(seeds)
-    folded = [textwrap.wrap(prompt, max(12, across // 7)) or ["(empty prompt)"] for prompt in prompts]
-    total = LABEL_PX + sum(height + LABEL_PX * (len(lines) + 1) for lines in folded)
-    grid = Image.new("RGB", (across, total), "white")
-    draw = ImageDraw.Draw(grid)
-    draw.text((4, 2), title, fill="black", font=font)
-    top = LABEL_PX
-    for pictures, lines in zip(rows, folded, strict=True):
-        for line in lines:
-            draw.text((4, top + 2), line, fill="black", font=font)
-            top += LABEL_PX
-        for column, (picture, seed) in enumerate(zip(pictures, seeds, strict=True)):
-            draw.text((column * width + 4, top + 2), f"seed {seed}", fill="grey", font=font)
-            grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (column * width, top + LABEL_PX))
-        top += LABEL_PX + height
-    return grid
+def preview_grid(rows: Rows, prompts: Prompts, config: Config, step: int, base: Path) -> Image.Image:
+    """Return the grid of a step, each picture beside what the base model drew, which step 0 keeps in the file `base`.
 
-
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG whole or not at all."""
-    with atomic_file(path) as file:
-        picture.save(file, format="PNG")
+    Where a run began otherwise, from other prompts, say, the pictures stand alone.
+    """
+    seeds, title = config.preview.seeds, f"{config.name}, step {step}"
+    drawn_by = {"prompts": prompts.texts, "negative_prompt": prompts.negative, "seeds": seeds}
+    drawn_by |= asdict(sampling_settings(config))
+    if step == 0:
+        keep_base(rows, base, drawn_by)
+        return labelled_grid(rows, prompts.texts, seeds, title)
+    kept = kept_base(base, drawn_by, len(prompts.texts), len(seeds))
+    beside = Compared(kept, "base", f"step {step}") if kept else None
+    return labelled_grid(rows, prompts.texts, seeds, title, beside)

@@ -1,0 +1,104 @@
+"""A grid of pictures to look at: prompts by seeds, each beside what the base model draws."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from sdtrain.files.writer import atomic_file
+
+LABEL_PX = 18
+SMALLEST_CELL_PX = 128
+DRAWN_BY = "sdtrain preview"
+"""The key of the text in the base's PNG that says what it was drawn from."""
+
+Rows = Sequence[Sequence[Image.Image]]
+"""Pictures of one size: a row for each prompt, a column for each seed."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What stands beside the pictures of a grid, and the words over both."""
+
+    rows: Rows
+    before: str
+    now: str
+
+
+def labelled_grid(
+    rows: Rows, prompts: Sequence[str], seeds: Sequence[int], title: str, beside: Compared | None = None
+) -> Image.Image:
+    """Return the pictures in a grid, with the prompt above each row and the seed above each picture.
+
+    beside: pictures of the same prompts and seeds that are shown to the left of each.
+    """
+    shown = 2 if beside else 1
+    scale = max(1, -(-SMALLEST_CELL_PX // min(rows[0][0].size)))
+    width, height = rows[0][0].width * scale, rows[0][0].height * scale
+    font = ImageFont.load_default(size=12)
+    across = width * shown * len(seeds)
+    folded = [textwrap.wrap(prompt, max(12, across // 7)) or ["(empty prompt)"] for prompt in prompts]
+    total = LABEL_PX + sum(height + LABEL_PX * (len(lines) + 1) for lines in folded)
+    grid = Image.new("RGB", (across, total), "white")
+    draw = ImageDraw.Draw(grid)
+    draw.text((4, 2), title, fill="black", font=font)
+    top = LABEL_PX
+    for row, lines in enumerate(folded):
+        for line in lines:
+            draw.text((4, top + 2), line, fill="black", font=font)
+            top += LABEL_PX
+        labels = [f"seed {seed}" for seed in seeds]
+        pictures = list(rows[row])
+        if beside:
+            labels = list(chain(*([f"{label}, {beside.before}", beside.now] for label in labels)))
+            pictures = list(chain(*zip(beside.rows[row], pictures, strict=True)))
+        for column, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+            draw.text((column * width + 4, top + 2), label, fill="grey", font=font)
+            grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (column * width, top + LABEL_PX))
+        top += LABEL_PX + height
+    return grid
+
+
+def save_picture(picture: Image.Image, path: Path, text: str = "") -> None:
+    """Write a PNG whole or not at all. text: what it was drawn from, which is kept in it."""
+    about = PngImagePlugin.PngInfo()
+    if text:
+        about.add_itxt(DRAWN_BY, text)
+    with atomic_file(path) as file:
+        picture.save(file, format="PNG", pnginfo=about)
+
+
+def keep_base(rows: Rows, path: Path, drawn_by: Mapping[str, Any]) -> None:
+    """Write what the base model draws as one PNG, with what it was drawn from: prompts, seeds, how it was sampled."""
+    width, height = rows[0][0].size
+    joined = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for row, pictures in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            joined.paste(picture, (column * width, row * height))
+    save_picture(joined, path, json.dumps(drawn_by))
+
+
+def kept_base(path: Path, drawn_by: Mapping[str, Any], num_rows: int, num_columns: int) -> Rows | None:
+    """Return what the base model drew; None where that is not there or was drawn from other prompts or otherwise."""
+    try:
+        with Image.open(path) as joined:
+            if getattr(joined, "text", {}).get(DRAWN_BY) != json.dumps(drawn_by):
+                return None
+            joined.load()
+            width, height = joined.width // num_columns, joined.height // num_rows
+            return [
+                [
+                    joined.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
+                    for column in range(num_columns)
+                ]
+                for row in range(num_rows)
+            ]
+    except (OSError, SyntaxError):  # not there, or damaged: the previews can do without
+        return None
