@@ -129,10 +129,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
     def _values(self) -> GroupValues:
         return self._groups.values(self.param_groups, self._kept.numbers.device)
 
-    def _are_weighed(self) -> bool:
-        """Whether d of some group may be fixed because the group has a weight."""
-        return any(group["initial_lr"] not in (0, 1) or group["d_coef"] != 1 for group in self.param_groups)
-
     # ------------------------------------------------------------------ the step
 
     @overload
@@ -230,10 +226,11 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
         note_squares(used, self._now, current.all_finite)
         moved = self._groups_of(current.done)
-        end_step(self._now, sums, moved, self._values(), self.settings, current.all_finite)
+        values = self._values()
+        end_step(self._now, sums, moved, values, self.settings, current.all_finite)
         self._stepper.end()
         self._current = None
-        if self._kept.free_frozen(self._are_weighed()):
+        if self._kept.free_frozen(values.any_weighed):
             self._stepper.changed()
 
     # ------------------------------------------------------------------ state

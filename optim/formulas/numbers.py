@@ -95,7 +95,8 @@ def no_op_coefficients(device: torch.device) -> Tensor:
 class GroupValues:
     """The settings of the groups on the device, each float64 (groups,).
 
-    `initial_lr` is the group's weight, and what `lr` was made of it by a schedule is `lr / initial_lr`.
+    `initial_lr` is the group's weight, and what `lr` was made of it by a schedule is `lr / initial_lr`. any_weighed:
+    whether some group has a weight or a `d_coef` other than 1; the host knows, and leaves out what they need if not.
     """
 
     lr: Tensor
@@ -103,3 +104,4 @@ class GroupValues:
     d0: Tensor
     d_coef: Tensor
     initial_lr: Tensor
+    any_weighed: bool

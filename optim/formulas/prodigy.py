@@ -52,10 +52,12 @@ def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Sett
     beta1 = settings.betas[0]
     freeze_by_count(now, settings)
     factor, beta2_now = _bias_correction(now, settings)
-    scheduled = torch.where(values.initial_lr > 0, values.lr / values.initial_lr, values.lr)
-    settled = is_settled(now, values, settings)
-    lr = torch.where(settled, values.lr, scheduled)
-    d = torch.where(settled, now.d * values.d_coef, now.d)
+    d, lr, scheduled = now.d, values.lr, values.lr
+    if values.any_weighed:
+        settled = is_settled(now, values, settings)
+        scheduled = torch.where(values.initial_lr > 0, values.lr / values.initial_lr, values.lr)
+        lr = torch.where(settled, values.lr, scheduled)
+        d = torch.where(settled, now.d * values.d_coef, now.d)
     applied = torch.where(active, mean_over_groups(d, active, settings), now.applied_d)
     dlr = applied * lr * factor
     pace = mean_over_groups(now.d, active, settings) * scheduled * factor
@@ -121,7 +123,8 @@ def end_step(
     now.d.copy_(torch.where(learns, grown, now.d))
     mark_growth(now, learns)
     freeze_by_growth(now, settings, learns)
-    freeze_weighed(now, values, settings, learns)
+    if values.any_weighed:
+        freeze_weighed(now, values, settings, learns)
     now.k.add_(all_finite)
     now.skipped.add_(~all_finite)
     now.active.copy_(moved)

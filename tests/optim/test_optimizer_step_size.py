@@ -20,7 +20,12 @@ def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: A
     now.numerator.fill_(r)
     one = torch.ones(1, dtype=torch.float64)
     values = GroupValues(
-        lr=one, weight_decay=0 * one, d0=1e-6 * one, d_coef=settings.get("d_coef", 1.0) * one, initial_lr=one
+        lr=one,
+        weight_decay=0 * one,
+        d0=1e-6 * one,
+        d_coef=settings.get("d_coef", 1.0) * one,
+        initial_lr=one,
+        any_weighed="d_coef" in settings,
     )
     sums = torch.tensor([[num, den]], dtype=torch.float64)
     true = torch.ones((), dtype=torch.bool)
