@@ -86,8 +86,9 @@ def frozen_too_small(run: RunRecord, step: StepRecord, group: GroupRecord) -> st
     else:
         return None
     return (
-        f"note: d of {group.name} is frozen at {group.applied_d:.1e}, which is useless: {why}. Let it be estimated "
-        "again (`--resume --set optimizer.prodigy_steps=auto`), or start from a larger optimizer.d0."
+        f"note: d of {group.name} is frozen at {group.applied_d:.1e}, which is useless: {why}. Let it grow on "
+        "(`--resume --set optimizer.prodigy_steps=0 --set optimizer.freeze_share=0`), or start again from a larger "
+        "optimizer.d0."
     )
 
 
