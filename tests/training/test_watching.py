@@ -331,8 +331,12 @@ def test_each_network_is_told_of_at_its_own_time() -> None:
     assert [(number, " of text_encoder " in text) for number, text in notes] == [(1, True), (2, False)]
 
 
-def test_a_d_that_climbs_for_the_first_time_does_not_run_away() -> None:
-    climb = [changed(group(1e-6 * 1.19**number), climbing=True, settled=False) for number in range(30)]
+@pytest.mark.parametrize("first", [0, 25])
+def test_a_d_that_climbs_for_the_first_time_does_not_run_away(first: int) -> None:
+    climb = [
+        changed(group(1.01e-6 * 1.19 ** max(0, number - first)), climbing=number > first + 2, settled=False)
+        for number in range(39)
+    ]
     run = dataclasses.replace(RUN, steps=40)
     assert told(run, *(step(number, now) for number, now in enumerate(climb, 1))) == []
 

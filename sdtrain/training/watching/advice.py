@@ -20,8 +20,10 @@ SLOW_TRAVEL = 0.01
 """A d whose steps, all of them in one direction, move a weight by less in a whole run teaches next to nothing."""
 FAR_BELOW = 100
 """A d that is so many times smaller than another network's leaves its network behind."""
+CLIMBED = 1.5
+"""d has climbed once it has grown by this factor since the network started ..."""
 DOUBLED = 2.0
-"""d runs away when it grows by this factor after it had been at rest, or late."""
+"""... and runs away when it grows by this one after that, once it was at rest, or late."""
 
 
 def stuck_at_d0(run: RunRecord, step: StepRecord, group: GroupRecord) -> str | None:
@@ -147,7 +149,7 @@ class RunningAway:
         """Return the advice, None where there is none."""
         if group.name not in self.before:
             late = 2 * step.step >= run.steps and not group.climbing
-            if group.d > group.start_d and (group.settled or late):
+            if group.d > CLIMBED * group.start_d and (group.settled or late):
                 self.before[group.name] = (group.d, step.step)
             return None
         d, since = self.before[group.name]
