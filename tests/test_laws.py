@@ -54,7 +54,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(train: Train, method:
     assert state_bits(straight, 5) == state_bits(resumed, 5)
     assert weights_bits(straight) == weights_bits(resumed)
     losses = [
-        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+        [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
         for run in (straight, resumed)
     ]
     assert losses[0] == losses[1]
@@ -144,7 +144,7 @@ def test_diffusers_reads_an_exported_lora_and_its_pictures_change(train: Train) 
 
 def test_as_many_steps_are_done_as_were_asked_for(train: Train) -> None:
     run, _ = train({"steps": 7, "data.gradient_accumulation": 2, "preview.every": 3})
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
     assert [record["step"] for record in records] == list(range(1, 8))
     assert [path.name for path in sorted((run / "previews").glob("step-*.png"))] == [
         f"step-{step:06d}.png" for step in (0, 3, 6, 7)

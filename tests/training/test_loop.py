@@ -87,7 +87,9 @@ def test_an_unfinished_state_is_not_taken_for_one(train: Train) -> None:
     unfinished.mkdir()
     (unfinished / "parameters.safetensors").write_bytes(b"half")
     train({"steps": 3}, resume=True)
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [
+        json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line
+    ] == [1, 2, 3]
 
 
 def test_a_file_that_would_do_nothing_is_not_written(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +143,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(train: T
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
 
 
 @pytest.mark.slow

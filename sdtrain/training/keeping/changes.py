@@ -73,5 +73,5 @@ def _pictures_a_step(config: Config, stored: Config) -> list[Problem]:
 def _decided_by(setting: str) -> tuple[str, ...]:
     """Return the settings that a setting follows from where it is not set itself."""
     if setting.startswith("optimizer."):
-        return ("optimizer.preset", "method.kind")
+        return ("optimizer.preset", "method.kind", "method.train")
     return ("method.kind",) if setting.startswith("method.") else ()

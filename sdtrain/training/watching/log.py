@@ -1,4 +1,4 @@
-"""Writes `log.jsonl`: one line per step and per validation, for people and programs."""
+"""Writes `log.jsonl`: one line per step, per validation and per note, for people and programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sdtrain.errors import UserError
 from sdtrain.files.writer import reason, write_bytes
-from sdtrain.training.watching.records import Record, StepRecord, ValidationRecord
+from sdtrain.training.watching.records import NoteRecord, Record, StepRecord, ValidationRecord
 
 
 class Log:
@@ -25,11 +25,18 @@ class Log:
         self._waiting = b""
 
     def see(self, record: Record) -> None:
-        """Write the line of a step or a validation, and those that wait. Raises OSError when they wait longer."""
-        if isinstance(record, StepRecord | ValidationRecord):
-            line = log_line(record) if isinstance(record, StepRecord) else validation_line(record)
-            self._waiting += (line + "\n").encode("utf-8")
-            self.write()
+        """Write the line of a record that has one, and those that wait. Raises OSError when they wait longer."""
+        match record:
+            case StepRecord():
+                line = log_line(record)
+            case ValidationRecord():
+                line = validation_line(record)
+            case NoteRecord():
+                line = note_line(record)
+            case _:
+                return
+        self._waiting += (line + "\n").encode("utf-8", "replace")
+        self.write()
 
     def write(self) -> None:
         """Write the lines that wait. Raises OSError, with nothing written, when they have to wait longer."""
@@ -105,6 +112,11 @@ def validation_line(record: ValidationRecord) -> str:
         "best_step": record.best_step,
     }
     return json.dumps({"step": record.step, "validation": found})
+
+
+def note_line(record: NoteRecord) -> str:
+    """Return a note as a line of JSON of its own, told from those of steps by its key `note`."""
+    return json.dumps({"step": record.step, "note": record.text}, ensure_ascii=False)
 
 
 def _drop_records_after(path: Path, step: int) -> None:
