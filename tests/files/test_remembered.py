@@ -39,7 +39,7 @@ def test_an_unchanged_file_is_read_once_also_by_the_next_run(file: Path, tmp_pat
     assert asked(memory, file) == (digest_of(b"one"), True)
     assert asked(memory, file) == (digest_of(b"one"), False)
     assert asked(memory, file, kind="picture")[1], "digests of another kind are others"
-    memory.save()
+    memory.keep()
     assert asked(RememberedDigests(tmp_path / "memory.json"), file) == (digest_of(b"one"), False)
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_memory_is_no_memory(file: Path, tmp_path: Path, content: str)
     (tmp_path / "memory.json").write_text(content)
     memory = RememberedDigests(tmp_path / "memory.json")
     assert asked(memory, file) == (digest_of(b"one"), True)
-    memory.save()
+    memory.keep()
     assert not asked(RememberedDigests(tmp_path / "memory.json"), file)[1]
 
 
