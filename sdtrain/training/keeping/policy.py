@@ -60,5 +60,5 @@ def remove_superfluous(folder: Path, step: int, settings: CheckpointConfig) -> N
 
 
 def pass_over(state: Path) -> None:
-    """Give a state that the run does not go on from a name that says so; one of the same step goes. Raises UserError."""
+    """Give a state that is not gone on from a name that says so; another one of its step goes. Raises UserError."""
     rename_folder(state, f"passed-over-{state.name}")
