@@ -29,6 +29,7 @@ from pathlib import Path
 
 place, pause = sys.argv[1], float(sys.argv[4])
 after, first, again = (int(sys.argv[number]) for number in (2, 3, 5))
+signal.signal(first, signal.SIG_DFL)  # whatever ignores it around these tests
 module, _, name = place.rpartition(":")
 owner = import_module(module)
 *holders, last = name.split(".")
@@ -111,6 +112,7 @@ def test_a_terminal_that_hangs_up_saves(tmp_path: Path, table: dict[str, Any]) -
     path = write(tmp_path, table, {"steps": 100_000})
     child, terminal = pty.fork()
     if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever ignores it around these tests
         os.execv(sys.executable, [*SDTRAIN, "fit", str(path)])
     run = tmp_path / "runs" / "small"
     os.set_blocking(terminal, False)
