@@ -135,7 +135,11 @@ def test_all_mistakes_at_once_are_all_told(folders: Path) -> None:
 @pytest.mark.parametrize("setting", all_settings())
 def test_a_wrong_value_of_any_setting_is_one_problem(folders: Path, setting: str) -> None:
     table = right(folders)
-    put(table, setting, {"no": "such value"} if not setting.endswith((".lr", "alphas", "ranks", ".stop")) else -1)
+    put(
+        table,
+        setting,
+        {"no": "such value"} if not setting.endswith((".lr", "alphas", "ranks", ".stop", "layer_weights")) else -1,
+    )
     found = problems(table)
     assert [where for where, _ in found] == [setting], found
 

@@ -54,7 +54,9 @@ class ModelConfig(Settings):
         default="",
         description="Folder with configs and tokenizers, which a single file lacks: a diffusers folder, say.",
     )
-    variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
+    variant: str = Field(
+        default="", max_length=100, description="Variant of the files in a diffusers folder, e.g. `fp16`."
+    )
     prediction: Literal["auto"] | Prediction = Field(
         default="auto", description="What the U-Net predicts; `auto` reads it from the model."
     )

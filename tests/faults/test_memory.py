@@ -26,7 +26,9 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 def losses(ran: Ran) -> list[float]:
-    return [json.loads(line)["loss"] for line in (ran.folder / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (ran.folder / "log.jsonl").read_text().splitlines() if '"groups"' in line
+    ]
 
 
 def short_of_memory(monkeypatch: pytest.MonkeyPatch, error: Exception, *, fits: int, checkpointed: bool) -> list[Any]:

@@ -356,7 +356,7 @@ def test_a_network_that_was_stopped_is_left_in_peace() -> None:
 def test_notes_are_lines_of_the_log_of_their_own(tmp_path: Path) -> None:
     with log_to(tmp_path / "log.jsonl", 0) as log:
         for record in (step(1, GROWN), NoteRecord(1, "größer"), SavedRecord(1, tmp_path, "state"), step(2, GROWN)):
-            log(record)
+            log.see(record)
     lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines[1] == '{"step": 1, "note": "größer"}'
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2]

@@ -128,15 +128,12 @@ def up_still_zero(run: RunRecord, step: StepRecord, group: GroupRecord) -> str |
     """Return advice on a network whose adapters are as they began though gradients were made for it."""
     if not group.at_zero or group.stopped or step.step < _after_first_steps(run):
         return None
-    if not group.skipped and not group.gradient:
-        return None  # a network without gradient is told of as that
-    found = f"note: the up matrices of {group.name} are still zero after {step.step} steps, so it changes no picture: "
-    if group.skipped:
-        return found + (
-            f"{group.skipped} steps were left out because a gradient was not finite. Try model.dtype = float32, and "
-            "look at the pictures and captions of these steps."
-        )
-    return found + "no gradient reaches them. Train without method.init_from, or with another adapter."
+    if group.skipped or not group.gradient:
+        return None  # steps that were left out, and a network without gradient, are told of as that
+    return (
+        f"note: the up matrices of {group.name} are still zero after {step.step} steps, so it changes no picture: no "
+        "gradient reaches them. Train without method.init_from, or with another adapter."
+    )
 
 
 @dataclass

@@ -27,11 +27,11 @@ def bits(run: Path, step: int) -> dict[str, bytes]:
 
 
 def steps_of(run: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
 
 
 # ---------------------------------------------------------------- settings
