@@ -26,7 +26,8 @@ class Piece:
 class Start:
     """Where an order begins that takes over from one of other pictures, in the middle of an epoch.
 
-    left: how often each picture is still seen in that epoch.
+    left: how often each picture is still seen in that epoch; below 0 where it was seen more often than its folder says
+    by now, which counts if the folder is changed once more.
     """
 
     step: int
@@ -95,9 +96,9 @@ class Order:
         return self._last[1]
 
     def left(self, step: int) -> tuple[int, tuple[int, ...]]:
-        """Return the epoch that a step begins in, and how often each picture is still seen in it from there on."""
+        """Return the epoch that a step begins in, and how often each picture is still seen in it, as in `Start`."""
         epoch, position = self._place(step, 0)
-        left = [0] * len(self._repeats)
+        left = [min(0, times) if epoch == self._start.epoch else 0 for times in self._start.left]
         for numbers in self.epoch(epoch)[position:]:
             for number in numbers:
                 left[number] += 1

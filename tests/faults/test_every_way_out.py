@@ -27,7 +27,9 @@ FULL = {"method": {"kind": "full"}, "memory.fused_back_pass": True}
 
 
 def losses(ran: Ran) -> list[float]:
-    return [json.loads(line)["loss"] for line in (ran.folder / "log.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (ran.folder / "log.jsonl").read_text().splitlines() if '"groups"' in line
+    ]
 
 
 def at_step(number: int, signal_number: int) -> Callable[[Record], None]:

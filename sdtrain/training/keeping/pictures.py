@@ -135,10 +135,10 @@ def left_now(
     """Return how often each picture of now is still seen in the epoch that was begun with those of before.
 
     left_before: the same of the pictures of then. What a picture was seen belongs to it, so none is lost or doubled;
-    one that was added is seen as often as its folder says.
+    one that was added is seen as often as its folder says. Below 0: see `Start`.
     """
     left = []
     for picture, number in zip(now, changes.before, strict=True):
         seen = 0 if number is None else before[number].repeats - left_before[number]
-        left.append(max(0, picture.repeats - seen))
+        left.append(picture.repeats - seen)
     return tuple(left)

@@ -174,7 +174,9 @@ def _with_pictures_of(
     epoch, left_before = _order(config, before, plan).left(state.step)
     left = pictures.left_now(changes, before, now, left_before)
     standing = replace(standing, plan=replace(plan, start=Start(state.step, epoch, left)))
-    return _with_note(standing, f"{since}; {sum(left)} are still to be seen in the epoch that was begun"), []
+    return _with_note(
+        standing, f"{since}; {sum(max(0, times) for times in left)} are still to be seen in the epoch that was begun"
+    ), []
 
 
 def _order(config: Config, register: Sequence[Picture], plan: Plan) -> Order:

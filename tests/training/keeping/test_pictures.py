@@ -109,12 +109,10 @@ def test_however_often_the_pictures_change_an_epoch_shows_each_as_often_as_its_f
         at, left_before = order.left(step)
         if at != epoch:
             epoch, seen = at, [0] * len(pictures)
-        assert [max(0, picture.repeats - count) for picture, count in zip(pictures, seen, strict=True)] == list(
-            left_before
-        )
+        assert [picture.repeats - count for picture, count in zip(pictures, seen, strict=True)] == list(left_before)
         changes = compare(pictures, later)
         left = left_now(changes, pictures, later, left_before)
         seen = [0 if old is None else seen[old] for old in changes.before]
         for picture, count, rest in zip(later, seen, left, strict=True):
-            assert rest == max(0, picture.repeats - count), "neither lost nor doubled"
+            assert rest == picture.repeats - count, "neither lost nor doubled"
         pictures, order = later, order_of(later, Start(step, epoch, left))
