@@ -170,8 +170,8 @@ class Job:
 
 
 def look_at(steps: int) -> list[int]:
-    """Return the steps after which a run of this length is measured: 8 of them, 4 where it is short."""
-    times = 8 if steps >= 400 else 4
+    """Return the steps after which a run of this length is measured: 8 of them, 2 where it is short."""
+    times = 8 if steps >= 400 else 2
     return sorted({max(1, round(steps * (index + 1) / times)) for index in range(times)})
 
 
@@ -183,7 +183,7 @@ def run_job(job: Job) -> list[results.Result]:
     config = tasks.config_of(task, max(job.lengths), job.seed, settings_of(job.contestant))
     model, trainable = tasks.trainable_copy(config)
     encodes = trains_text(config)
-    before = tasks.held_out_losses(model, job.task, encodes=encodes)["all"]
+    before = tasks.untouched_loss(job.task)
     contestant = build(job.contestant, trainable, config)
     objective, feed = Objective(model, config, torch.device("cpu")), tasks.Feed(job.task, config)
     measured: dict[int, dict[str, float]] = {}

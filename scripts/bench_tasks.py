@@ -309,6 +309,12 @@ def held_out_losses(model: Model, name: str, *, encodes: bool) -> dict[str, floa
     return {"all": float(losses.mean()), **{part: float(some.mean()) for part, some in parts.items() if len(some)}}
 
 
+@functools.cache
+def untouched_loss(name: str) -> float:
+    """Return the held-out loss of the model as it was released."""
+    return held_out_losses(base_model(), name, encodes=False)["all"]
+
+
 def painted_rates(model: Model, name: str) -> dict[str, float]:
     """Return how often the judges see what was asked for, of what is new and of what is known.
 
