@@ -272,7 +272,8 @@ def commit() -> str:
 def plan(chosen: list[str], contestants: list[str], lengths: list[int], seeds: list[int], *, judged: bool) -> list[Job]:
     """Return the jobs in the order in which they are run: the tasks take turns, so that any part of it is balanced.
 
-    contestants: names, or "sweep", "peers" and "ours". What has no horizon is run once, for all lengths.
+    contestants: names, or sets of them: "sweep", which is "middle" and "outer" (the 9 settings with the three middle
+    learning rates and the 6 others), and "peers". What has no horizon is run once, for all lengths.
     """
     jobs = []
     for seed in seeds:
@@ -286,9 +287,9 @@ def task_queue(name: str, contestants: list[str], lengths: list[int], seed: int,
     """Return the jobs of one task and seed."""
     task = tasks.TASKS[name]
     kind = task.method["kind"]
-    names: list[str] = []
-    for one in contestants:
-        names += {"sweep": sweep(kind), "peers": peers(kind)}.get(one, [one])
+    swept = sweep(kind)
+    sets = {"sweep": swept, "middle": swept[:9], "outer": swept[9:], "peers": peers(kind)}
+    names = [name for one in contestants for name in sets.get(one, [one])]
     queue = []
     for one in names:
         horizon = has_horizon(one, tasks.config_of(task, max(lengths), seed, settings_of(one)))
