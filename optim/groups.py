@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import GroupValues, exact_dtype
+from optim.formulas.numbers import GroupValues, exact_dtype
 from optim.settings import GROUP_SETTINGS, check_group
 
 ON_DEVICE = (*GROUP_SETTINGS, "initial_lr")
@@ -19,6 +19,11 @@ def group_ranges(groups: list[dict[str, Any]]) -> list[tuple[int, int]]:
         ranges.append((start, start + len(group["params"])))
         start = ranges[-1][1]
     return ranges
+
+
+def has_weight(group: dict[str, Any]) -> bool:
+    """Whether the steps of a group are multiplied by a weight or `d_coef`."""
+    return group["initial_lr"] not in (0, 1) or group["d_coef"] != 1
 
 
 class GroupsOnDevice:
@@ -47,7 +52,8 @@ class GroupsOnDevice:
             for row, value in enumerate(new):
                 self._values[row, index].fill_(value)  # a fill, unlike a copy, does not wait for the device
             self._written[index] = new
-        return GroupValues(**dict(zip(ON_DEVICE, self._values.unbind(0), strict=True)))
+        rows = dict(zip(ON_DEVICE, self._values.unbind(0), strict=True))
+        return GroupValues(**rows, any_weighed=any(map(has_weight, groups)))
 
     def marks(self, which: set[int], num_groups: int, device: torch.device) -> Tensor:
         """Whether each group is one of `which`, bool (groups,); remembered, for a copy to the device waits for it."""

@@ -1,11 +1,14 @@
 """What people see of a running optimizer."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED, Numbers
+from optim.formulas.freezing import FROZEN_WHILE_IT_CLIMBED, is_climbing, is_settled
+from optim.formulas.numbers import GroupValues, Numbers
 from optim.settings import Settings
 
 
@@ -32,16 +35,29 @@ class GroupMetrics:
     """Whether any of its parameters had a gradient in the last step: if not, it holds its weights and is in no mean."""
     climbing: bool
     """Whether d has just grown by half (or had, when it was fixed): it is not yet what it is going to be."""
+    settled: bool
+    """Whether d is at rest or fixed, so that the group's weight and `d_coef` hold."""
+    gradient: float
+    """The length of the group's gradient in the last step, over all its parameters; 0 where it had none."""
+    at_zero: bool
+    """Whether parameters of it began at zero, as an adapter's up matrices do, and none of these had a gradient yet."""
 
 
-def metrics_of(groups: list[dict[str, Any]], buffer: Tensor, settings: Settings) -> list[GroupMetrics]:
-    """One entry per group, from the numbers of all groups (fields, groups); waits for the device, once."""
+def metrics_of(
+    groups: list[dict[str, Any]], buffer: Tensor, values: GroupValues, settings: Settings, zeros: set[int]
+) -> list[GroupMetrics]:
+    """One entry per group, from the numbers of all groups (fields, groups); waits for the device, once.
+
+    zeros: the groups with parameters that began at zero.
+    """
+    numbers = Numbers.of(buffer)
+    marks = torch.stack((is_settled(numbers, values, settings), is_climbing(numbers))).to(buffer)
     result = []
-    for group, column in zip(groups, buffer.T.tolist(), strict=True):
+    columns = torch.cat((buffer, marks)).T.tolist()
+    for index, (group, (*column, settled, climbs)) in enumerate(zip(groups, columns, strict=True)):
         now = dict(zip(Numbers._fields, column, strict=True))
         share = 1 - settings.betas[0] * (1 - now["weight"]) if settings.use_schedulefree else 1.0
-        settled = bool(now["frozen"]) or now["k"] - now["climb_k"] >= CLIMB_PATIENCE
-        climbing = now["frozen"] == FROZEN_WHILE_IT_CLIMBED or (not settled and now["climb_k"] > 1)
+        frozen = now["frozen"]
         result.append(
             GroupMetrics(
                 name=group["name"],
@@ -50,10 +66,13 @@ def metrics_of(groups: list[dict[str, Any]], buffer: Tensor, settings: Settings)
                 lr=float(group["lr"]),
                 effective_lr=now["applied_d"] * now["applied_lr"] * share if now["active"] else 0.0,
                 k=int(now["k"]),
-                frozen=bool(now["frozen"]),
+                frozen=bool(frozen),
                 skipped=int(now["skipped"]),
                 active=bool(now["active"]),
-                climbing=climbing,
+                climbing=frozen == FROZEN_WHILE_IT_CLIMBED if frozen else bool(climbs),
+                settled=bool(settled),
+                gradient=math.sqrt(now["square"]) if now["active"] else 0.0,
+                at_zero=index in zeros and not now["left_zero"],
             )
         )
     return result

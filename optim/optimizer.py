@@ -10,7 +10,8 @@ from torch import Tensor
 
 from optim import saving
 from optim.formulas import rounding
-from optim.formulas.prodigy import GroupValues, Numbers, begin_step, end_step, no_op_coefficients
+from optim.formulas.numbers import GroupValues, Numbers, no_op_coefficients
+from optim.formulas.prodigy import begin_step, end_step
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_of
 from optim.parameters import parameter_problems
@@ -18,7 +19,7 @@ from optim.settings import GROUP_SETTINGS, Params, Settings, check_group, with_s
 from optim.state import State
 from optim.stepper import Stepper
 from optim.steps import stacks
-from optim.sums import sum_up
+from optim.sums import note_squares, sum_up
 
 
 @dataclass(eq=False)
@@ -223,11 +224,13 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         used = [stack for stack in self._kept.stacks if not current.done.isdisjoint(stack.indices)]
         sum_up(self._sums, used, self._now, self.settings, current.coefficients, current.all_finite, current.done)
         sums = torch.stack([self._sums[start:stop, :2].sum(0) for start, stop in group_ranges(self.param_groups)])
+        note_squares(used, self._now, current.all_finite)
         moved = self._groups_of(current.done)
-        end_step(self._now, sums, moved, self._values(), self.settings, current.all_finite)
+        values = self._values()
+        end_step(self._now, sums, moved, values, self.settings, current.all_finite)
         self._stepper.end()
         self._current = None
-        if self._kept.free_frozen():
+        if self._kept.free_frozen(values.any_weighed):
             self._stepper.changed()
 
     # ------------------------------------------------------------------ state
@@ -304,7 +307,8 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def metrics(self) -> list[GroupMetrics]:
         """What each group is doing, one entry per group. Waits for the device, once."""
-        return metrics_of(self.param_groups, self._kept.numbers, self.settings)
+        zeros = {stack.kind.group for stack in self._kept.stacks if stack.kind.starts_at_zero}
+        return metrics_of(self.param_groups, self._kept.numbers, self._values(), self.settings, zeros)
 
     # ------------------------------------------------------------------ fused backward
 

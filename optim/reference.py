@@ -31,8 +31,10 @@ class ReferenceTensor:
     l2: float = 0.0
 
 
-CLIMB_PATIENCE = 20
-"""d is at rest, and weights hold, once it has not grown by half for so many steps."""
+REST_PATIENCE = 40
+"""d is at rest, and weights hold, once it has not grown by half for so many steps and half as many as it climbed ..."""
+UNMOVED_PATIENCE = 100
+"""... or for so many, if it never did."""
 
 
 class Reference:
@@ -47,7 +49,7 @@ class Reference:
         self.peak = [0.0 for _ in groups]
         self.W = [0.0 for _ in groups]
         self.k = 1
-        self.frozen = False
+        self.frozen = [False for _ in groups]
         self.climb = [(d0, 1) for _ in groups]  # d when it last grew by half, and the step of that
 
     def _start(self, value: Tensor) -> ReferenceTensor:
@@ -91,8 +93,9 @@ class Reference:
         """One step, from gradients at y; a group without any (an empty list) takes no part."""
         settings, active = self.settings, [bool(grads) for grads in gradients]
         steps = settings.prodigy_steps
-        self.frozen = self.frozen or (isinstance(steps, int) and 0 < steps <= self.k)
-        settled = [self.frozen or self.k - climb_k >= CLIMB_PATIENCE for _, climb_k in self.climb]
+        if isinstance(steps, int) and 0 < steps <= self.k:
+            self.frozen = [True for _ in self.groups]
+        settled = [frozen or self._rests(index, self.k) for index, frozen in enumerate(self.frozen)]
         d = [d * settings.d_coef if rests else d for d, rests in zip(self.d, settled, strict=True)]
         applied, pace = self.mean(d, active), self.mean(self.d, active)
         num, den = [0.0] * len(self.groups), [0.0] * len(self.groups)
@@ -107,17 +110,28 @@ class Reference:
             if settings.schedulefree_c > 0:
                 c = min(1.0, c * (1 - settings.betas[0]) * settings.schedulefree_c)
             for tensor, g in zip(group, grads, strict=True):
-                more = self._step_tensor(tensor, g.double(), self.d[index], dlr, c, beta2)
+                more = self._step_tensor(tensor, g.double(), self.d[index], dlr, c, beta2, self.frozen[index])
                 num[index] += more[0]
                 den[index] += more[1]
         if not settings.split_groups:
             num, den, active = [sum(num)] * len(num), [sum(den)] * len(den), [True] * len(den)
-        if not self.frozen:
-            for index in compress(range(len(self.groups)), active):
+        for index in compress(range(len(self.groups)), active):
+            if not self.frozen[index]:
                 self._estimate(index, num[index], den[index])
                 if self.d[index] > 1.5 * self.climb[index][0]:
                     self.climb[index] = (self.d[index], self.k)
+                if self._is_weighed(index) and self.climb[index][1] > 1:
+                    self.frozen[index] = self._rests(index, self.k + 1)
         self.k += 1
+
+    def _rests(self, index: int, k: int) -> bool:
+        """Whether a group's d is at rest at step k, so that its weight holds and, if it has one, d is fixed."""
+        climb_k = self.climb[index][1]
+        return k - climb_k >= (max(REST_PATIENCE, 0.5 * climb_k) if climb_k > 1 else UNMOVED_PATIENCE)
+
+    def _is_weighed(self, index: int) -> bool:
+        mine = self.lr if not self.settings.split_groups else [self.lr[index]]
+        return self.settings.d_coef != 1 or any(lr not in (0, 1) for lr in mine)
 
     def _rectified(self) -> tuple[float, float]:
         """RAdam, eq. 7, and the beta2 of a bias-corrected average."""
@@ -146,7 +160,7 @@ class Reference:
         return numerator / (root + d * self.settings.eps)
 
     def _step_tensor(
-        self, t: ReferenceTensor, g: Tensor, d: float, dlr: float, c: float, beta2: float
+        self, t: ReferenceTensor, g: Tensor, d: float, dlr: float, c: float, beta2: float, frozen: bool
     ) -> tuple[float, float]:
         """Moves one tensor; returns what it adds to num and den."""
         settings, beta1 = self.settings, self.settings.betas[0]
@@ -157,7 +171,7 @@ class Reference:
         u = self._update(direction, self._root(t, g, d, beta2), d)
         if settings.scales_by_rms:
             u = u / math.sqrt(max(1.0, float(u.square().mean().sqrt())))
-        sums = self._sums(t, g, at, d)
+        sums = (0.0, 0.0) if frozen else self._sums(t, g, at, d)
         self._advance(t, u, dlr, c, beta1)
         return sums
 
@@ -177,8 +191,6 @@ class Reference:
 
     def _sums(self, t: ReferenceTensor, g: Tensor, at: Tensor, d: float) -> tuple[float, float]:
         """Prodigy's sums over every 11th element, or SPEED's."""
-        if self.frozen:
-            return 0.0, 0.0
         lam = d**2 / math.sqrt(self.settings.d0)
         g, away = g.reshape(-1)[::11], t.p0 - at.reshape(-1)[::11]
         dot = float(g @ away)

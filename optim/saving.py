@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED, Numbers
+from optim.formulas.freezing import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED
+from optim.formulas.numbers import Numbers
 from optim.groups import group_ranges
 from optim.ranks import gathering
 from optim.state import State
@@ -19,6 +20,8 @@ MUST_MATCH = ("betas", "factored", "factored_fp32", "split_groups", "use_schedul
 """Settings that give a state its meaning: they must be the same when it is loaded."""
 ROWS_BEFORE_WEIGHTS = 11
 """Numbers per group in the states of before weights were held back while d climbs."""
+ROWS_BEFORE_SQUARES = 16
+"""Numbers per group in the states of before the gradients' squares were noted."""
 
 
 Groups = list[dict[str, Any]]
@@ -115,7 +118,8 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
             problems.append(f"group {index} was {before['name']!r}, is {now['name']!r}")
         if len(before["params"]) != len(now["params"]):
             problems.append(f"group {now['name']!r} had {len(before['params'])} parameters, has {len(now['params'])}")
-    if saved["numbers"].shape not in (mine["numbers"].shape, (ROWS_BEFORE_WEIGHTS, len(new))):
+    known = [mine["numbers"].shape, *((rows, len(new)) for rows in (ROWS_BEFORE_WEIGHTS, ROWS_BEFORE_SQUARES))]
+    if saved["numbers"].shape not in known:
         problems.append(f"numbers of shape {tuple(saved['numbers'].shape)}, expected {tuple(mine['numbers'].shape)}")
     for index, tensors in saved["state"].items():
         if not 0 <= index < len(kept.parameters):
@@ -132,15 +136,19 @@ def _problems(kept: State, groups: Groups, saved: Mapping[str, Any]) -> list[str
 
 
 def _completed(numbers: Tensor, groups: Groups) -> Tensor:
-    """The numbers of a state of before weights were held back while d climbs, with the rows that came since.
+    """The numbers of an older state, with the rows that came since.
 
-    Such a state counted the weight in W and d_coef in d, and did not say whether d was at rest when it was fixed.
+    One of before weights were held back while d climbs counted the weight in W and d_coef in d, and did not say whether
+    d was at rest when it was fixed.
     """
-    if numbers.shape[0] > ROWS_BEFORE_WEIGHTS:
+    if numbers.shape[0] == len(Numbers._fields):
         return numbers
     whole = torch.cat([Numbers.start(1.0, numbers.device) for _ in groups], dim=1)
-    whole[:ROWS_BEFORE_WEIGHTS] = numbers
+    whole[: numbers.shape[0]] = numbers
     now = Numbers.of(whole)
+    now.left_zero.fill_(1.0)  # a run that has got so far has moved
+    if numbers.shape[0] > ROWS_BEFORE_WEIGHTS:
+        return whole
     lr, d0, d_coef = (torch.tensor([float(group[key]) for group in groups]).to(whole) for key in ("lr", "d0", "d_coef"))
     now.weight_sum.div_(torch.where(lr > 0, lr**2, 1.0))
     now.applied_lr.copy_(lr)

@@ -24,14 +24,14 @@ class Settings:
     """How the optimizer is to work. `lr`, `weight_decay`, `d0` and `d_coef` hold for groups that set none of their own.
 
     Args:
-        lr: factor of the step size that is found; 1, or the weight of a group beside others. It holds once d has
-            stopped climbing, for d is found with steps of weight 1.
+        lr: factor of the step size that is found; 1, or the weight of a group beside others. It holds once d is at
+            rest, for d is found with steps of weight 1; the d of a group that has one is fixed then.
         betas: beta1, the place of y between z and x; beta2, decay of the second moment.
         beta3: decay of Prodigy's sums; None: sqrt(beta2).
         weight_decay: decoupled weight decay, taken at y.
         weight_decay_by_lr: whether the decay is multiplied by the step size.
         d0: the first d; with `split_groups_mean=None` 1e-5 to 1e-4 may help.
-        d_coef: factor of the estimate of d, once that has stopped climbing; the one to tune, if any.
+        d_coef: factor of the estimate of d, which holds as a weight does; the one to tune, if any.
         d_limiter: let d grow by a factor of at most 2^(1/4) per step.
         prodigy_steps: fix d from this step on and free what its estimate needs; 0: never; "auto": when d has stopped
             growing.

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from optim.formulas import rounding
-from optim.formulas.prodigy import FROZEN_WHILE_IT_CLIMBED, Numbers
+from optim.formulas.freezing import FROZEN_FOR_ITS_WEIGHT, FROZEN_WHILE_IT_CLIMBED
+from optim.formulas.numbers import Numbers
 from optim.formulas.schedule_free import average
 from optim.formulas.second_moment import factored_axes
 from optim.ranks import sharding
@@ -97,22 +98,24 @@ class State:
         for slot, index in enumerate(stack.indices):
             self.views[self.parameters[index]] = stack.state_of(slot)
 
-    def free_frozen(self) -> bool:
+    def free_frozen(self, any_weighed: bool) -> bool:
         """Drops p0 and s of groups whose d is fixed; returns whether there were any.
 
-        The device is asked rarely, and only while there is something to free.
+        The device is asked rarely, and only while there is something to free. any_weighed: whether d of some group may
+        be fixed because it has a weight.
         """
         fix_at = self.settings.prodigy_steps
         num_groups = self.numbers.shape[1]
-        if fix_at == 0 or len(self.freed) == num_groups:
+        if len(self.freed) == num_groups:
             return False
-        if self.steps % 16 if fix_at == "auto" else self.steps < fix_at:
+        by_count = fix_at not in (0, "auto") and self.steps >= int(fix_at)
+        if not by_count and (self.steps % 16 or not (fix_at == "auto" or any_weighed)):
             return False
         now = Numbers.of(self.numbers)
         due = {
             group
             for group, frozen in enumerate(now.frozen.tolist())
-            if frozen or (fix_at != "auto" and now.k[group].item() >= fix_at)
+            if frozen or (by_count and now.k[group].item() >= int(fix_at))
         } - self.freed
         self.freed |= due
         for stack in self.stacks:
@@ -122,11 +125,15 @@ class State:
         return bool(due)
 
     def thaw(self) -> list[int]:
-        """Starts the estimate of d anew in the groups whose d is fixed and would not be under these settings."""
+        """Starts the estimate of d anew in the groups whose d is fixed and would not be under these settings.
+
+        One that was fixed at rest because it has a weight stays fixed.
+        """
         now, fix_at = Numbers.of(self.numbers), self.settings.prodigy_steps
         due = []
         for group, (frozen, k) in enumerate(zip(now.frozen.tolist(), now.k.tolist(), strict=True)):
-            if frozen and (frozen == FROZEN_WHILE_IT_CLIMBED if fix_at == "auto" else fix_at == 0 or k < fix_at):
+            learns = frozen == FROZEN_WHILE_IT_CLIMBED if fix_at == "auto" else fix_at == 0 or k < fix_at
+            if frozen not in (0, FROZEN_FOR_ITS_WEIGHT) and learns:
                 due.append(group)
         for group in due:
             for value in (now.frozen, now.numerator, now.peak):

@@ -10,7 +10,7 @@ from itertools import compress
 import torch
 from torch import Tensor, nn
 
-from optim.formulas.prodigy import Coefficients
+from optim.formulas.numbers import Coefficients
 from optim.formulas.second_moment import rms_divisor
 from optim.parameters import FLOATING
 from optim.ranks import sharding

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import Coefficients, Numbers, speed_sums
+from optim.formulas.numbers import Coefficients, Numbers
+from optim.formulas.prodigy import speed_sums
 from optim.ranks import sharding
 from optim.settings import Settings
 from optim.steps.stacks import Stack
@@ -47,3 +48,23 @@ def _finish_speed(
     num = speed_sums(stack.norms, sums[stack.indices_here], now.k[group], lam, learns)
     entry = torch.stack((num, num.new_ones(len(stack.indices)), torch.zeros_like(num)), dim=1)
     sums.index_copy_(0, stack.indices_here, torch.where(learns[:, None], entry, 0.0))
+
+
+def note_squares(used: list[Stack], now: Numbers, all_finite: Tensor) -> None:
+    """Notes how large the groups' gradients were, from the stacks that took part in the step.
+
+    all_finite: bool, 0-dim, whether all gradients were finite; if not, nothing is noted.
+    """
+    at_zero = [stack for stack in used if stack.kind.starts_at_zero]
+    groups = {stack.kind.group for stack in at_zero}
+    others = [stack for stack in used if stack.kind.group not in groups]
+    square, of_zeros = _squares(used, now), _squares([*at_zero, *others], now)
+    now.square.copy_(torch.where(all_finite, square, now.square))
+    now.left_zero.copy_(torch.where(all_finite & (of_zeros > 0), 1.0, now.left_zero))
+
+
+def _squares(stacks: list[Stack], now: Numbers) -> Tensor:
+    """Sums of g^2 over each group's stacks: (groups,)."""
+    by_group = [[stack.totals for stack in stacks if stack.kind.group == group] for group in range(now.k.numel())]
+    zero = torch.zeros((), device=now.k.device)
+    return torch.stack([torch.cat(totals).sum() if totals else zero for totals in by_group]).to(now.k)

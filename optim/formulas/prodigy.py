@@ -1,127 +1,18 @@
-"""Prodigy's step size d: what the sums say, how it grows, when it stops.
+"""Prodigy's step size d: what the sums say, how it grows, and what a step is made of. When it stops: `freezing.py`.
 
 Sources: Prodigy arXiv 2306.06101 (algorithm 1), Schedule-Free arXiv 2405.15682 (eq. 8 and the weights c), refined
-averaging arXiv 2507.09846, RAdam arXiv 1908.03265 (eq. 7), escape velocity arXiv 2409.20325 (section 4).
-
-All numbers of all groups live in one float64 tensor on the device, one column per group, so that the host never has to
-wait for one of them.
+averaging arXiv 2507.09846, RAdam arXiv 1908.03265 (eq. 7).
 """
-
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from optim.formulas.freezing import freeze_by_count, freeze_by_growth, freeze_weighed, is_settled, mark_growth
+from optim.formulas.numbers import Coefficients, GroupValues, Numbers
 from optim.settings import Settings
-
-SLICE_P = 11
-"""Prodigy's sums run over every 11th element of the flattened tensor."""
 
 LIMIT_OF_GROWTH = 2**0.25
 """With `d_limiter`, d grows by at most this factor per step."""
-AUTO_GROWTH = 1.02
-"""With `prodigy_steps="auto"`, d counts as growing while it gains at least this factor ..."""
-AUTO_PATIENCE = 100
-"""... within this many steps ..."""
-AUTO_SHARE = 0.5
-"""... or within this share of the steps for which it grew, whichever is more."""
-CLIMB_GROWTH = 1.5
-"""d climbs while it gains at least this factor ..."""
-CLIMB_PATIENCE = 20
-"""... within this many steps: at the limit of growth it takes three."""
-
-FROZEN_WHILE_IT_CLIMBED = 2
-"""The mark of a group whose d was fixed, by a number of steps, while it climbed; 1 is that of all others."""
-
-
-def exact_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a group's numbers and sums: float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
-class Numbers(NamedTuple):
-    """The numbers of all groups, each float64 (groups,); views of one buffer (len(Numbers._fields), groups)."""
-
-    k: Tensor  # the number of the coming step, from 1
-    d: Tensor
-    numerator: Tensor  # r
-    peak: Tensor  # the largest r so far (SPEED)
-    weight_sum: Tensor  # W
-    weight: Tensor  # c of the last step
-    applied_d: Tensor  # D of the last step
-    mark_d: Tensor  # d when it last grew by more than 2 %
-    mark_k: Tensor  # and the step of that
-    frozen: Tensor  # 1 once d is fixed, or FROZEN_WHILE_IT_CLIMBED
-    skipped: Tensor  # steps left out because a gradient was not finite
-    active: Tensor  # 1 if any of the group's parameters had a gradient in the last step
-    climb_d: Tensor  # d when it last grew by half
-    climb_k: Tensor  # and the step of that
-    applied_lr: Tensor  # lr of the last step: without the weight while d climbs
-    pace: Tensor  # the last step's size without weight and d_coef: what a step counts for in the average
-
-    @staticmethod
-    def of(buffer: Tensor) -> "Numbers":
-        """Names for the rows of `buffer`; writing to them writes to it."""
-        return Numbers(*buffer.unbind(0))
-
-    @staticmethod
-    def start(d0: float, device: torch.device) -> Tensor:
-        """The column (fields, 1) of a group that has taken no step."""
-        first = dict.fromkeys(("k", "mark_k", "climb_k", "active", "applied_lr"), 1.0)
-        first |= dict.fromkeys(("d", "applied_d", "mark_d", "climb_d", "pace"), d0)
-        return torch.tensor(
-            [[first.get(name, 0.0)] for name in Numbers._fields], dtype=exact_dtype(device), device=device
-        )
-
-
-class Coefficients(NamedTuple):
-    """What the elementwise part of a step multiplies by: 0-dim float32 tensors of one group, or rows (groups,) of all.
-
-    The compiled steps are handed them in this order.
-    """
-
-    d: Tensor
-    beta1: Tensor
-    gain: Tensor  # 1 - beta1
-    beta2: Tensor
-    square: Tensor  # (1 - beta2) d^2
-    lam: Tensor  # d^2 / sqrt(d0), 0 where d is frozen
-    beta3: Tensor
-    dlr: Tensor
-    weight: Tensor  # c
-    y_share: Tensor  # 1 - beta1 (1 - c): the part of z's step that y takes
-    decay: Tensor  # weight decay that joins the update
-    decay_apart: Tensor  # weight decay that is not scaled by the step size
-    d_eps: Tensor
-
-    @staticmethod
-    def of(rows: Tensor, group: int) -> "Coefficients":
-        """The coefficients of one group. rows: (coefficients, groups)."""
-        return Coefficients(*rows[:, group].unbind(0))
-
-
-NO_OP = {"beta1": 1.0, "beta2": 1.0, "beta3": 1.0, "d": 1.0, "d_eps": 1.0, "y_share": 1.0}
-"""Coefficients (0 for the others) of a no-op step: with a gradient of zeros, y, z and all state keep their bits."""
-
-
-def no_op_coefficients(device: torch.device) -> Tensor:
-    """Coefficients of a no-op step, float32 (coefficients, 1), for where a gradient is not finite."""
-    return torch.tensor([[NO_OP.get(name, 0.0)] for name in Coefficients._fields], device=device)
-
-
-@dataclass(frozen=True)
-class GroupValues:
-    """The settings of the groups on the device, each float64 (groups,).
-
-    `initial_lr` is the group's weight, and what `lr` was made of it by a schedule is `lr / initial_lr`.
-    """
-
-    lr: Tensor
-    weight_decay: Tensor
-    d0: Tensor
-    d_coef: Tensor
-    initial_lr: Tensor
 
 
 def mean_over_groups(d: Tensor, active: Tensor, settings: Settings) -> Tensor:
@@ -151,14 +42,6 @@ def rectification(k: Tensor, beta2: float) -> tuple[Tensor, Tensor]:
     return torch.where(length > 4, ratio.clamp_min(0).sqrt(), 0.0), 1 - (1 - beta2) / (1 - power)
 
 
-def freeze_by_count(now: Numbers, settings: Settings) -> None:
-    """`prodigy_steps` as a number: d is fixed from that step on."""
-    if isinstance(settings.prodigy_steps, int) and settings.prodigy_steps > 0:
-        due = (now.frozen == 0) & (now.k >= settings.prodigy_steps)
-        climbs = (now.climb_k > 1) & (now.k - now.climb_k < CLIMB_PATIENCE)
-        now.frozen.copy_(torch.where(due, torch.where(climbs, float(FROZEN_WHILE_IT_CLIMBED), 1.0), now.frozen))
-
-
 def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Settings) -> Tensor:
     """The coefficients of a step, from d as it stands: float32 (coefficients, groups).
 
@@ -169,10 +52,12 @@ def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Sett
     beta1 = settings.betas[0]
     freeze_by_count(now, settings)
     factor, beta2_now = _bias_correction(now, settings)
-    scheduled = torch.where(values.initial_lr > 0, values.lr / values.initial_lr, values.lr)
-    settled = is_settled(now)
-    lr = torch.where(settled, values.lr, scheduled)
-    d = torch.where(settled, now.d * values.d_coef, now.d)
+    d, lr, scheduled = now.d, values.lr, values.lr
+    if values.any_weighed:
+        settled = is_settled(now, values, settings)
+        scheduled = torch.where(values.initial_lr > 0, values.lr / values.initial_lr, values.lr)
+        lr = torch.where(settled, values.lr, scheduled)
+        d = torch.where(settled, now.d * values.d_coef, now.d)
     applied = torch.where(active, mean_over_groups(d, active, settings), now.applied_d)
     dlr = applied * lr * factor
     pace = mean_over_groups(now.d, active, settings) * scheduled * factor
@@ -202,16 +87,6 @@ def begin_step(now: Numbers, active: Tensor, values: GroupValues, settings: Sett
     now.applied_lr.copy_(lr)
     now.pace.copy_(pace)
     return torch.stack([value.to(torch.float32) for value in coefficients])
-
-
-def is_settled(now: Numbers) -> Tensor:
-    """Whether each group's d has stopped climbing, so that its weight and `d_coef` hold: bool (groups,).
-
-    How large a step may be shows only in steps of that size: a network that moves in smaller ones never meets the limit
-    and d outgrows it, or d does not grow at all, for its sums take the smaller moves for a smaller distance. So d is
-    found with steps of weight 1, and only then multiplied.
-    """
-    return (now.frozen > 0) | (now.k - now.climb_k >= CLIMB_PATIENCE)
 
 
 def _bias_correction(now: Numbers, settings: Settings) -> tuple[Tensor, Tensor]:
@@ -246,8 +121,10 @@ def end_step(
     now.peak.copy_(torch.where(learns, torch.maximum(now.peak, r), now.peak))
     grown = _speed(now, previous) if settings.use_speed else _estimate(now, den, values, settings)
     now.d.copy_(torch.where(learns, grown, now.d))
-    _mark_growth(now, learns)
-    _freeze_by_growth(now, settings, learns)
+    mark_growth(now, learns)
+    freeze_by_growth(now, settings, learns)
+    if values.any_weighed:
+        freeze_weighed(now, values, settings, learns)
     now.k.add_(all_finite)
     now.skipped.add_(~all_finite)
     now.active.copy_(moved)
@@ -274,27 +151,6 @@ def _speed(now: Numbers, previous: Tensor) -> Tensor:
     growth = (now.numerator / previous).clamp_min(0).sqrt().clamp_max(LIMIT_OF_GROWTH)
     rises = (now.numerator >= now.peak) & (now.numerator > 0) & (previous > 0)
     return torch.where(rises, torch.maximum(now.d, now.d * growth), now.d)
-
-
-def _mark_growth(now: Numbers, learns: Tensor) -> None:
-    """Notes when d last grew: by 2 %, and by half."""
-    for factor, mark_d, mark_k in (
-        (AUTO_GROWTH, now.mark_d, now.mark_k),
-        (CLIMB_GROWTH, now.climb_d, now.climb_k),
-    ):
-        grew = learns & (now.d > factor * mark_d)
-        mark_d.copy_(torch.where(grew, now.d, mark_d))
-        mark_k.copy_(torch.where(grew, now.k, mark_k))
-
-
-def _freeze_by_growth(now: Numbers, settings: Settings, learns: Tensor) -> None:
-    """`prodigy_steps="auto"`: d is fixed, no sooner than `freeze_after`, once it has grown and then, for 100 steps and
-    half as many as it grew for, has not grown by more than 2 % (the escape velocity of arXiv 2409.20325 is reached)."""
-    if settings.prodigy_steps != "auto":
-        return
-    patience = (now.mark_k * AUTO_SHARE).clamp_min(AUTO_PATIENCE)
-    resting = learns & (now.mark_k > 1) & (now.k - now.mark_k >= patience) & (now.k >= settings.freeze_after)
-    now.frozen.copy_(torch.where(resting, 1.0, now.frozen))
 
 
 def speed_sums(norms: Tensor, sums: Tensor, k: Tensor, lam: Tensor, learns: Tensor) -> Tensor:

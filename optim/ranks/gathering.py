@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.formulas.prodigy import SLICE_P
+from optim.formulas.numbers import SLICE_P
 from optim.steps.stacks import Kind
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from optim.formulas import rounding
-from optim.formulas.prodigy import SLICE_P, Coefficients
+from optim.formulas.numbers import SLICE_P, Coefficients
 from optim.formulas.second_moment import ATAN_POLYNOMIAL, TINY
 from optim.settings import Settings
 from optim.steps.stacks import Kind, Stack

@@ -9,8 +9,8 @@ Imported only where Triton is (`cuda.usable`).
 import triton
 import triton.language as tl
 
-from optim.formulas.prodigy import SLICE_P as SLICE
-from optim.formulas.prodigy import Coefficients
+from optim.formulas.numbers import SLICE_P as SLICE
+from optim.formulas.numbers import Coefficients
 from optim.formulas.rounding import GOLDEN, MULTIPLIERS
 from optim.formulas.second_moment import ATAN_POLYNOMIAL
 from optim.formulas.second_moment import TINY as SMALLEST

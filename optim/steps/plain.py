@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import Coefficients
+from optim.formulas.numbers import Coefficients
 from optim.formulas.rounding import random_bits, round_stochastic_
 from optim.formulas.schedule_free import advance
 from optim.formulas.second_moment import FOUR_OVER_PI, TINY, atan2_update, epsilon_update, factor_roots, rms_divisor

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from optim.formulas.prodigy import SLICE_P, exact_dtype
+from optim.formulas.numbers import SLICE_P, exact_dtype
 from optim.settings import Settings
 
 NUM_SUMS = 3

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from optim.formulas.prodigy import Coefficients, GroupValues, Numbers, begin_step
+from optim.formulas.numbers import Coefficients, GroupValues, Numbers
+from optim.formulas.prodigy import begin_step
 from optim.settings import Settings
 from optim.steps import plain, stacks
 from optim.steps.plain import Step
@@ -106,7 +107,7 @@ def _coefficients(settings: Settings, device: torch.device) -> Tensor:
     Numbers.of(numbers).weight_sum.fill_(3e-4)
     decay = 1.0 if settings.weight_decay_by_lr else 1e-2  # a share of the move, not all of it
     values = {"lr": 1.0, "weight_decay": decay, "d0": 1e-2, "d_coef": 1.0, "initial_lr": 1.0}
-    group = GroupValues(**{name: numbers.new_full((1,), value) for name, value in values.items()})
+    group = GroupValues(**{name: numbers.new_full((1,), value) for name, value in values.items()}, any_weighed=False)
     active = torch.ones(1, dtype=torch.bool, device=device)
     return begin_step(Numbers.of(numbers), active, group, settings)
 

@@ -17,6 +17,14 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 
 Table = dict[str, Any]
 
+HINTS: dict[Location, str] = {
+    ("method", "lr"): "; a network that is not to move is left out of method.train, or ended by method.stop",
+    ("optimizer", "lr"): "; it is a factor of the step size that is found, leave it at 1",
+    ("optimizer", "d_coef"): "; it is a factor of the d that is found, 1 unless you know better",
+    ("optimizer", "d0"): "; it is the first guess of d, which grows from there",
+}
+"""What to do instead, where somebody sets one of these to 0 or below."""
+
 
 @dataclass(frozen=True)
 class Mistake:
@@ -62,7 +70,8 @@ def _mistake(details: ErrorDetails, table: Table) -> Mistake:
             return Mistake((*setting, "kind"), f'{found!r} is not known; allowed: "lora", "full"')
         case _:
             message = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-            return Mistake(setting, f"found {_shown(details['input'])}; allowed: {message}")
+            hint = HINTS.get(setting[:2], "") if details["type"] == "greater_than" else ""
+            return Mistake(setting, f"found {_shown(details['input'])}; allowed: {message}{hint}")
 
 
 def _setting(details: ErrorDetails, table: Table) -> Location:

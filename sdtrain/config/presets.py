@@ -1,4 +1,4 @@
-"""Named sets of optimizer values for diffusion gradients.
+"""Named sets of optimizer values for diffusion gradients, and what each is for.
 
 Diffusion gradients keep rising and falling with the timestep that happens to be drawn, so that d, which can only grow,
 keeps creeping up long after it was large enough ("escape velocity"). The presets freeze it when a share of the planned
@@ -8,11 +8,27 @@ steps.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any, assert_never, get_args
 
-from sdtrain.config.schema import OptimizerConfig, Preset
+from sdtrain.config.schema import Config, OptimizerConfig, Preset
+from sdtrain.errors import Problem
+from sdtrain.families.words import DENOISER, TRAINABLE_NETWORKS
 
 FREEZE_SHARE = 0.25
+LEAST_TRAVEL = 1e-4
+"""Weights that move by less than this in all, even if every step goes in one direction, change no picture."""
+LIMIT_OF_GROWTH = 2**0.25
+"""With `optimizer.d_limiter`, d grows by at most this factor per step."""
+
+FITS: dict[Preset, tuple[str, bool]] = {
+    "lora": ("lora", False),
+    "lora-text-encoders": ("lora", True),
+    "full": ("full", False),
+    "full-text-encoders": ("full", True),
+}
+"""What the presets for one kind of training are for: `method.kind`, and whether text encoders must be trained."""
 
 
 def preset_values(preset: Preset) -> dict[str, Any]:
@@ -20,11 +36,11 @@ def preset_values(preset: Preset) -> dict[str, Any]:
     freeze = {"prodigy_steps": "auto", "freeze_share": FREEZE_SHARE}
     match preset:
         case "lora":
-            return {**freeze, "d0": 1e-6, "split_groups_mean": "harmonic_mean"}
+            return {**freeze, "d0": 1e-4, "split_groups_mean": "harmonic_mean"}
         case "lora-text-encoders":
-            return {**freeze, "d0": 1e-5, "split_groups_mean": "off"}
+            return {**freeze, "d0": 5e-5, "split_groups_mean": "off"}
         case "full":
-            return {**freeze, "d0": 1e-7, "split_groups_mean": "harmonic_mean"}
+            return {**freeze, "d0": 1e-6, "split_groups_mean": "harmonic_mean"}
         case "full-text-encoders":
             return {**freeze, "d0": 1e-6, "split_groups_mean": "off"}
         case "auto-freeze":
@@ -35,14 +51,25 @@ def preset_values(preset: Preset) -> dict[str, Any]:
             assert_never(preset)
 
 
+def fitting_preset(kind: object, train: object) -> Preset:
+    """Return the preset for what is trained: the values of `method.kind` and `method.train`, as far as they are known.
+
+    train: names of networks; anything else is taken for the denoiser alone.
+    """
+    encoders = isinstance(train, list) and any(name in TRAINABLE_NETWORKS and name != DENOISER for name in train)
+    if kind == "full":
+        return "full-text-encoders" if encoders else "full"
+    return "lora-text-encoders" if encoders else "lora"
+
+
 def with_preset(table: dict[str, Any]) -> dict[str, Any]:
     """A plain table with the preset's optimizer values below the user's own. Left alone where it is not well-formed."""
     optimizer = table.get("optimizer", {})
     if not isinstance(optimizer, dict):
         return table
     method = table.get("method")
-    kind = method.get("kind") if isinstance(method, dict) else None
-    preset = optimizer.get("preset", "full" if kind == "full" else "lora")
+    known = method if isinstance(method, dict) else {}
+    preset = optimizer.get("preset", fitting_preset(known.get("kind"), known.get("train")))
     if preset not in get_args(OptimizerConfig.model_fields["preset"].annotation):
         return table
     values = preset_values(preset)
@@ -51,3 +78,35 @@ def with_preset(table: dict[str, Any]) -> dict[str, Any]:
     if optimizer.get("split_groups") is False:
         values["split_groups_mean"] = "off"  # one d for all leaves nothing to average
     return {**table, "optimizer": {"preset": preset, **values, **optimizer}}
+
+
+def misfits(config: Config) -> Iterator[Problem]:
+    """Yield a problem for a preset of another method, or for text encoders where none is trained."""
+    method, preset = config.method, config.optimizer.preset
+    if preset not in FITS:
+        return
+    kind, with_encoders = FITS[preset]
+    fitting = fitting_preset(method.kind, method.train)
+    if kind != method.kind:
+        yield Problem(
+            "optimizer.preset", f'{preset}, but method.kind = "{method.kind}"; leave it out, and {fitting} is chosen'
+        )
+    elif with_encoders and fitting != preset:
+        yield Problem(
+            "optimizer.preset",
+            f"{preset}, but no text encoder is trained: method.train = {list(method.train)}; leave it out, and "
+            f"{fitting} is chosen",
+        )
+
+
+def first_useful_step(d0: float, fixed: int) -> int:
+    """Return the number of steps in which a weight can have moved by LEAST_TRAVEL, if d grows as fast as it may.
+
+    fixed: the number of steps after which d grows no more.
+    """
+    d, travel, step = d0, d0, 1
+    while travel < LEAST_TRAVEL and step < fixed:
+        d *= LIMIT_OF_GROWTH
+        travel += d
+        step += 1
+    return step + max(0, math.ceil((LEAST_TRAVEL - travel) / d))

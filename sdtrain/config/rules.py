@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from sdtrain.config.presets import LEAST_TRAVEL, first_useful_step, misfits
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 from sdtrain.families.words import LATENT_FACTOR_PX
@@ -67,6 +68,24 @@ def _stops_of_all(config: Config) -> Iterator[Problem]:
         yield Problem("method.stop", f"stops every network by step {last}, before steps = {config.steps}")
 
 
+def _stops_too_soon(config: Config) -> Iterator[Problem]:
+    """Yield a problem for each network that is stopped before d can have grown enough to move a weight."""
+    method, optimizer = config.method, config.optimizer
+    if not optimizer.d_limiter or (isinstance(method, LoraConfig) and method.init_from):
+        return
+    fixed = optimizer.prodigy_steps if isinstance(optimizer.prodigy_steps, int) else 0
+    for name, stop in method.stop.items():
+        first = first_useful_step(optimizer.d0, fixed or config.steps)
+        if name in method.train and stop < min(first, config.steps):
+            yield Problem(
+                "method.stop",
+                f"stops {name} after {stop} steps, before its first useful one: d begins at optimizer.d0 = "
+                f"{optimizer.d0:.0e} and doubles every 4 steps at most, so no weight would move by {LEAST_TRAVEL:.0e}; "
+                f"stop it at {first} or later, or take it out of method.train",
+                (f"method.stop.{name}",),
+            )
+
+
 def _mixed_is_for_full(config: Config) -> Iterator[Problem]:
     if config.model.dtype == "mixed" and isinstance(config.method, LoraConfig):
         yield Problem(
@@ -116,11 +135,8 @@ def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
 def _share_of_auto(config: Config) -> Iterator[Problem]:
     prodigy_steps, share = config.optimizer.prodigy_steps, config.optimizer.freeze_share
     if prodigy_steps != "auto" and share > 0:
-        yield Problem(
-            "optimizer.freeze_share",
-            f"{share:g}, but prodigy_steps = {prodigy_steps} is the step itself; leave it out, or set prodigy_steps to "
-            "auto",
-        )
+        what = f"prodigy_steps = {prodigy_steps} is the step itself" if prodigy_steps else "prodigy_steps = 0 is never"
+        yield Problem("optimizer.freeze_share", f"{share:g}, but {what}; leave it out, or set prodigy_steps to auto")
 
 
 def _mean_of_one(config: Config) -> Iterator[Problem]:
@@ -148,6 +164,10 @@ def _preview_height(config: Config) -> Iterator[Problem]:
         yield Problem("preview.height_px", f"{config.preview.height_px} {NOT_A_MULTIPLE}")
 
 
+STOPPING = (
+    *("method.stop", "method.train", "method.init_from", "optimizer.d0", "optimizer.preset"),
+    *("optimizer.prodigy_steps", "optimizer.d_limiter", "steps"),
+)
 RULES = (
     Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
@@ -165,6 +185,8 @@ RULES = (
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),
     Rule(("optimizer.betas",), _betas),
+    Rule(("optimizer.preset", "method.kind", "method.train"), misfits),
+    Rule(STOPPING, _stops_too_soon),
     Rule(("preview.width_px",), _preview_width),
     Rule(("preview.height_px",), _preview_height),
 )

@@ -71,8 +71,8 @@ class LoraConfig(Settings):
     )
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts "
-        "while d is at rest or frozen, and waits while d climbs.",
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it waits "
+        "while d climbs and counts from when d is at rest, where d of a weighed network is frozen.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
@@ -87,8 +87,8 @@ class FullConfig(Settings):
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that are trained.")
     lr: dict[TrainableNetwork, Annotated[float, Field(gt=0)]] = Field(
         default={},
-        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it counts "
-        "while d is at rest or frozen, and waits while d climbs.",
+        description="Weight of a network's step size against the others, e.g. `{ text_encoder = 0.5 }`; it waits "
+        "while d climbs and counts from when d is at rest, where d of a weighed network is frozen.",
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
@@ -131,7 +131,9 @@ class DataConfig(Settings):
 class OptimizerConfig(Settings):
     """Prodigy + Schedule-Free. Values that are not set come from the preset."""
 
-    preset: Preset = Field(default="lora", description="Named set of values, tuned for diffusion gradients.")
+    preset: Preset = Field(
+        default="lora", description="Named set of values; the one that fits what is trained where none is named."
+    )
     lr: Annotated[float, Field(gt=0)] = Field(default=1.0, description="Factor on the step size; leave it at 1.")
     betas: tuple[Share, Share] = Field(
         default=(0.9, 0.99), strict=False, description="Averaging and second-moment factors."
@@ -145,7 +147,8 @@ class OptimizerConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
     d0: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="First guess of the step size d.")
     d_coef: Annotated[float, Field(gt=0)] = Field(
-        default=1.0, description="Factor on the d that is found; holds once d has stopped climbing."
+        default=1.0,
+        description="Factor on the d that is found; counts once d is at rest, and freezes it there.",
     )
     d_limiter: bool = Field(default=True, description="Let d grow by at most 2^(1/4) a step.")
     prodigy_steps: Whole | Literal["auto"] = Field(

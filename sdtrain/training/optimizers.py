@@ -56,8 +56,14 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
             applied_d=now.applied_d,
             effective_lr=now.effective_lr,
             frozen=now.frozen,
-            stopped=not now.active,
+            stopped=not now.active and not any(parameter.requires_grad for parameter in group["params"]),
             climbing=now.climbing,
+            settled=now.settled,
+            weight=group["initial_lr"] * group["d_coef"],
+            gradient=now.gradient,
+            at_zero=now.at_zero,
+            skipped=now.skipped,
+            given=optimizer.settings.prodigy_steps == 1,
             start_d=float((group if optimizer.settings.split_groups else groups[0])["d0"]),
         )
         for now, group in zip(optimizer.metrics(), groups, strict=True)

@@ -130,7 +130,7 @@ def _change(old: Any, new: Any) -> str:
 def _decided_by(setting: str) -> tuple[str, ...]:
     """Return the settings that a setting follows from where it is not set itself."""
     if setting.startswith("optimizer."):
-        return ("optimizer.preset", "method.kind")
+        return ("optimizer.preset", "method.kind", "method.train")
     return ("method.kind",) if setting.startswith("method.") else ()
 
 

@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sdtrain.config.foreign_settings import REFUSED
 from sdtrain.config.mistakes import all_settings
+from sdtrain.config.presets import LEAST_TRAVEL, first_useful_step
 from sdtrain.config.read import differences, overridden, read_config, resolve
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import UserError
+
+BOTH = ["unet", "text_encoder"]
 
 
 def small(**changes: Any) -> dict[str, Any]:
@@ -104,6 +107,35 @@ def test_settings_of_other_tools_are_refused_with_the_reason(key: str) -> None:
         ({"method": {"kind": "lora", "stop": {"unet": 50}}}, "method.stop", "before steps = 100"),
         ({"method": {"kind": "lora", "train": ["unet", "unet"]}}, "method.train", "twice"),
         ({"memory": {"fused_back_pass": True}}, "memory.fused_back_pass", "full fine-tune"),
+        (
+            {"optimizer": {"preset": "full"}},
+            "optimizer.preset",
+            'method.kind = "lora"; leave it out, and lora is chosen',
+        ),
+        (
+            {"method": {"kind": "full", "train": ["unet", "text_encoder"]}, "optimizer": {"preset": "lora"}},
+            "optimizer.preset",
+            'method.kind = "full"; leave it out, and full-text-encoders is chosen',
+        ),
+        (
+            {"optimizer": {"preset": "lora-text-encoders"}},
+            "optimizer.preset",
+            "no text encoder is trained: method.train = ['unet']; leave it out, and lora is chosen",
+        ),
+        (
+            {"optimizer": {"preset": "never-freeze", "freeze_share": 0.5}},
+            "optimizer.freeze_share",
+            "prodigy_steps = 0 is never",
+        ),
+        ({"method": {"kind": "lora", "lr": {"unet": 0}}}, "method.lr.unet", "is left out of method.train"),
+        ({"method": {"kind": "lora", "lr": {"unet": -0.5}}}, "method.lr.unet", "found -0.5; allowed: greater than 0"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr", "leave it at 1"),
+        ({"optimizer": {"d_coef": -1.0}}, "optimizer.d_coef", "greater than 0; it is a factor"),
+        (
+            {"method": {"kind": "lora", "train": BOTH, "stop": {"text_encoder": 5}}, "optimizer": {"d0": 1e-6}},
+            "method.stop",
+            "stops text_encoder after 5 steps, before its first useful one: d begins at optimizer.d0 = 1e-06",
+        ),
     ],
 )
 def test_bad_values_are_named_with_what_was_found_and_what_is_allowed(
@@ -119,6 +151,58 @@ def test_the_preset_freezes_at_rest_from_a_quarter_of_the_steps_on_and_the_user_
     assert (optimizer.prodigy_steps, optimizer.freeze_share) == (7, 0.0)
     assert resolve(small(optimizer={"preset": "auto-freeze"}), "test").optimizer.prodigy_steps == "auto"
     assert resolve(small(method={"kind": "full"}), "test").optimizer.preset == "full"
+
+
+@pytest.mark.parametrize(
+    ("kind", "train", "preset"),
+    [
+        ("lora", ["unet"], "lora"),
+        ("lora", BOTH, "lora-text-encoders"),
+        ("full", ["unet"], "full"),
+        ("full", BOTH, "full-text-encoders"),
+    ],
+)
+def test_the_preset_that_fits_is_chosen_and_is_no_problem_when_it_is_named(
+    kind: str, train: list[str], preset: str
+) -> None:
+    method = {"kind": kind, "train": train}
+    chosen = resolve(small(method=method), "test").optimizer
+    assert chosen.preset == preset
+    assert resolve(small(method=method, optimizer={"preset": preset}), "test").optimizer == chosen
+    for anyones in ("never-freeze", "auto-freeze"):
+        assert resolve(small(method=method, optimizer={"preset": anyones}), "test").optimizer.preset == anyones
+
+
+@pytest.mark.parametrize("train", ["unet", {"unet": 1}, [["unet"]], 3, []])
+def test_networks_that_cannot_be_read_do_not_hide_behind_the_preset(train: Any) -> None:
+    (where,) = problems(small(method={"kind": "lora", "train": train}))
+    assert where.startswith("method.train")
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "first"), [({"d0": 1e-4}, 1), ({"d0": 1e-5}, 7), ({"d0": 1e-6, "prodigy_steps": 3}, 72)]
+)
+def test_the_first_useful_step_is_the_earliest_that_a_network_may_stop_after(
+    optimizer: dict[str, Any], first: int
+) -> None:
+    method = {"kind": "lora", "train": BOTH}
+    resolve(small(method=method | {"stop": {"text_encoder": first}}, optimizer=optimizer), "test")
+    if first > 1:
+        found = problems(small(method=method | {"stop": {"text_encoder": first - 1}}, optimizer=optimizer))
+        assert f"stop it at {first} or later" in found["method.stop"]
+    warm = method | {"stop": {"text_encoder": 1}, "init_from": "a.safetensors"}
+    resolve(small(method=warm, optimizer=optimizer), "test")
+
+
+@given(d0=st.floats(1e-9, 1e-2), fixed=st.integers(1, 200))
+def test_the_first_useful_step_is_where_a_weight_can_have_moved_enough(d0: float, fixed: int) -> None:
+    def travel(steps: int) -> float:
+        return sum(d0 * 2 ** (min(step, fixed - 1) / 4) for step in range(steps))
+
+    first = first_useful_step(d0, fixed)
+    assume(first < 10_000)
+    assert travel(first) >= LEAST_TRAVEL * (1 - 1e-9)
+    assert first == 1 or travel(first - 1) < LEAST_TRAVEL * (1 + 1e-9)
 
 
 def test_a_share_beside_a_step_is_refused() -> None:

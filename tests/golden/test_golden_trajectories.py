@@ -24,7 +24,11 @@ NUMBERS = HERE / "trajectories.json"
 STEPS = 30
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
-    "lora-text-encoders": {"method.train": ["unet", "text_encoder", "text_encoder_2"], "data.caption_dropout": 0.3},
+    "lora-text-encoders": {
+        "method.train": ["unet", "text_encoder", "text_encoder_2"],
+        "data.caption_dropout": 0.3,
+        "optimizer.preset": "lora",
+    },
     "full": {"method": {"kind": "full"}, "optimizer.d0": 1e-5},
     "lora-bfloat16": {"model.dtype": "bfloat16"},
 }
@@ -116,7 +120,8 @@ def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
 def _trajectory(run: Path) -> Trajectory:
     from PIL import Image
 
-    records = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [line for line in lines if "groups" in line]
     groups = records[0]["groups"]
     parameters = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "parameters.safetensors")
     weights = load_file(run / "weights" / "golden.safetensors")

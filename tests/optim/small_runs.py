@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optim import ProdigyPlusScheduleFree
-from optim.formulas.prodigy import Coefficients
+from optim.formulas.numbers import Coefficients
 from optim.formulas.second_moment import factored_axes
 from optim.settings import Settings
 from optim.steps.stacks import Kind

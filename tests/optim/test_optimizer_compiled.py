@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from optim import ProdigyPlusScheduleFree
-from optim.formulas.prodigy import Coefficients, Numbers
+from optim.formulas.numbers import Coefficients, Numbers
 from optim.settings import Settings
 from optim.steps import cpu
 from optim.steps.support import supports

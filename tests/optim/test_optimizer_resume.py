@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from optim import ProdigyPlusScheduleFree, averaged, flatten_state, unflatten_state
+from optim.formulas.freezing import FROZEN_FOR_ITS_WEIGHT
 
 SHAPES = [(16, 48), (40, 8), (16, 48), (40, 4, 3, 3), (7,), (), (3, 5)]
 
@@ -268,3 +269,37 @@ def test_nothing_is_thawed_where_nothing_was_changed_or_d_was_at_rest() -> None:
     assert resumed_with(optimizer.state_dict(), prodigy_steps=8)[1].thaw() == []
     optimizer._now.frozen.fill_(1.0)
     assert resumed_with(optimizer.state_dict(), prodigy_steps="auto")[1].thaw() == []
+
+
+def test_a_d_that_was_fixed_for_its_weight_stays_so_and_continues_bit_for_bit() -> None:
+    params = model(torch.float32)
+    optimizer = build(params, d_coef=0.5)
+    steps(params, optimizer, 0, 20)
+    optimizer._now.frozen[0] = FROZEN_FOR_ITS_WEIGHT
+    steps(params, optimizer, 20, 34)
+    for prodigy_steps in (0, "auto", 200):
+        again, resumed = resumed_with(optimizer.state_dict(), d_coef=0.5, prodigy_steps=prodigy_steps)
+        assert resumed.thaw() == []
+        assert [m.frozen for m in resumed.metrics()] == [True, False]
+    again, resumed = resumed_with(optimizer.state_dict(), d_coef=0.5)
+    for p, q in zip(again, params, strict=True):
+        p.data.copy_(q.detach())
+    steps(params, optimizer, 34, 40)
+    steps(again, resumed, 34, 40)
+    assert all(torch.equal(p, q) for p, q in zip(again, params, strict=True))
+
+
+def test_a_state_of_before_the_gradients_squares_were_noted_can_be_loaded() -> None:
+    params = model(torch.float32)
+    optimizer = build(params)
+    steps(params, optimizer, 0, 12)
+    state = optimizer.state_dict()
+    again, resumed = resumed_with({**state, "numbers": state["numbers"][:16]})
+    assert torch.equal(resumed.state_dict()["numbers"][:16], state["numbers"][:16])
+    assert not any(m.at_zero for m in resumed.metrics()), "it has moved long ago"
+    for p, q in zip(again, params, strict=True):
+        p.data.copy_(q.detach())
+    steps(again, resumed, 12, 14)
+    steps(params, optimizer, 12, 14)
+    assert all(torch.equal(p, q) for p, q in zip(again, params, strict=True))
+    assert torch.equal(resumed.state_dict()["numbers"], optimizer.state_dict()["numbers"])

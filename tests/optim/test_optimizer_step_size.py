@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from optim import ProdigyPlusScheduleFree
-from optim.formulas.prodigy import GroupValues, Numbers, end_step
+from optim.formulas.numbers import GroupValues, Numbers
+from optim.formulas.prodigy import end_step
 
 
 def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: Any) -> float:
@@ -19,7 +20,12 @@ def after(num: float, den: float, d: float = 1e-3, r: float = 0.0, **settings: A
     now.numerator.fill_(r)
     one = torch.ones(1, dtype=torch.float64)
     values = GroupValues(
-        lr=one, weight_decay=0 * one, d0=1e-6 * one, d_coef=settings.get("d_coef", 1.0) * one, initial_lr=one
+        lr=one,
+        weight_decay=0 * one,
+        d0=1e-6 * one,
+        d_coef=settings.get("d_coef", 1.0) * one,
+        initial_lr=one,
+        any_weighed="d_coef" in settings,
     )
     sums = torch.tensor([[num, den]], dtype=torch.float64)
     true = torch.ones((), dtype=torch.bool)
@@ -174,8 +180,8 @@ def test_the_state_of_an_inactive_group_stays_when_nobody_takes_part() -> None:
 @pytest.mark.parametrize("factor", [0.1, 0.5, 2.0])
 @pytest.mark.parametrize("mean", ["harmonic_mean", None])
 def test_lr_and_d_coef_multiply_the_step_that_is_found_without_them(setting: str, factor: float, mean: Any) -> None:
-    one = two_bowls(100, split_groups_mean=mean).metrics()
-    weighed = two_bowls(100, split_groups_mean=mean, **{setting: factor}).metrics()
+    one = two_bowls(140, split_groups_mean=mean).metrics()
+    weighed = two_bowls(140, split_groups_mean=mean, **{setting: factor}).metrics()
     for before, after_it in zip(one, weighed, strict=True):
         assert before.d > 1e-2 and not before.climbing
         assert after_it.effective_lr == pytest.approx(factor * before.effective_lr, rel=0.25)
@@ -183,7 +189,7 @@ def test_lr_and_d_coef_multiply_the_step_that_is_found_without_them(setting: str
 
 
 def test_a_weight_does_not_change_what_a_step_counts_for_in_the_average() -> None:
-    one, weighed = two_bowls(100), two_bowls(100, lr=0.1)
+    one, weighed = two_bowls(140), two_bowls(140, lr=0.1)
     assert weighed._now.weight.tolist() == pytest.approx(one._now.weight.tolist(), rel=0.25)
 
 
@@ -211,3 +217,74 @@ def test_a_d_that_is_fixed_while_it_climbs_says_so() -> None:
     _, resting, _ = bowl(200, prodigy_steps=180)
     assert climbing.metrics()[0].frozen and climbing.metrics()[0].climbing
     assert resting.metrics()[0].frozen and not resting.metrics()[0].climbing
+
+
+def test_the_d_of_a_weighed_group_is_fixed_at_its_first_rest_and_the_others_go_on() -> None:
+    generator = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.randn(20, 60, generator=generator)) for _ in range(2)]
+    groups = [{"params": [params[0]], "name": "unet", "lr": 0.1}, {"params": [params[1]], "name": "text"}]
+    optimizer = ProdigyPlusScheduleFree(groups, split_groups_mean=None)
+    applied, fixed = [], []
+    for _ in range(140):
+        for p in params:
+            p.grad = p.detach() - 2
+        optimizer.step()
+        applied.append(float(optimizer._now.applied_lr[0]))
+        fixed.append(optimizer.metrics()[0].frozen)
+    unet, text = optimizer.metrics()
+    assert unet.frozen and unet.settled and not text.frozen
+    assert applied == [0.1 if was_fixed else 1.0 for was_fixed in [False, *fixed[:-1]]], "weight 1 until d is fixed"
+    climbed = int(optimizer._now.climb_k[0])
+    assert fixed.index(True) + 2 == climbed + max(40, -(-climbed // 2)), "after 40 steps, or half of the climb, at rest"
+    assert optimizer.thaw() == [], "what was fixed for its weight stays fixed"
+    assert not {"p0", "s"} & set(optimizer.state[params[0]]) and "s" in optimizer.state[params[1]]
+
+
+@pytest.mark.parametrize(("d0", "first"), [(1e-6, 100), (1e-5, 0)], ids=["never grew", "was given its d"])
+def test_a_weight_holds_without_a_climb_after_a_hundred_steps_or_at_once_where_d_was_given(
+    d0: float, first: int
+) -> None:
+    p = nn.Parameter(torch.ones(4, 40))
+    optimizer = ProdigyPlusScheduleFree([{"params": [p], "lr": 0.5, "d0": d0}])
+    applied = []
+    for _ in range(104):
+        p.grad = torch.zeros_like(p)
+        optimizer.step()
+        applied.append(float(optimizer._now.applied_lr))
+    assert applied == [1.0] * first + [0.5] * (104 - first)
+    assert not optimizer.metrics()[0].frozen
+
+
+def test_one_d_for_all_is_fixed_for_all_when_one_of_them_is_weighed() -> None:
+    params = [nn.Parameter(torch.full((20, 60), 3.0)) for _ in range(2)]
+    groups = [{"params": [params[0]], "name": "unet", "lr": 0.5}, {"params": [params[1]], "name": "text"}]
+    optimizer = ProdigyPlusScheduleFree(groups, split_groups=False)
+    for _ in range(140):
+        for p in params:
+            p.grad = p.detach() - 2
+        optimizer.step()
+    unet, text = optimizer.metrics()
+    assert unet.frozen and text.frozen and unet.d == text.d
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_length_of_a_gradient_is_shown_and_what_began_at_zero_and_stayed_there(fused: bool) -> None:
+    down, up, other = (nn.Parameter(torch.full((4, 40), value)) for value in (1.0, 0.0, 1.0))
+    groups = [{"params": [down, up], "name": "unet"}, {"params": [other], "name": "text"}]
+    optimizer = ProdigyPlusScheduleFree(groups, fused_back_pass=fused)
+
+    def step(scale: float) -> None:
+        ((3 * down + scale * up).sum() + 0 * other.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step(0.0)
+    unet, text = optimizer.metrics()
+    assert unet.gradient == pytest.approx(3 * 160**0.5) and unet.at_zero
+    assert text.gradient == 0 and text.active and not text.at_zero, "nothing of it began at zero"
+    step(float("inf"))
+    assert optimizer.metrics()[0].at_zero and optimizer.metrics()[0].skipped == 1
+    step(4.0)
+    assert optimizer.metrics()[0].gradient == pytest.approx(5 * 160**0.5) and not optimizer.metrics()[0].at_zero
+    step(0.0)
+    assert not optimizer.metrics()[0].at_zero, "it has moved once"

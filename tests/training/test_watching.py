@@ -19,7 +19,7 @@ from safetensors import safe_open
 from sdtrain.training.objective import Objective
 from sdtrain.training.watching import advice
 from sdtrain.training.watching.advice import Adviser, stuck_at_d0, stuck_at_stored_d
-from sdtrain.training.watching.log import log_line
+from sdtrain.training.watching.log import log_line, log_to
 from sdtrain.training.watching.records import (
     EndRecord,
     GroupRecord,
@@ -243,40 +243,125 @@ def test_what_fails_of_our_own_is_raised() -> None:
 # ---------------------------------------------------------------------- advice
 
 
-def test_a_d_that_is_still_d0_is_told_after_a_hundred_steps_and_once() -> None:
+def told(run: RunRecord, *steps: StepRecord) -> list[tuple[int, str]]:
+    """All notes that these steps of a run give rise to."""
     adviser = Adviser()
-    adviser.notes(RUN)
-    assert adviser.notes(step(99, group(1e-6))) == []
-    assert [note.step for note in adviser.notes(step(100, group(1e-6)))] == [100]
-    assert adviser.notes(step(101, group(1e-6))) == []
-    text = stuck_at_d0(RUN, step(100, group(1e-6), group(1e-3, name="text_encoder")))
-    assert text and "d of unet is still d0 = 1e-06, so it learns next to nothing" in text
+    adviser.notes(run)
+    return [(note.step, note.text) for record in steps for note in adviser.notes(record)]
 
 
-@pytest.mark.parametrize("moved", [group(1.1e-6), group(1e-6, frozen=True)], ids=["grown", "frozen"])
-def test_a_d_that_grew_or_is_frozen_is_not_stuck(moved: GroupRecord) -> None:
-    assert stuck_at_d0(RUN, step(500, moved)) is None
-    assert stuck_at_stored_d(RUN, step(500, moved)) is None
+def changed(record: GroupRecord, **values: object) -> GroupRecord:
+    return dataclasses.replace(record, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("steps", "first"), [(1000, 100), (60, 30), (20, 10), (12, 10)])
+def test_a_d_that_is_still_d0_is_told_sooner_in_a_short_run(steps: int, first: int) -> None:
+    run = dataclasses.replace(RUN, steps=steps)
+    notes = told(run, *(step(number, group(1e-6)) for number in range(1, min(steps, 110) + 1)))
+    assert [number for number, text in notes if "still d0" in text] == [first]
+
+
+def test_a_d_that_stays_at_a_large_d0_is_not_called_useless() -> None:
+    run, found = dataclasses.replace(RUN, d0=1e-4), group(1e-4, start_d=1e-4)
+    text = stuck_at_d0(run, step(100, found), found)
+    assert text and "It learns at that pace, which may be right" in text
+
+
+def test_a_d_that_grew_or_was_given_is_not_stuck_and_a_frozen_one_is() -> None:
+    for found in (group(1.1e-6), changed(group(1e-6, frozen=True), given=True)):
+        assert stuck_at_d0(RUN, step(500, found), found) is None
+        assert stuck_at_stored_d(RUN, step(500, found), found) is None
+    frozen = group(1e-6, frozen=True)
+    assert stuck_at_d0(RUN, step(500, frozen), frozen) is not None
 
 
 def test_a_network_is_compared_with_where_it_started() -> None:
     warm = group(3e-4, start_d=3e-4)
-    assert stuck_at_d0(RUN, step(100, warm)) is None
-    text = stuck_at_stored_d(RUN, step(100, warm, group(1e-6, name="text_encoder")))
-    assert text and "unet (3.0e-04)" in text and "text_encoder" not in text
-    assert stuck_at_stored_d(RUN, step(100, group(4e-4, start_d=3e-4))) is None
+    assert stuck_at_d0(RUN, step(100, warm), warm) is None
+    text = stuck_at_stored_d(RUN, step(100, warm), warm)
+    assert text and "d of unet is still that of the file in method.init_from (3.0e-04)" in text
+    grown = group(4e-4, start_d=3e-4)
+    assert stuck_at_stored_d(RUN, step(100, grown), grown) is None
 
 
 def test_a_resumed_run_is_given_its_hundred_steps() -> None:
-    resumed = dataclasses.replace(RUN, first_step=400)
-    assert stuck_at_d0(resumed, step(450, group(1e-6))) is None
-    assert stuck_at_d0(resumed, step(500, group(1e-6))) is not None
+    resumed, stuck = dataclasses.replace(RUN, first_step=400), group(1e-6)
+    assert stuck_at_d0(resumed, step(450, stuck), stuck) is None
+    assert stuck_at_d0(resumed, step(500, stuck), stuck) is not None
+
+
+GROWN = group(1e-3)
+ONE_SENTENCE = {
+    "stuck at d0": ([group(1e-6)] * 150, 100, "after 100 steps d of unet is still d0 = 1e-06, so it learns next to"),
+    "stuck at a stored d": ([group(1e-4, start_d=1e-4)] * 150, 100, "after 100 steps d of unet is still that of the"),
+    "frozen while climbing": (
+        [changed(group(1e-4), climbing=True), *[changed(group(1e-4, frozen=True), climbing=True)] * 2],
+        2,
+        "d of unet was still climbing when optimizer.prodigy_steps froze it at 1.0e-04",
+    ),
+    "climbing at the end": (
+        [*[GROWN] * 999, changed(GROWN, climbing=True)],
+        1000,
+        "d of unet was still climbing when the run ended, at 1.0e-03",
+    ),
+    "frozen too small": ([group(5e-8, start_d=1e-8, frozen=True)] * 3, 1, "d of unet is frozen at 5.0e-08"),
+    "running away": ([*[GROWN] * 600, *[group(2.1e-3)] * 3], 601, "d of unet doubled late, from 1.0e-03 at step 1"),
+    "no gradient": ([changed(GROWN, gradient=0.0)] * 30, 10, "unet got no gradient in 10 steps"),
+    "up still zero": ([changed(GROWN, at_zero=True, skipped=4)] * 30, 10, "up matrices of unet are still zero"),
+    "a weight that waited": (
+        [*[GROWN] * 999, changed(GROWN, weight=0.5, settled=False)],
+        1000,
+        "the weight of unet (0.5, of method.lr, optimizer.lr and optimizer.d_coef) did not count",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ONE_SENTENCE)
+def test_each_piece_of_advice_is_one_note_once_with_the_name_of_the_network(case: str) -> None:
+    groups, when, text = ONE_SENTENCE[case]
+    notes = told(RUN, *(step(number, now) for number, now in enumerate(groups, 1)))
+    assert [number for number, _ in notes] == [when]
+    assert notes[0][1].startswith("note: ") and text in notes[0][1]
+
+
+def test_each_network_is_told_of_at_its_own_time() -> None:
+    useless = group(5e-8, start_d=1e-8, frozen=True)
+    other = changed(useless, name="text_encoder")
+    notes = told(RUN, step(1, changed(useless, frozen=False), other), step(2, useless, other), step(3, useless, other))
+    assert [(number, " of text_encoder " in text) for number, text in notes] == [(1, True), (2, False)]
+
+
+def test_a_d_that_climbs_for_the_first_time_does_not_run_away() -> None:
+    climb = [changed(group(1e-6 * 1.19**number), climbing=True, settled=False) for number in range(30)]
+    run = dataclasses.replace(RUN, steps=40)
+    assert told(run, *(step(number, now) for number, now in enumerate(climb, 1))) == []
+
+
+def test_a_d_far_below_another_networks_is_useless_once_frozen() -> None:
+    frozen, other = group(5e-6, frozen=True), group(1e-3, name="text_encoder")
+    notes = told(RUN, step(1, frozen, other))
+    assert len(notes) == 1 and "d of unet is frozen at 5.0e-06, which is useless: that of text_encoder" in notes[0][1]
+    assert told(RUN, step(1, group(5e-5, frozen=True), other)) == []
+
+
+def test_a_network_that_was_stopped_is_left_in_peace() -> None:
+    stopped = changed(group(1e-6, frozen=True), stopped=True, climbing=True, at_zero=True, gradient=0.0, settled=False)
+    assert told(RUN, *(step(number, stopped) for number in range(1, 1001))) == []
+
+
+def test_notes_are_lines_of_the_log_of_their_own(tmp_path: Path) -> None:
+    with log_to(tmp_path / "log.jsonl", 0) as log:
+        for record in (step(1, GROWN), NoteRecord(1, "größer"), SavedRecord(1, tmp_path, "state"), step(2, GROWN)):
+            log(record)
+    lines = (tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[1] == '{"step": 1, "note": "größer"}'
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2]
 
 
 def test_a_run_from_a_file_starts_at_the_files_d_before_and_after_it_is_resumed(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advice, "STUCK_STEPS", 2)
+    monkeypatch.setattr(advice, "FIRST_STEPS", 1)
     first, _ = train({"name": "first", "optimizer.d0": 0.05})  # more than is ever found, so that it stays
     seen: list[Record] = []
     warm = {
@@ -291,5 +376,5 @@ def test_a_run_from_a_file_starts_at_the_files_d_before_and_after_it_is_resumed(
     assert stored > 1e-4
     assert [record.groups[0].start_d for record in steps] == pytest.approx([stored] * 4)
     for said in (text, resumed):
-        assert said.count("d is still that of the file in method.init_from: unet") == 1
+        assert said.count("d of unet is still that of the file in method.init_from") == 1
         assert "is still d0" not in said

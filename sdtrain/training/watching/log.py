@@ -1,4 +1,4 @@
-"""Writes `log.jsonl`: one line per step, for people and programs."""
+"""Writes `log.jsonl`: one line per step and one per note, for people and programs."""
 
 from __future__ import annotations
 
@@ -9,19 +9,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from sdtrain.files.writer import write_text
-from sdtrain.training.watching.records import Record, StepRecord, Watcher
+from sdtrain.training.watching.records import NoteRecord, Record, StepRecord, Watcher
 
 
 @contextmanager
 def log_to(path: Path, first_step: int) -> Iterator[Watcher]:
-    """Give a watcher that appends every step to the log; lines of steps after `first_step` are dropped before."""
+    """Give a watcher that appends every step and note to the log; lines of steps after `first_step` are dropped
+    before."""
     _drop_records_after(path, first_step)
     with path.open("a", encoding="utf-8") as file:
 
         def write(record: Record) -> None:
-            if isinstance(record, StepRecord):
-                file.write(log_line(record) + "\n")
-                file.flush()
+            match record:
+                case StepRecord():
+                    line = log_line(record)
+                case NoteRecord():
+                    line = note_line(record)
+                case _:
+                    return
+            file.write(line + "\n")
+            file.flush()
 
         yield write
 
@@ -46,6 +53,11 @@ def log_line(record: StepRecord) -> str:
             "groups": groups,
         }
     )
+
+
+def note_line(record: NoteRecord) -> str:
+    """Return a note as a line of JSON of its own, told from those of steps by its key `note`."""
+    return json.dumps({"step": record.step, "note": record.text}, ensure_ascii=False)
 
 
 def _drop_records_after(path: Path, step: int) -> None:

@@ -44,9 +44,21 @@ class GroupRecord:
     start_d: float
     """The d that the network started from: the settings' d0, or the d stored in `method.init_from`."""
     stopped: bool = False
-    """Whether it took no part in the step (`method.stop`): it holds its weights, and its effective_lr is 0."""
+    """Whether it is no longer trained (`method.stop`): it holds its weights, and its effective_lr is 0."""
     climbing: bool = False
     """Whether d has just grown by half, or had when it was frozen: it is not yet what it is going to be."""
+    settled: bool = True
+    """Whether d is at rest or frozen, so that the network's weight counts."""
+    weight: float = 1.0
+    """What the step is multiplied by then: `method.lr` times `optimizer.lr` times `optimizer.d_coef`."""
+    gradient: float = 1.0
+    """The length of its gradient in the step; 0 where it got none."""
+    at_zero: bool = False
+    """Whether the matrices of its adapters that begin at zero got no gradient yet: it changes no picture."""
+    skipped: int = 0
+    """The number of steps so far that changed nothing because a gradient was not finite."""
+    given: bool = False
+    """Whether d is a value that was given and never estimated (`optimizer.prodigy_steps = 1`)."""
 
 
 @dataclass(frozen=True)
