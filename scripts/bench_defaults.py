@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / ".github" / "evidence" / "defaults.jsonl"
 PICTURES = ROOT / ".github" / "pictures"
 PACKAGES = ("torch", "schedulefree", "prodigyopt", "prodigy-plus-schedule-free")
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "cosine", "linear")
 LRS = {"lora": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), "full": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3)}
 DECIDED = (
     *("preset", "d0", "d_coef", "betas", "weight_decay", "prodigy_steps", "freeze_share", "eps"),
@@ -70,17 +70,18 @@ class Contestant:
     d: Callable[[], float]
 
 
-def sweep(kind: str) -> list[str]:
-    """Return the AdamW settings for a kind of method, most promising learning rates first."""
-    low, middle_low, middle, middle_high, high = LRS[kind]
-    order = (middle, middle_high, middle_low, high, low)
-    return [f"adamw lr={lr:g} schedule={schedule}" for lr in order for schedule in SCHEDULES]
+def sweep(kind: str) -> dict[str, list[str]]:
+    """Return the 15 AdamW settings for a kind of method: of each schedule with the three middle learning rates, and
+    "outer" with the two others."""
+    low, *middle, high = LRS[kind]
+    settings = {schedule: [f"adamw lr={lr:g} schedule={schedule}" for lr in middle] for schedule in SCHEDULES}
+    return settings | {"outer": [f"adamw lr={lr:g} schedule={name}" for name in SCHEDULES for lr in (low, high)]}
 
 
-def peers(kind: str) -> list[str]:
-    """Return all other contestants but ours for a kind of method."""
-    free = [f"schedulefree lr={lr:g}" for lr in LRS[kind]]
-    return ["prodigyopt schedule=constant", "prodigyopt schedule=cosine", "prodigy-plus", *free]
+def peers(kind: str) -> dict[str, list[str]]:
+    """Return all other contestants but ours: "free", who estimate d, and schedule-free AdamW."""
+    free = ["prodigyopt schedule=constant", "prodigy-plus", "prodigyopt schedule=cosine"]
+    return {"free": free, "schedulefree": [f"schedulefree lr={lr:g}" for lr in LRS[kind]]}
 
 
 def has_horizon(contestant: str, config: Config) -> bool:
@@ -272,8 +273,8 @@ def commit() -> str:
 def plan(chosen: list[str], contestants: list[str], lengths: list[int], seeds: list[int], *, judged: bool) -> list[Job]:
     """Return the jobs in the order in which they are run: the tasks take turns, so that any part of it is balanced.
 
-    contestants: names, or sets of them: "sweep", which is "middle" and "outer" (the 9 settings with the three middle
-    learning rates and the 6 others), and "peers". What has no horizon is run once, for all lengths.
+    contestants: names, or sets of them: "sweep", and its parts "constant", "cosine", "linear" and "outer"; "free", who
+    estimate d, and "schedulefree". What has no horizon is run once, for all lengths.
     """
     jobs = []
     for seed in seeds:
@@ -288,7 +289,7 @@ def task_queue(name: str, contestants: list[str], lengths: list[int], seed: int,
     task = tasks.TASKS[name]
     kind = task.method["kind"]
     swept = sweep(kind)
-    sets = {"sweep": swept, "middle": swept[:9], "outer": swept[9:], "peers": peers(kind)}
+    sets = {**swept, "sweep": [name for part in swept.values() for name in part], **peers(kind)}
     names = [name for one in contestants for name in sets.get(one, [one])]
     queue = []
     for one in names:
@@ -311,7 +312,7 @@ def listed(text: str) -> list[str]:
 @app.command()
 def run(
     chosen: Annotated[str, typer.Option("--tasks")] = ",".join(tasks.TASKS),
-    contestants: Annotated[str, typer.Option(help="separated by ;")] = "ours;sweep;peers",
+    contestants: Annotated[str, typer.Option(help="separated by ;")] = "ours;sweep;free;schedulefree",
     lengths: str = "100,400",
     seeds: str = "0",
     judged: Annotated[bool, typer.Option("--judge", help="let the judges look at the finished runs")] = False,
