@@ -190,7 +190,7 @@ def run_job(job: Job) -> list[results.Result]:
     measured: dict[int, dict[str, float]] = {}
     d: dict[int, float] = {}
     looks = {step for length in job.lengths for step in look_at(length)}
-    rates: dict[str, float] = {}
+    rates: dict[int, dict[str, float]] = {}
     for step in range(config.steps):
         loss = objective(feed.at(step), generator_of(config.seed, "noise", step, 0))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -203,13 +203,12 @@ def run_job(job: Job) -> list[results.Result]:
             d[step + 1] = contestant.d()
             with contestant.shipped():
                 measured[step + 1] = tasks.held_out_losses(model, job.task, encodes=encodes)
-                if job.judged and step + 1 == config.steps:
-                    rates = tasks.painted_rates(model, job.task)
+                if job.judged and step + 1 in job.lengths:
+                    rates[step + 1] = tasks.painted_rates(model, job.task)
     seconds = time.perf_counter() - started
     settings = own_settings(config) if job.contestant.startswith(results.OURS) else {}
     return [
-        result_of(job, length, before, measured, d, rates if length == config.steps else {}, seconds, settings)
-        for length in job.lengths
+        result_of(job, length, before, measured, d, rates.get(length, {}), seconds, settings) for length in job.lengths
     ]
 
 
