@@ -29,8 +29,8 @@ def averaged(optimizer: Averaging) -> Iterator[None]:
     if optimizer.holds_average:
         yield
         return
-    optimizer.eval()
     try:
+        optimizer.eval()  # within, for it copies, and where memory runs out some weights are x and some are y
         yield
     finally:
         optimizer.train()

@@ -163,25 +163,38 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
                 self._build_missing(present)
                 self._advance(present, current)
             except ValueError:  # nothing has moved yet: the next step is this one again
-                self._current = None
-                self._kept.steps -= 1
+                self.abandon_step()
                 raise
         self._end(current)
         return loss
+
+    def abandon_step(self) -> bool:
+        """Give up the step that an error interrupted, if there is one; the next step is this one again.
+
+        Returns False, and changes nothing, where weights have moved already: they are those of no step then, and a
+        state that was saved before has to take their place.
+        """
+        if self._current is not None:
+            if self._stepper.has_moved:
+                return False
+            self._current = None
+            self._kept.steps -= 1
+        return True
 
     def _begin(self, present: list[int]) -> StepInProgress:
         """present: the parameters that take part; within a fused backward, those that are expected to."""
         if self.settings.fused_back_pass:
             self._hook_parameters()
             self._build_missing(present)
+        self._stepper.has_moved = False
         for stack in self._kept.stacks:
             stacks.begin_stack(stack)
         self._sums.zero_()
         coefficients = begin_step(self._now, self._groups_of(present), self._values(), self.settings)
-        self._kept.steps += 1
-        key = rounding.signed(rounding.step_key(self._kept.seed, self._kept.steps))
+        key = rounding.signed(rounding.step_key(self._kept.seed, self._kept.steps + 1))
         all_finite = torch.ones((), dtype=torch.bool, device=self._sums.device)
         self._current = StepInProgress(coefficients, all_finite, key, set())
+        self._kept.steps += 1
         return self._current
 
     def _trainable(self) -> list[int]:

@@ -44,6 +44,8 @@ class Stepper:
         self.kept = kept
         self.settings = settings
         self.tables: list[Table] | None = None
+        self.has_moved = False
+        """Whether the step in progress may have changed a weight or its state."""
 
     def changed(self) -> None:
         """Must be called whenever stacks come, go, or change their tensors."""
@@ -72,6 +74,7 @@ class Stepper:
         sharding.reduce_squares(active)
         all_finite = self._all_finite(present, active)
         coefficients = torch.where(all_finite, coefficients, no_op)
+        self.has_moved = True
         for call in calls:
             call.advance(coefficients, all_finite, step_key)
         if not work:

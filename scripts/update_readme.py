@@ -17,6 +17,7 @@ from sdtrain.config.write import _value as toml_value
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
+LARGEST = 1_000_000_000
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("", schema.Config),
     ("model", schema.ModelConfig),
@@ -30,6 +31,8 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("loss", schema.LossConfig),
     ("preview", schema.PreviewConfig),
     ("checkpoint", schema.CheckpointConfig),
+    ("validation", schema.ValidationConfig),
+    ("validation.folder", schema.FolderConfig),
     ("export", schema.ExportConfig),
     ("memory", schema.MemoryConfig),
 ]
@@ -41,7 +44,7 @@ def settings_text() -> str:
     for name, model in TABLES:
         kind = ' with `kind = "lora"`' if model is schema.LoraConfig else ""
         kind = ' with `kind = "full"`' if model is schema.FullConfig else kind
-        brackets = f"[[{name}]]" if name == "data.folder" else f"[{name}]"
+        brackets = f"[[{name}]]" if name.endswith(".folder") else f"[{name}]"
         title = f"**`{brackets}`**{kind}" if name else "**At the top**"
         rows = [
             f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"
@@ -83,7 +86,7 @@ def _named(annotation: Any, metadata: Any = ()) -> str:
     if origin is tuple:
         return f"{len(arguments)} numbers"
     if origin is dict:
-        return f"table of network = {_named(arguments[1])}"
+        return f"table of {'pattern' if arguments[0] is str else 'network'} = {_named(arguments[1])}"
     word = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
     return word + _bounds(metadata)
 
@@ -96,6 +99,8 @@ def _bounds(metadata: Any) -> str:
                 found.append(f"≥ {number:g}")
             case Gt(gt=number):
                 found.append(f"> {number:g}")
+            case Le(le=int(number)) | Lt(lt=int(number)) if number >= LARGEST:
+                pass  # such a bound keeps out what is no number of anything
             case Le(le=number):
                 found.append(f"≤ {number:g}")
             case Lt(lt=number):

@@ -10,8 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from sdtrain.commands.files.lora import load_lora, merge_lora
     from sdtrain.commands.fit import FitResult, fit
-    from sdtrain.commands.lora import load_lora, merge_lora
     from sdtrain.commands.sample import sample
     from sdtrain.config.from_python import make_config
     from sdtrain.config.read import read_config
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         RunRecord,
         SavedRecord,
         StepRecord,
+        ValidationRecord,
         Watcher,
     )
 
@@ -43,6 +44,7 @@ __all__ = [
     "SavedRecord",
     "StepRecord",
     "UserError",
+    "ValidationRecord",
     "Watcher",
     "__version__",
     "fit",
@@ -55,7 +57,7 @@ __all__ = [
 
 _HOMES = {
     "sdtrain.commands.fit": ("FitResult", "fit"),
-    "sdtrain.commands.lora": ("load_lora", "merge_lora"),
+    "sdtrain.commands.files.lora": ("load_lora", "merge_lora"),
     "sdtrain.commands.sample": ("sample",),
     "sdtrain.config.from_python": ("make_config",),
     "sdtrain.config.read": ("read_config",),
@@ -70,6 +72,7 @@ _HOMES = {
         "RunRecord",
         "SavedRecord",
         "StepRecord",
+        "ValidationRecord",
         "Watcher",
     ),
 }

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+JOINERS = "\u200c\u200d"
+"""Characters without a width of their own that words and emoji are written with."""
+
+
+def printable(text: str) -> str:
+    """Return a text on one line, with everything that could steer a terminal or mislead a reader spelt out.
+
+    Names, prompts and metadata are other people's. Line ends, escape codes, characters that turn the direction of
+    writing and bytes that are no text are shown as Python writes them, `\\x1b`; applying it twice changes nothing more.
+    """
+    return "".join(char if _is_shown(char) else char.encode("unicode_escape").decode() for char in text)
+
+
+def _is_shown(char: str) -> bool:
+    return char.isprintable() or char in JOINERS or unicodedata.category(char) == "Zs"
 
 
 @dataclass(frozen=True)
@@ -19,7 +36,9 @@ class Problem:
 
 
 class UserError(Exception):
-    """Problems the user can mend. The command line prints them all and leaves with exit code 2."""
+    """Problems the user can mend. The command line prints them all and leaves with `exit_code`."""
+
+    exit_code = 2
 
     def __init__(self, source: str, problems: Sequence[Problem]) -> None:
         assert problems, "a UserError without a problem says nothing"
@@ -28,11 +47,43 @@ class UserError(Exception):
         super().__init__(self.text())
 
     def text(self) -> str:
-        """All problems, one a line, in aligned columns under the source they were found in."""
+        """All problems, one a line, in aligned columns under the source they were found in.
+
+        It can be shown as it is: see `printable`.
+        """
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        width = min(40, max(len(problem.where) for problem in self.problems))
-        lines = [f"  {problem.where:<{width}}  {problem.what}" for problem in self.problems]
-        return "\n".join([f"{self.source}: {count}", *lines])
+        rows = [(printable(problem.where), printable(problem.what)) for problem in self.problems]
+        width = min(40, max(len(where) for where, _ in rows))
+        lines = [f"  {where:<{width}}  {what}" for where, what in rows]
+        return "\n".join([f"{printable(self.source)}: {count}", *lines])
+
+
+class NotFiniteError(UserError):
+    """Losses or gradients stayed not finite, so that the run had to end."""
+
+    exit_code = 4
+
+
+class OutOfMemoryError(UserError):
+    """There was too little memory for a step."""
+
+    exit_code = 1
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended a run before its first step or after its last, when there is nothing to save.
+
+    It is a KeyboardInterrupt, so that whoever lets Ctrl-C through lets this through as well.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(f"ended by signal {number}")
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the signal's number, as a shell says it."""
+        return 128 + self.number
 
 
 def user_error(source: str, where: str, what: str) -> UserError:

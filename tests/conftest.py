@@ -35,6 +35,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def table(tmp_path: Path, pictures: Path) -> dict[str, Any]:
     """The plain config of a run that takes a few seconds: 96 px, rank 2, four steps."""
+    return small_run(tmp_path, pictures)
+
+
+def small_run(tmp_path: Path, pictures: Path) -> dict[str, Any]:
     return {
         "name": "small",
         "output": str(tmp_path / "runs"),
@@ -75,13 +79,13 @@ def train(table: dict[str, Any]) -> Callable[..., tuple[Path, str]]:
     ) -> tuple[Path, str]:
         from rich.console import Console
 
-        from sdtrain.commands.fit import fit_settings
+        from sdtrain.commands.fit import fit
         from sdtrain.config.read import resolve
 
         config = resolve(merged(table, changes or {}), "test config")
         text = io.StringIO()
         console = Console(file=text, width=200)
-        fit_settings(config, "test config", console, resume=resume, fetch=False, watchers=watchers)
-        return Path(config.output) / config.name, text.getvalue()
+        folder = fit(config, resume=resume, watchers=watchers, console=console).folder
+        return folder, text.getvalue()
 
     return run

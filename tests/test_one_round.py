@@ -87,10 +87,11 @@ def spoilt(folders: Path, *mistakes: str) -> dict[str, Any]:
 
 def put(table: dict[str, Any], key: str, value: Any) -> None:
     inner: Any = table
-    *above, last = location_of(key)
-    for part in above:
-        inner = inner[part] if isinstance(part, int) else inner.setdefault(part, {})
-    inner[last] = value
+    location = location_of(key)
+    for part, after in itertools.pairwise(location):
+        empty = [dict(table["data"]["folder"][0])] if isinstance(after, int) else {}  # all our lists are of folders
+        inner = inner[part] if isinstance(part, int) else inner.setdefault(part, empty)
+    inner[location[-1]] = value
 
 
 def problems(
@@ -134,7 +135,11 @@ def test_all_mistakes_at_once_are_all_told(folders: Path) -> None:
 @pytest.mark.parametrize("setting", all_settings())
 def test_a_wrong_value_of_any_setting_is_one_problem(folders: Path, setting: str) -> None:
     table = right(folders)
-    put(table, setting, {"no": "such value"} if not setting.endswith((".lr", "alphas", "ranks", ".stop")) else -1)
+    put(
+        table,
+        setting,
+        {"no": "such value"} if not setting.endswith((".lr", "alphas", "ranks", ".stop", "layer_weights")) else -1,
+    )
     found = problems(table)
     assert [where for where, _ in found] == [setting], found
 

@@ -60,7 +60,7 @@ def run(train: Callable[..., tuple[Path, str]], counts: Counter[str]) -> Path:
 
 
 def test_fit_and_what_is_done_with_a_run_open_the_model_once(run: Path, counts: Counter[str], tmp_path: Path) -> None:
-    from sdtrain.commands.export import export_run
+    from sdtrain.commands.files.export import export_run
     from sdtrain.commands.sample import sample_to_files
 
     export_run(run, "diffusers", None, tmp_path / "other.safetensors")
@@ -72,8 +72,8 @@ def test_fit_and_what_is_done_with_a_run_open_the_model_once(run: Path, counts: 
 
 def test_tools_open_the_model_once(run: Path, counts: Counter[str], tmp_path: Path) -> None:
     from sdtrain.adapters.low_rank import RankRule
-    from sdtrain.commands.extract import extract_lora, resize_lora
-    from sdtrain.commands.merge import merge
+    from sdtrain.commands.files.extract import extract_lora, resize_lora
+    from sdtrain.commands.files.merge import merge
 
     lora = run / "weights" / "small.safetensors"
     merge(BASE, [(lora, 1.0)], tmp_path / "merged.safetensors", "single-file")

@@ -11,7 +11,7 @@ from torch import nn
 from sdtrain.adapters.attach import adapter_weights, copy_into
 from sdtrain.adapters.formats.alphas import rescaled
 from sdtrain.adapters.formats.lora_file import read_lora, shortened
-from sdtrain.adapters.formats.metadata import D_KEY, json_table
+from sdtrain.adapters.formats.metadata import D_KEY, json_table, number_of
 from sdtrain.errors import Problem, UserError, user_error
 
 
@@ -48,6 +48,6 @@ def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float
 def _stored_d(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
     """Step size d by network, empty for files that other tools made."""
     try:
-        return {name: float(d) for name, d in json_table(metadata, D_KEY).items()}
-    except (ValueError, TypeError):
+        return {name: number_of(d, D_KEY) for name, d in json_table(metadata, D_KEY).items()}
+    except ValueError:
         raise user_error(str(path), D_KEY, "is not a table of step sizes; the file's header was changed") from None

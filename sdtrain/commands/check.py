@@ -7,11 +7,14 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sdtrain.commands.notes import notes
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
+from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.report import DataReport, summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.text import say
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
@@ -22,10 +25,11 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     draft = read_draft(path, overrides)
     facts, examples = inspect_run(draft, decode=True)
     config = draft.require_sound()
-    report = summarise(examples, config.data)
-    console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
-    for line in (*_model_lines(config, facts), *report_lines(report)):
-        console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+    report = summarise(training_examples(examples), config.data)
+    say(console, f"{path}: no problems found")
+    validation = _validation_lines(config, len(held_out_examples(examples)))
+    for line in (*_model_lines(config, facts), *report_lines(report), *validation, *notes(config, facts)):
+        say(console, "  " + line)
 
 
 def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
@@ -39,6 +43,14 @@ def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
         f"method: {config.method.kind} on {', '.join(config.method.train)}, {config.steps} steps",
         f"optimizer: preset {config.optimizer.preset}, prodigy_steps {freeze}, d0 {config.optimizer.d0:g}",
     ]
+
+
+def _validation_lines(config: Config, num_pictures: int) -> list[str]:
+    if not num_pictures:
+        return []
+    validation = config.validation
+    when = f"every {validation.every} steps" if validation.every else "never, for validation.every is 0"
+    return [f"held out: {num_pictures} pictures, validated {when} at {validation.noise_levels} noise levels each"]
 
 
 def report_lines(report: DataReport) -> list[str]:

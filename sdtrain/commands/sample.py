@@ -1,19 +1,22 @@
-"""`sdtrain sample`: draws pictures with a finished run or a weights file."""
+"""`sdtrain sample`: draws pictures with a run, finished or not, or with a weights file."""
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import assert_never
+from typing import Any, assert_never
 
 from PIL import Image
 from rich.console import Console
 
+from optim import averaged
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.reached import open_reached
+from sdtrain.commands.run_facts import finished_weights
+from sdtrain.config.paths import read_toml
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
@@ -22,9 +25,10 @@ from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
-from sdtrain.training.start import stored_config
+from sdtrain.training.start import stored_table
 from sdtrain.training.watching.grid import labelled_grid, save_picture
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.text import say
 
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
@@ -45,6 +49,7 @@ def sample(
     prompts: Sequence[str] | str,
     seeds: Sequence[int] = SEEDS,
     *,
+    step: int | None = None,
     overrides: Sequence[str] = (),
 ) -> list[list[Image.Image]]:
     """Draw prompts x seeds with the averaged weights of a run; return one row per prompt, with one column per seed.
@@ -52,17 +57,18 @@ def sample(
     Nothing is written. A seed means the same noise for every prompt, and the same as in the previews of a run.
 
     Args:
-        source: a finished run's folder, or a weights file that sdtrain wrote.
+        source: a run's folder, or a weights file that sdtrain wrote.
         prompts: what to show.
         seeds: one picture per seed and prompt.
+        step: which training state of a run to draw with; None: its weights if it is finished, else the newest state.
         overrides: settings to change, each as `key=value`, for example `preview.guidance_scale=4.0`.
 
     Raises:
-        UserError: the run is not finished, or the file is not one of sdtrain's.
+        UserError: the run has no such state, or the file is not one of sdtrain's.
     """
     quiet_libraries()
     texts = [prompts] if isinstance(prompts, str) else prompts
-    return draw(Path(source), texts, seeds, overrides).rows
+    return draw(Path(source), texts, seeds, step, overrides).rows
 
 
 def sample_to_files(
@@ -72,50 +78,67 @@ def sample_to_files(
     out: Path | None,
     overrides: Sequence[str],
     console: Console,
+    *,
+    step: int | None = None,
 ) -> None:
     """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid."""
-    drawn = draw(source, prompts, seeds, overrides)
+    drawn = draw(source, prompts, seeds, step, overrides)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
             save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
     save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
-    console.print(
-        f"{len(prompts) * len(seeds)} pictures in {folder}; all of them: {folder / 'grid.png'}", soft_wrap=True
-    )
+    num = len(prompts) * len(seeds)
+    say(console, f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}")
 
 
-def draw(source: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:
+def draw(
+    source: Path, prompts: Sequence[str], seeds: Sequence[int], step: int | None, overrides: Sequence[str]
+) -> Pictures:
     """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
-    weights = _weights_file(source)
+    if not source.is_dir():
+        if step is not None:
+            raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
+        return _draw_file(source, prompts, seeds, overrides)
+    weights = finished_weights(source) if step is None else None
+    if weights is not None:
+        return _draw_file(weights, prompts, seeds, overrides)
+    table = with_prompts(stored_table(source), prompts)
+    config = resolve(table, str(source / "config.toml"), overrides)
+    reached = open_reached(source, config, step)
+    with averaged(reached.optimizer):
+        rows = _render(reached.model, reached.run, seeds)
+    return Pictures(rows, f"{config.name}, step {reached.step}")
+
+
+def _draw_file(weights: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
     device = pick_device(config)
     run = Run(weights.parent, config, device, pick_dtype(config, device))
-    model = load_with_weights(run, weights)
-    model.move_encoders(device, text=True)
-    rows = render(model, prepare_prompts(model, config, trains_text=False), seeds, sampling_settings(config))
+    rows = _render(load_with_weights(run, weights), run, seeds)
     return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
 
 
-def _weights_file(source: Path) -> Path:
-    if not source.is_dir():
-        return source
-    config = stored_config(source)
-    weights = source / "weights" / f"{config.name}.safetensors"
-    if not weights.exists():
-        raise user_error(
-            str(source), "weights", f"this run is not finished; go on: sdtrain fit {source / 'config.toml'} --resume"
-        )
-    return weights
+def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:
+    model.move_encoders(run.device, text=True)
+    return render(model, prepare_prompts(model, run.config, trains_text=False), seeds, sampling_settings(run.config))
+
+
+def with_prompts(table: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a run with other prompts to draw."""
+    preview = table.get("preview", {})
+    return {**table, "preview": {**(preview if isinstance(preview, dict) else {}), "prompts": list(prompts)}}
 
 
 def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], overrides: Sequence[str]) -> Config:
     if CONFIG_KEY not in metadata:
         raise user_error(str(path), "metadata", "was not written by sdtrain, so its base model is not known")
-    table = tomllib.loads(metadata[CONFIG_KEY])
-    table["preview"] = {**table["preview"], "prompts": list(prompts)}
-    return resolve(table, str(path), overrides)
+    try:
+        table = read_toml(metadata[CONFIG_KEY])
+    except ValueError as error:
+        raise user_error(str(path), CONFIG_KEY, f"in the header is no config ({error}); fetch the file again") from None
+    return resolve(with_prompts(table, prompts), str(path), overrides)
 
 
 def load_with_weights(run: Run, weights: Path) -> Model:

@@ -111,12 +111,6 @@ def draft_of(written: Written) -> Draft:
     return draft.with_problems(broken_rules(config, draft.knows))
 
 
-def draft_of_config(config: Config, source: str) -> Draft:
-    """Return the draft of a config that is right in itself. source: what it was read from, which messages name."""
-    table = config.model_dump(mode="python")
-    return Draft(Written(source, table, table), config, (), ())
-
-
 def told(written: Written, problems: Sequence[Problem]) -> UserError:
     """Return the error with all problems of what was written.
 

@@ -92,7 +92,10 @@ def _setting(details: ErrorDetails, table: Table) -> Location:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # of a number with thousands of digits, of a thousand lists in one another
+        return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= 60 else text[:57] + "..."
 
 

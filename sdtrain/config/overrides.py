@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from sdtrain.config.paths import Location, begins_with, holds, path_text, split_path
+from sdtrain.config.paths import Location, begins_with, holds, path_text, read_toml, split_path
 from sdtrain.errors import Problem
 
 Table = dict[str, Any]
@@ -41,7 +40,7 @@ def read_override(text: str) -> Override | Problem:
     """Return the override in a `KEY=VALUE` text, or what is wrong with the text."""
     found = split_path(text)
     if found and found[1].startswith("="):
-        return Override(text, found[0], _value(found[1][1:].strip()))
+        return Override(text, found[0], _value(found[0], found[1][1:].strip()))
     return Problem(place_of(text), _not_an_override(text))
 
 
@@ -88,10 +87,12 @@ def _not_an_override(text: str) -> str:
     return "write it as key=value, for example steps=500 or preview.every=100"
 
 
-def _value(text: str) -> Any:
+def _value(setting: Location, text: str) -> Any:
+    if setting == ("steps",) and text.startswith("+"):
+        return text  # so many more, which TOML would read as so many
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return read_toml(f"value = {text}")["value"]
+    except ValueError:
         return text  # a bare word is a string: --set name=cats
 
 

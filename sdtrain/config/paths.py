@@ -10,6 +10,11 @@ from typing import Any
 
 Location = tuple[str | int, ...]
 
+DEEPEST = 32
+"""The most tables and lists inside one another; the settings need five."""
+TOO_DEEP = f"tables or lists stand in one another more than {DEEPEST} deep"
+TOO_LONG = "a whole number does not fit 64 bits"
+
 _BARE = re.compile(r"[A-Za-z0-9_-]+")
 _KEY = re.compile(r"""\s*("(?:[^"\\]|\\.)*"|'[^']*'|[^.\[\]=]+)\s*""")
 _INDEX = re.compile(r"\[([0-9]{1,9})\]\s*")
@@ -100,10 +105,36 @@ def toml_string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
+def read_toml(text: str) -> dict[str, Any]:
+    """Return the plain table in a TOML text.
+
+    Raises ValueError, as a sentence, for what is no TOML, and for tables and numbers that are far beyond any setting:
+    they are deeper than DEEPEST, or do not fit 64 bits, as TOML demands.
+    """
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:  # what Python says of numbers with thousands of digits is advice for programmers
+        raise ValueError(TOO_LONG) from None
+    waiting: list[tuple[Any, int]] = [(table, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise ValueError(TOO_DEEP)
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(TOO_LONG)
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(one, depth + 1) for one in inner]
+    return table
+
+
 def _plain_key(written: str) -> str | None:
     if written[0] not in "\"'" or len(written) < 2 or written[-1] != written[0]:
         return written.strip() or None
     try:
-        return next(iter(tomllib.loads(f"{written} = 0")))
-    except tomllib.TOMLDecodeError:
+        return next(iter(read_toml(f"{written} = 0")))
+    except ValueError:
         return None

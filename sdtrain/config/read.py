@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.overrides import Table, apply_overrides, read_override
-from sdtrain.config.paths import Location, path_text
+from sdtrain.config.paths import Location, path_text, read_toml
 from sdtrain.config.schema import Config
 from sdtrain.errors import Problem, UserError, user_error
 
@@ -53,14 +52,16 @@ def overridden(plain: Table, source: str, overrides: Sequence[str]) -> Written:
 def read_table(path: Path) -> Table:
     """Return the plain table in a TOML file. Raises UserError where there is no such file, or no TOML in it."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return read_toml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise user_error(str(path), "file", "no such file") from None
     except IsADirectoryError:
         raise user_error(str(path), "file", "is a folder; name a .toml file") from None
     except UnicodeDecodeError:
         raise user_error(str(path), "file", "is not text in UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise user_error(str(path), "file", f"cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
         raise user_error(
             str(path), "syntax", f"{error}; strings stand in quotes, `true` and `false` are lower case"
         ) from None

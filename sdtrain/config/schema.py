@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from sdtrain.diffusion.words import Density, LossKind, Prediction, Weighting
+from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Whole = Annotated[int, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+
+
+def _usable_path(text: str) -> str:
+    """Return a path as it is. Raises ValueError for one that no file system takes."""
+    if "\0" in text:
+        raise ValueError("a path without zero bytes")
+    if any(len(name.encode("utf-8", "surrogateescape")) > LONGEST_NAME for name in text.split("/")):
+        raise ValueError(f"a path whose names have at most {LONGEST_NAME} bytes each")
+    if len(text) > LONGEST_PATH:
+        raise ValueError(f"a path of at most {LONGEST_PATH} characters")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("a path; there is no user of that name, whose home ~ could mean") from None
+    return text
+
+
+PathText = Annotated[str, AfterValidator(_usable_path)]
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""What file systems take, in bytes for a name and nearly so for a path."""
 
 
 class Settings(BaseModel):
@@ -24,18 +46,24 @@ class Settings(BaseModel):
 class ModelConfig(Settings):
     """The model that is fine-tuned."""
 
-    path: str = Field(description="`builtin:tiny-sdxl`, a diffusers folder, a `.safetensors` checkpoint or a hub id.")
-    vae: str = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
-    components: str = Field(
+    path: PathText = Field(
+        description="`builtin:tiny-sdxl`, a diffusers folder, a `.safetensors` checkpoint or a hub id."
+    )
+    vae: PathText = Field(default="", description="A VAE to use instead of the model's own: a folder or a file.")
+    components: PathText = Field(
         default="",
         description="Folder with configs and tokenizers, which a single file lacks: a diffusers folder, say.",
     )
-    variant: str = Field(default="", description="Variant of the files in a diffusers folder, e.g. `fp16`.")
+    variant: str = Field(
+        default="", max_length=100, description="Variant of the files in a diffusers folder, e.g. `fp16`."
+    )
     prediction: Literal["auto"] | Prediction = Field(
         default="auto", description="What the U-Net predicts; `auto` reads it from the model."
     )
     zero_terminal_snr: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Whether the noise schedule ends in pure noise; `auto` reads it from the model."
+        default="auto",
+        description="Whether the noise schedule ends in pure noise, from where pictures are then sampled (trailing "
+        "timesteps); `auto` reads it from the model.",
     )
     no_caption: Literal["auto"] | NoCaption = Field(
         default="auto",
@@ -77,7 +105,31 @@ class LoraConfig(Settings):
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
-    init_from: str = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="How far single layers move against the others, by pattern, e.g. "
+        '`{ "down_blocks.*" = 0.5, "mid_block.*" = 0 }`; the last match counts. It multiplies their alpha; 0: no '
+        "adapter there.",
+    )
+    dropout: Rate = Field(
+        default=0.0,
+        description="Share of the numbers between the down and the up matrix that a step leaves out (`network_dropout` "
+        "in sd-scripts); for `lora` and `rslora`.",
+    )
+    rank_dropout: Rate = Field(
+        default=0.0, description="Share of the ranks that a step leaves out, picture by picture; as above."
+    )
+    module_dropout: Rate = Field(
+        default=0.0,
+        description="Share of the layers whose adapter a step leaves out; the others count for 1 / (1 - share), unlike "
+        "in sd-scripts. Not for `dora` and `oft`.",
+    )
+    scale_weight_norms: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Largest norm of the change of a layer: after each step what is above it is scaled down to it, in "
+        "training and in the average; 0: no limit. sd-scripts suggests 1. Not for `dora` and `oft`.",
+    )
+    init_from: PathText = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
 
 
 class FullConfig(Settings):
@@ -93,12 +145,19 @@ class FullConfig(Settings):
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description='Layers that are not trained, by pattern, e.g. `{ "time_embedding.*" = 0 }`; other weights than 0 '
+        "and 1 need adapters. The last match counts.",
+    )
 
 
 class FolderConfig(Settings):
     """One folder of pictures, each with a caption in a .txt file of the same name."""
 
-    path: str = Field(description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`.")
+    path: PathText = Field(
+        description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`."
+    )
     repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
     missing_captions: Literal["error", "empty"] = Field(
         default="error", description="What a picture without a caption gets: an error, or the empty caption."
@@ -109,14 +168,14 @@ class DataConfig(Settings):
     """How folders of pictures become batches."""
 
     folder: list[FolderConfig] = Field(min_length=1, description="The folders.")
-    resolution_px: Annotated[int, Field(ge=64)] = Field(
+    resolution_px: Annotated[int, Field(ge=64, le=16384)] = Field(
         default=1024, description="Pictures are scaled to about resolution_px x resolution_px pixels of any shape."
     )
     bucket_step_px: Annotated[int, Field(ge=LATENT_FACTOR_PX)] = Field(
         default=64,
         description=f"Widths and heights of buckets are multiples of this (of {LATENT_FACTOR_PX} at least).",
     )
-    max_aspect: Annotated[float, Field(ge=1.0)] = Field(
+    max_aspect: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         default=2.5, description="Longest side over shortest side of the most extreme bucket."
     )
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
@@ -125,7 +184,7 @@ class DataConfig(Settings):
         default=1, description="Captions are read in this many chunks of 75 tokens; what is longer is cut."
     )
     caption_dropout: Share = Field(default=0.0, description="Share of captions that are left empty.")
-    cache: str = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
+    cache: PathText = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
 
 
 class OptimizerConfig(Settings):
@@ -194,9 +253,27 @@ class NoiseConfig(Settings):
 class LossConfig(Settings):
     """How the error of a prediction is measured and weighted."""
 
-    kind: LossKind = Field(default="l2", description="Squared error, or Huber's.")
-    huber_delta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Where Huber's error turns linear.")
-    weighting: Weighting = Field(default="none", description="Weight of each timestep: none, min-SNR, or 1/sqrt(SNR).")
+    kind: LossKind = Field(
+        default="l2",
+        description="Squared error; absolute error; Huber's: squared for small errors and linear for large ones; or "
+        "`smooth_l1`, Huber's divided by delta.",
+    )
+    huber_delta: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="Where the error of `huber` and `smooth_l1` turns linear; `huber_c` in sd-scripts."
+    )
+    huber_schedule: HuberSchedule = Field(
+        default="constant",
+        description="`constant`: huber_delta at every timestep (it is `snr` where sd-scripts is not told). `snr`, "
+        "`exponential`: from 1 without noise to huber_delta at the last timestep, along sqrt(SNR) or as "
+        "huber_delta^(t / T).",
+    )
+    weighting: Weighting = Field(
+        default="none",
+        description="Weight of each timestep. `min_snr`; `debiased`: 1/sqrt(SNR) of the noise's error, which is "
+        "sqrt(SNR)/(SNR + 1) for v_prediction; `debiased_kohya`: as sd-scripts has it, 1/(SNR + 1) for v_prediction; "
+        "`scale_v_like_noise`: SNR/(SNR + 1), for v_prediction only. Under zero terminal SNR all but `none` and "
+        "`debiased_kohya` give v's last timestep the weight 0.",
+    )
     min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
 
 
@@ -209,6 +286,11 @@ class PreviewConfig(Settings):
     seeds: list[Whole] = Field(default=[0, 1, 2], min_length=1, description="One column of the grid each.")
     num_inference_steps: Count = Field(default=25, description="Sampling steps.")
     guidance_scale: Annotated[float, Field(ge=1)] = Field(default=6.0, description="Classifier-free guidance; 1: off.")
+    guidance_rescale: Share = Field(
+        default=0.0,
+        description="How far the contrast that guidance adds is taken back, 0: not at all; about 0.7 suits "
+        "v_prediction with zero terminal SNR, whose pictures guidance overexposes.",
+    )
     width_px: Whole = Field(default=0, description="Width; 0: data.resolution_px.")
     height_px: Whole = Field(default=0, description="Height; 0: data.resolution_px.")
 
@@ -217,7 +299,30 @@ class CheckpointConfig(Settings):
     """Training states from which a run can go on."""
 
     every: Whole = Field(default=500, description="Steps between training states; 0: only at the end.")
-    keep: Count = Field(default=2, description="How many training states stay.")
+    keep: Count = Field(default=2, description="How many of the last training states stay; the best stays too.")
+    keep_every: Whole = Field(default=0, description="States of every so many steps stay as well; 0: none.")
+
+
+class ValidationConfig(Settings):
+    """Pictures that are held out of the training: their loss tells when the weights are best."""
+
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        default=0.0, description="Share of the training pictures that is held out, chosen by their content; 0: none."
+    )
+    folder: list[FolderConfig] = Field(
+        default=[], description="Folders of pictures that are only validated on, instead of a share."
+    )
+    every: Whole = Field(default=100, description="Steps between validations, if pictures are held out; 0: none.")
+    noise_levels: Annotated[int, Field(ge=1, le=1000)] = Field(
+        default=4, description="Noise levels at which each picture is looked at, the same at every validation."
+    )
+    seed: Whole = Field(
+        default=0, description="Which pictures a share holds out, and their noise; whatever the seed of the run is."
+    )
+    patience: Whole = Field(
+        default=0,
+        description="Stop after this many validations without a lower loss, beyond the standard error; 0: never.",
+    )
 
 
 class ExportConfig(Settings):
@@ -240,14 +345,21 @@ class MemoryConfig(Settings):
         default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
     )
     fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
+    on_oom: Literal["stop", "adapt"] = Field(
+        default="stop",
+        description="Where a step finds too little memory: `stop` saves and says what would help; `adapt` goes on with "
+        "recomputed activations, then with fewer pictures at once, and as many in a step.",
+    )
 
 
 class Config(Settings):
     """A whole run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its files.")
-    output: str = Field(default="runs", description="Folder of all runs.")
-    steps: Count = Field(description="Optimizer updates. More can be added later with `--set steps=... --resume`.")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100, description="Name of the run and of its files."
+    )
+    output: PathText = Field(default="runs", description="Folder of all runs.")
+    steps: Count = Field(description="Optimizer updates. More can be added later: `--resume --set steps=+500`.")
     seed: Whole = Field(default=0, description="Every random draw follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: the GPU if there is one.")
     model: ModelConfig
@@ -259,5 +371,6 @@ class Config(Settings):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()

@@ -14,7 +14,7 @@ from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement, bucket_sizes, place
 from sdtrain.data.encoding import Progress, encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order, dropped
+from sdtrain.data.order import Order, Piece, Plan, dropped, split
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Batch:
     """One micro-batch: n pictures of one bucket, on the CPU."""
 
     index: int  # within the step, from 0
+    pieces: tuple[Piece, ...]  # where its pictures stand in the plan of the step, which their draws follow from
     latents: Tensor  # (n, c, h, w) float32
     captions: tuple[str, ...]  # "" where dropped
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
@@ -56,7 +57,10 @@ class _Row:
 
 
 class Batches:
-    """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before."""
+    """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before.
+
+    What is drawn for a picture does not depend on how many are computed at once either, see `order`.
+    """
 
     def __init__(
         self,
@@ -66,10 +70,13 @@ class Batches:
         *,
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
         caption_dropout: float,
+        batch_size: int,
         seed: int,
     ) -> None:
+        """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._caption_dropout, self._seed = encode_sizes, caption_dropout, seed
+        self._batch_size = batch_size
         paths = [*(row.latents for row in rows), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
@@ -83,22 +90,30 @@ class Batches:
         """The number of pictures in an epoch, repeats counted."""
         return self._order.num_images
 
-    def at(self, step: int) -> Iterator[tuple[Batch, float]]:
+    def at(self, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
         """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
-        Steps are counted from 0. Raises UserError if a cache entry was damaged or removed during the run.
+        Steps are counted from 0. batch_size: the most pictures in a micro-batch, None for the run's setting. Whatever
+        it is, a step has the same pictures with the same captions, and each the same draws; only the sum of their
+        losses is rounded elsewhere. Raises UserError if a cache entry was damaged or removed during the run.
         """
-        batches = self._order.step(step)
-        num_images = sum(len(numbers) for numbers in batches)
-        for index, numbers in enumerate(batches):
-            yield self._batch(step, index, [self._rows[number] for number in numbers]), len(numbers) / num_images
+        planned = self._order.step(step)
+        buckets = [self._order.buckets[numbers[0]] for numbers in planned]
+        sizes = [len(numbers) for numbers in planned]
+        empty = [dropped(self._seed, step, index, size, self._caption_dropout) for index, size in enumerate(sizes)]
+        parts = split(sizes, buckets, self._order.batch_size, batch_size or self._batch_size)
+        for index, pieces in enumerate(parts):
+            places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
+            rows = [self._rows[planned[batch][place]] for batch, place in places]
+            batch = self._batch(index, pieces, rows, [empty[batch][place] for batch, place in places])
+            yield batch, len(rows) / sum(sizes)
 
-    def _batch(self, step: int, index: int, rows: Sequence[_Row]) -> Batch:
-        empty = dropped(self._seed, step, index, len(rows), self._caption_dropout)
+    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], empty: Sequence[bool]) -> Batch:
         captions = ["" if is_empty else row.example.caption for row, is_empty in zip(rows, empty, strict=True)]
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
+            pieces=pieces,
             latents=torch.stack(latents).to(torch.float32),
             captions=tuple(captions),
             text=self._text(captions),
@@ -121,28 +136,42 @@ def prepare_batches(
     cache: Path,
     seed: int,
     on_progress: Callable[[str, int, int], None],
+    plan: Plan | None = None,
+    digests: Sequence[bytes] | None = None,
 ) -> Batches:
-    """Encode what the cache folder lacks and return the batches. `examples` must be in the order of scan_folders.
+    """Encode what the cache folder lacks and return the batches, in which `examples` are numbered as they stand.
 
+    plan: how they are dealt out to steps; None: as the settings say, from step 0. digests: those of the pictures'
+    files, by `picture_digests`; None: they are read here.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
     buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
     pictures = [(example, place(example.width_px, example.height_px, buckets)) for example in examples]
+    plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
         [placement.bucket for _, placement in pictures],
         [example.repeats for example in examples],
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation,
+        batch_size=plan.batch_size,
+        accumulation=plan.accumulation,
         seed=seed,
+        start=plan.start,
     )
     with torch.no_grad():
-        paths = encode_pictures(pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress)
+        paths = encode_pictures(
+            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
+        )
         captions = _encode_captions(config, examples, encoders, cache, on_progress)
     rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
     return Batches(
-        rows, captions, order, encode_sizes=encoders.sizes, caption_dropout=config.caption_dropout, seed=seed
+        rows,
+        captions,
+        order,
+        encode_sizes=encoders.sizes,
+        caption_dropout=config.caption_dropout,
+        batch_size=config.batch_size,
+        seed=seed,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 
 
@@ -35,6 +36,8 @@ def decode(content: bytes) -> str:
 def read_caption(path: Path) -> str:
     """Return the normalised caption in a file. Raises CaptionError, also if the file cannot be opened."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CaptionError("caption is a device or a pipe; put a text file in its place")  # it could wait for ever
         content = path.read_bytes()
     except OSError as error:
         raise CaptionError(f"caption cannot be read: {error.strerror or error}") from error

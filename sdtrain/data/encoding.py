@@ -7,7 +7,6 @@ single 1024 px picture keeps a GPU busy; memory stays that of one picture.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -18,6 +17,7 @@ from torch import Tensor
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example, unreadable_problems
+from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead
@@ -34,20 +34,24 @@ def encode_pictures(
     fingerprint: str,
     cache: Path,
     on_progress: Progress,
+    *,
+    digests: Sequence[bytes] | None = None,
 ) -> list[Path]:
     """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
-    `encode` takes (1, 3, H, W) and returns (1, c, h, w). Raises UserError with all pictures that would have to be
-    encoded and cannot be read, before any is encoded; also if an encoding is not finite.
+    `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files, None: they are read
+    here. Raises UserError with all pictures that would have to be encoded and cannot be read, before any is encoded;
+    also if an encoding is not finite, or if a picture is no longer what its digest was taken of.
     """
-    digests = map_ahead(_file_digest, [example.path for example, _ in pictures])
-    paths: list[Path] = []
-    for (_, placement), digest in zip(pictures, digests, strict=True):
-        paths.append(store.latents_path(cache, digest, placement, fingerprint))
-        on_progress("reading pictures", len(paths), len(pictures))
+    digests = digests or picture_digests([example.path for example, _ in pictures], on_progress=on_progress)
+    paths = [
+        store.latents_path(cache, digest, placement, fingerprint)
+        for (_, placement), digest in zip(pictures, digests, strict=True)
+    ]
+    digest_of = dict(zip(paths, digests, strict=True))
     missing = _missing(dict(zip(paths, pictures, strict=True)))
     _check(list(missing.values()), on_progress)
-    loaded = map_ahead(_load, missing.values())
+    loaded = map_ahead(_load, ((picture, digest_of[path]) for path, picture in missing.items()))
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
         _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
         on_progress("encoding pictures", done, len(missing))
@@ -103,20 +107,15 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         raise UserError("data", unreadable_problems(wrong))
 
 
-def _load(picture: Picture) -> Tensor:
-    example, placement = picture
+def _load(wanted: tuple[Picture, bytes]) -> Tensor:
+    (example, placement), digest = wanted
     try:
-        return load_pixels(example, placement)
+        pixels = load_pixels(example, placement)
     except PictureError as error:
         raise user_error("data", str(example.path), str(error)) from error
-
-
-def _file_digest(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError as error:
-        raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
+    if picture_digests([example.path]) != [digest]:  # its latents would stand in the cache under another picture's name
+        raise user_error("data", str(example.path), "picture has changed while it was in use; start again")
+    return pixels
 
 
 def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:

@@ -28,6 +28,7 @@ class Example:
     width_px: int  # of the upright picture
     height_px: int
     repeats: int
+    held_out: bool = False  # only validated on, never trained on
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class _Pair:
 
 
 def scan_folders(
-    config: DataConfig, *, decode: bool, skip: Collection[int] = ()
+    config: DataConfig, *, decode: bool, skip: Collection[int] = (), setting: str = "data.folder"
 ) -> tuple[list[Example], list[Problem]]:
     """Return all examples of all folders in a stable order (by folder, then naturally by path), and all problems.
 
     With `decode`, every pixel is read, so that truncated files are found; without, only headers. Examples are
     complete only if there are no problems. Paths are relative to the working directory unless absolute. skip: places
-    of folders that are left out.
+    of folders that are left out. setting: where the folders stand in the config, for problems.
     """
     pairs: list[_Pair] = []
     findings: list[_Finding] = []
@@ -62,7 +63,7 @@ def scan_folders(
     for index, folder in enumerate(config.folder):
         if index in skip:
             continue
-        where = f"data.folder[{index}].path"
+        where = f"{setting}[{index}].path"
         root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
         if reason := _unusable(folder, root):
             findings.append(_Finding("folder", Problem(where, reason)))
@@ -77,7 +78,7 @@ def scan_folders(
         if not found:
             allowed = ", ".join(sorted(SUFFIXES))
             findings.append(_Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
-        findings += wrong + _shared(where, index, found, owners)
+        findings += wrong + _shared(where, setting, index, found, owners)
         pairs += found
     examples, wrong = _read(pairs, decode=decode)
     return examples, _shorten(findings + wrong)
@@ -173,7 +174,7 @@ def _pair(files: Sequence[Path], folder: FolderConfig) -> tuple[list[_Pair], lis
     return pairs, findings
 
 
-def _shared(where: str, index: int, pairs: Sequence[_Pair], owners: dict[Path, int]) -> list[_Finding]:
+def _shared(where: str, setting: str, index: int, pairs: Sequence[_Pair], owners: dict[Path, int]) -> list[_Finding]:
     """One finding if an earlier folder reads some of these pictures too; notes in `owners` who reads what."""
     twice: list[int] = []
     for pair in pairs:
@@ -182,9 +183,7 @@ def _shared(where: str, index: int, pairs: Sequence[_Pair], owners: dict[Path, i
             twice.append(owner)
     if not twice:
         return []
-    what = (
-        f"{len(twice)} of its pictures are read by data.folder[{min(twice)}] too; use `repeats` to see some more often"
-    )
+    what = f"{len(twice)} of its pictures are read by {setting}[{min(twice)}] too; use `repeats` to see some more often"
     return [_Finding("folder", Problem(where, what))]
 
 

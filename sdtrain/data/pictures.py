@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -72,12 +73,21 @@ def load_upright(path: Path) -> Image.Image:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
+    if not stat.S_ISREG(_mode(path)):
+        raise PictureError("is a device or a pipe, not a picture; remove it")  # opening a pipe would wait for ever
     try:
         with Image.open(path, formats=FORMATS) as image:
             _refuse_unusable(image)
             yield image
     except BROKEN as error:
         raise PictureError(_reason(path, error)) from error
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError as error:
+        raise PictureError(f"picture cannot be read: {error.strerror or error}") from error
 
 
 def _refuse_unusable(image: Image.Image) -> None:

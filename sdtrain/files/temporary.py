@@ -46,11 +46,6 @@ def _machine() -> str:
     return hashlib.blake2b(f"{platform.node()} {processes}".encode(), digest_size=4).hexdigest()
 
 
-def is_temporary(path: Path) -> bool:
-    """Return whether a name is one that we give to unfinished things, which are never a result."""
-    return NAME.fullmatch(path.name) is not None
-
-
 def is_left_over(path: Path) -> bool:
     """Return whether nobody will finish what lies under a temporary name.
 

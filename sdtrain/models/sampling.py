@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from sdtrain.diffusion.guidance import rescaled_guidance
 from sdtrain.models.model import Model, SamplingSettings
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -21,6 +22,7 @@ def sample(
     negative: Mapping[str, Tensor],
     generators: Sequence[Generator],
     settings: SamplingSettings,
+    between: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Draw pictures (n, 3, h, w) in [-1, 1], on the CPU, for n prompts.
 
@@ -30,6 +32,7 @@ def sample(
         negative: the conditioning that guidance moves away from, of n prompts as well.
         generators: one CPU generator per picture, so that a picture does not depend on its neighbours.
         settings: how to sample.
+        between: called before every step and every picture that is decoded; to give up the pictures, it raises.
     """
     height, width = settings.height_px, settings.width_px
     sizes = model.encode_sizes(torch.tensor([[height, width, 0, 0, height, width]] * len(generators)).float())
@@ -37,18 +40,26 @@ def sample(
     both = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
 
     def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
+        between()
         if settings.guidance_scale == 1:
             return model.predict(latents, timestep, wanted).float()
         output = model.predict(torch.cat([latents, latents]), timestep, both).float()
         unconditional, conditional = output.chunk(2)
-        return guided(conditional, unconditional, settings.guidance_scale)
+        prediction = guided(conditional, unconditional, settings.guidance_scale)
+        if settings.guidance_rescale == 0:
+            return prediction
+        return rescaled_guidance(prediction, conditional, settings.guidance_rescale)
 
     channels, factor = model.latent_shape
     noise = initial_noise((channels, height // factor, width // factor), generators).to(model.device)
     latents = sample_euler(
         denoise, noise, scheduler_config=model.scheduler_config, num_inference_steps=settings.num_inference_steps
     )
-    return model.decode_latents(latents)
+    pictures = []
+    for one in latents:
+        between()
+        pictures.append(model.decode_latents(one[None]))
+    return torch.cat(pictures)
 
 
 def initial_noise(shape: tuple[int, int, int], generators: Sequence[Generator]) -> Tensor:

@@ -2,128 +2,158 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
-import torch
 from rich.console import Console
 from torch import Tensor
 
-from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
-from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.models.model import Model
-from sdtrain.training.export import export_weights, format_of
-from sdtrain.training.guard import NonFiniteGuard
+from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
+from sdtrain.training.ending.memory import Room, explained_while
+from sdtrain.training.ending.rescue import kept_on_errors
+from sdtrain.training.ending.signals import StopRequests
+from sdtrain.training.keeping.room import require_room
+from sdtrain.training.keeping.standing import Standing, clear_the_way
+from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.parameters import Trainable, train_parameters
-from sdtrain.training.prepare import Prepared, encode_everything, load
+from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save, validate
+from sdtrain.training.parameters import train_parameters
+from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
-from sdtrain.training.signals import stop_requests
-from sdtrain.training.states import load_state, save_state, saved_states
-from sdtrain.training.watching.grid import save_picture
+from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
-from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
-from sdtrain.training.watching.records import (
-    EndRecord,
-    PictureRecord,
-    RunRecord,
-    SavedRecord,
-    StepRecord,
-    Watcher,
-)
-from sdtrain.training.watching.summary import banner, farewell, summary
+from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
+from sdtrain.training.watching.summary import banner, summary
+from sdtrain.training.watching.text import say
 from sdtrain.training.watching.watchers import Watchers, watching
-
-
-@dataclass
-class Training:
-    """Everything that a run holds while it trains."""
-
-    run: Run
-    model: Model
-    trainable: Trainable
-    optimizer: ProdigyPlusScheduleFree
-    data: Prepared
 
 
 def fit(
     config: Config,
     opened: OpenedModel,
-    examples: list[Example],
+    standing: Standing,
     console: Console,
+    stop: StopRequests,
     *,
-    resume: bool = False,
     watchers: Sequence[Watcher] = (),
-) -> int:
-    """Train what the config says on a model that was opened and pictures that were scanned; return the steps done.
+) -> tuple[int, bool]:
+    """Train what the config says on a model that was opened, from where the run stands.
 
-    These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
-    happens, see `watching/records.py`.
+    Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
+    found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
+    between two steps.
 
-    Raises UserError for what the user can mend, before anything is changed wherever that can be known.
+    Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
+    raised after the first step, what was reached is saved before, and told.
     """
     started = time.monotonic()
+    training = prepare(config, opened, standing, console, stop)
+    first_step = training.step
+    console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
+    said: list[str] = []
+    try:
+        with (
+            watching(_record_of(training.run, first_step), console, watchers) as everybody,
+            kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
+        ):
+            train(training, everybody, stop)
+            if not training.is_finished:
+                said.extend(leave(training, everybody, stop.name))
+            everybody.tell(EndRecord(training.step, "finished" if training.is_finished else "stopped"))
+    finally:
+        say(console, *said)
+    if training.is_finished:
+        best, seconds = training.validator.history.best, time.monotonic() - started
+        console.print(summary(training.run, training.optimizer, training.step, seconds, best))
+    return training.step, training.is_finished
+
+
+def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Console, stop: StopRequests) -> Training:
+    """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config)
-    model = load(run, opened)
-    data = encode_everything(model, run, examples, console)
-    trainable = train_parameters(model, run)
-    optimizer = build_optimizer(trainable, config)
+    with explained_while(lambda: stop.doing, run):
+        stop.doing = "loading the model"
+        model = load(run, opened)
+        stop.doing = "encoding the pictures and captions"
+        data = encode_everything(model, run, standing, console)
+        stop.doing = "preparing the first step"
+        stop.leave_if_asked()
+        trainable = train_parameters(model, run)
+        optimizer = build_optimizer(trainable, config)
+    require_room(run.folder, config, opened, trainable, standing.step)
+    say(console, *standing.notes, *clear_the_way(standing, run.folder))
+    background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
+    validator = Validator(data.held_out, run.folder / "checkpoints", config.validation.patience)
+    training = Training(run, model, trainable, optimizer, data, background, validator)
+    _go_on_from(standing, training, console)
     write_resolved_config(run)
-    training = Training(run, model, trainable, optimizer, data)
-    first_step = _resumed_step(training, console) if resume else 0
-    console.print(banner(run, trainable, data.batches, first_step))
-    with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
-        step = train(training, first_step, everybody, stop)
-        everybody.tell(EndRecord(step, "finished" if step == config.steps else "stopped"))
-    if step < config.steps:
-        console.print(farewell(run, step))
-    else:
-        console.print(summary(run, optimizer, time.monotonic() - started))
-    return step
+    return training
 
 
-def train(training: Training, step: int, watchers: Watchers, stop: threading.Event) -> int:
-    """Train from `step` steps done to the planned number, or until `stop` is set; return the steps done.
-
-    This is the loop.
-    """
+def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
+    """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, guard, pace = run.config, NonFiniteGuard(), Pace()
+    config, pace, room = run.config, Pace(), Room(training.model, run.config, optimizer)
+    guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
     objective = Objective(training.model, config, run.device)
-    if step == 0:
-        preview(training, step, watchers)
-    while step < config.steps and not stop.is_set():
+    if training.step == 0:
+        preview(training, watchers, stop)
+    if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):
+        validate(training, objective, watchers, stop)  # which was given up when the run was stopped
+    while not training.is_finished and not stop.asked:
+        training.doing = f"finishing step {training.step + 1}"
         pace.begin_step()
-        trainable.require_gradients(step)
-        losses: list[Tensor] = []
-        examples: list[Example] = []
-        for batch, share in training.data.batches.at(step):
-            loss = share * objective(batch, run.generator("noise", step, batch.index))
-            loss.backward()  # type: ignore[no-untyped-call]
-            losses.append(loss.detach())
-            examples += batch.examples
-        total = float(sum(losses))
-        guard.check(total, examples, step, watchers.tell)
+        trainable.require_gradients(training.step)
+        losses, examples = room.enough_for(
+            lambda: gradients(training, objective, room.batch_size),
+            lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
+        )
         optimizer.step()  # changes nothing where gradients are not finite
+        trainable.limit_norms(optimizer)
+        training.step += 1
+        total, groups = float(sum(losses)), group_records(optimizer)
+        skipped = guard.was_left_out(groups)
+        training.is_sound = guard.is_sound
+        bad = bad_gradients(trainable.named_parameters()) if skipped else ""
         optimizer.zero_grad(set_to_none=True)
-        step += 1
         images_per_s = pace.end_step(len(examples))
-        watchers.tell(StepRecord(step, total, len(examples), images_per_s, group_records(optimizer)))
-        if due(step, config.preview.every, config.steps):
-            preview(training, step, watchers)
-        if due(step, config.checkpoint.every, config.steps):
-            save(training, step, watchers)
-    save(training, step, watchers)
-    if step == config.steps:
-        export(training, step, watchers)
-    return step
+        pictures = files_of(examples) if skipped else ()
+        record = StepRecord(training.step, total, len(examples), images_per_s, groups, skipped, pictures)
+        watchers.tell(record)
+        if skipped:
+            guard.tell(record, bad, watchers.tell)
+        if due(training.step, config.preview.every, config.steps):
+            preview(training, watchers, stop)
+        if due(training.step, config.validation.every, config.steps):
+            validate(training, objective, watchers, stop)
+        if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
+            checkpoint(training, watchers)
+    if training.is_finished:
+        save(training, watchers)
+        export(training, watchers, run.weights_path)
+
+
+def gradients(training: Training, objective: Objective, batch_size: int) -> tuple[list[Tensor], list[Example]]:
+    """Add up the gradients of the coming step; return its micro-batches' shares of the loss, and its pictures.
+
+    batch_size: the most pictures that are computed at once.
+    """
+    losses: list[Tensor] = []
+    examples: list[Example] = []
+    for batch, share in training.data.batches.at(training.step, batch_size):
+        with training.trainable.dropout.drawn(training.run.generator("dropout", training.step, batch.index)):
+            loss = share * objective(batch, partial(training.run.generator, "noise", training.step))
+            backward(loss)
+        losses.append(loss.detach())
+        examples += batch.examples
+    return losses, examples
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -134,58 +164,15 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
 
 
-def preview(training: Training, step: int, watchers: Watchers) -> None:
-    """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before."""
-    config, prompts = training.run.config, training.data.prompts
-    if not prompts.texts or not config.preview.every:
+def _go_on_from(standing: Standing, training: Training, console: Console) -> None:
+    """Put everything back as it was in the state that a run goes on from; a d that is estimated again is told of."""
+    if standing.state is None:
         return
-    training.model.move_encoders(training.run.device, text=False)
-    with averaged(training.optimizer):
-        rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config))
-    training.model.move_encoders(torch.device("cpu"), text=False)
-    path = training.run.folder / "previews" / f"step-{step:06d}.png"
-    save_picture(preview_grid(rows, prompts, config, step, training.run.folder / "previews" / "base.png"), path)
-    watchers.tell(PictureRecord(step, path))
-
-
-def save(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago."""
-    folder = training.run.folder / "checkpoints"
-    if step in (state.step for state in saved_states(folder)):
-        return
-    keep = training.run.config.checkpoint.keep
-    path = save_state(folder, step, training.trainable, training.optimizer, keep)
-    watchers.tell(SavedRecord(step, path, "state"))
-
-
-def export(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the averaged weights into `weights/`."""
-    run, optimizer = training.run, training.optimizer
-    with averaged(optimizer):
-        export_weights(
-            training.model,
-            run.config,
-            run.weights_path,
-            kind=format_of(run.config),
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
-        )
-    watchers.tell(SavedRecord(step, run.weights_path, "weights"))
-
-
-def _resumed_step(training: Training, console: Console) -> int:
-    """The steps that are done, with everything as it was then; a d that is estimated again is told of."""
-    states = saved_states(training.run.folder / "checkpoints")
-    if not states:
-        return 0
-    if states[-1].step > training.run.config.steps:
-        what = f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
-        raise user_error(f"--resume {training.run.folder}", "steps", what)
-    step = load_state(states[-1], training.trainable, training.optimizer)
+    training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    training.is_sound = standing.state.loss_was_finite
+    training.validator.go_on_from(training.step)
     if thawed := training.optimizer.thaw():
-        console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
-    return step
+        say(console, f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")
 
 
 def _record_of(run: Run, first_step: int) -> RunRecord:

@@ -34,6 +34,11 @@ class Run:
         """The file with averaged weights that a finished run leaves."""
         return self.folder / "weights" / f"{self.config.name}.safetensors"
 
+    @property
+    def best_weights_path(self) -> Path:
+        """The file with the averaged weights of the step whose held-out loss was lowest."""
+        return self.folder / "weights" / f"{self.config.name}-best.safetensors"
+
 
 def generator_of(seed: int, stream: str, *indices: int) -> Generator:
     """Return a CPU generator for one draw, seeded by a hash of (seed, stream, indices)."""

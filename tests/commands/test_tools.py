@@ -26,7 +26,7 @@ def sdtrain(*arguments: object) -> str:
 
 
 def unet_weights(path: object, components: str = "") -> dict[str, torch.Tensor]:
-    from sdtrain.commands.merge import read_base
+    from sdtrain.commands.files.merge import read_base
 
     model, _ = read_base(str(path), components)
     return {name: tensor.float() for name, tensor in model.networks["unet"].state_dict().items()}

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
-from sdtrain.data.batches import Batch, Batches, Encoders, prepare_batches
+from sdtrain.data.batches import Batch, Batches, Encoders, Plan, prepare_batches
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
 
@@ -332,3 +333,69 @@ def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting
         "encoding pictures": (7, 7),
         "encoding captions": (7, 7),
     }
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_a_step_has_the_same_pictures_captions_and_draws_however_many_are_computed_at_once(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, at_once: int
+) -> None:
+    batches = prepare(config(pictures, gradient_accumulation=4, caption_dropout=0.4), counting.encoders())
+
+    def seen(step: int, batch_size: int | None) -> list[tuple[Any, ...]]:
+        found = []
+        for batch, share in batches.at(step, batch_size):
+            places = [
+                (piece.index, place, piece.total) for piece in batch.pieces for place in range(piece.start, piece.stop)
+            ]
+            assert len(places) <= (batch_size or 2)
+            rows = zip(places, batch.examples, batch.captions, batch.latents, strict=True)
+            found += [
+                (*place, row[0].path, row[1], row[2].tolist(), round(share / len(places), 9)) for place, *row in rows
+            ]
+        return sorted(found, key=lambda one: one[:2])
+
+    for step in range(6):
+        assert seen(step, at_once) == seen(step, None)
+
+
+def test_a_plan_outlives_another_batch_size(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
+) -> None:
+    began = prepare(config(pictures, batch_size=4, gradient_accumulation=2), counting.encoders())
+    settings = config(pictures, batch_size=2, gradient_accumulation=4)
+    examples, _ = scan_folders(settings, decode=False)
+    cache = pictures.parent / "cache"
+    goes_on = prepare_batches(
+        settings, examples, counting.encoders(), cache=cache, seed=0, on_progress=lambda *_: None, plan=Plan(4, 2)
+    )
+    for step in range(6):
+        drawn = list(goes_on.at(step))
+        assert max(len(batch.examples) for batch, _ in drawn) <= 2
+        assert [one for batch, _ in drawn for one in batch.examples] == [
+            one for batch, _ in began.at(step) for one in batch.examples
+        ]
+
+
+def test_a_picture_that_is_saved_anew_while_it_is_encoded_does_not_poison_the_cache(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdtrain.data import encoding
+
+    original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
+
+    def saved_meanwhile(example: Example, placement: Any) -> torch.Tensor:
+        if example.path.name == "0.png":
+            colours = np.zeros((64, 64, 3), dtype=np.uint8)
+            Image.fromarray(colours).save(example.path)
+        return original(example, placement)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "load_pixels", saved_meanwhile)
+        with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
+            prepare(config(pictures), counting.encoders())
+    (pictures / "0.png").write_bytes(first)
+    once, again = (
+        prepare(config(pictures), counting.encoders()),
+        prepare(config(pictures), counting.encoders(), cache="b"),
+    )
+    assert_same_steps(once, again, range(7))

@@ -208,14 +208,11 @@ def test_a_folder_comes_back_bit_for_bit(parts: Components, tmp_path: Path) -> N
 def test_a_lora_of_it_is_trained_written_in_its_names_and_read(
     parts: Components, tmp_path: Path, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import io
-
-    from rich.console import Console
     from safetensors import safe_open
 
     from sdtrain.adapters.formats.describe import describe_file
     from sdtrain.adapters.formats.lora_file import read_lora
-    from sdtrain.commands.fit import fit_settings
+    from sdtrain.commands.fit import fit
     from sdtrain.config.read import resolve
     from sdtrain.training import prepare
 
@@ -229,9 +226,7 @@ def test_a_lora_of_it_is_trained_written_in_its_names_and_read(
     table["data"]["caption_dropout"] = 0.5
     table |= {"steps": 2, "device": "cpu", "preview": {**table["preview"], "every": 2, "num_inference_steps": 1}}
     config = resolve(table, "test")
-    fit_settings(config, "test", Console(file=io.StringIO()), resume=False, fetch=False)
-
-    run = Path(config.output) / config.name
+    run = fit(config).folder
     assert (run / "previews" / "step-000002.png").is_file()
     path = run / "weights" / "small.safetensors"
     with safe_open(path, "pt") as file:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.lora_file import read_lora
-from sdtrain.commands.info import file_info
+from sdtrain.commands.files.info import file_info
 from sdtrain.config.schema import ModelConfig
 from sdtrain.data import cache as store
 from sdtrain.data.encoding import encode_captions
@@ -23,7 +23,7 @@ from sdtrain.errors import UserError
 from sdtrain.files.header import Header, read_header
 from sdtrain.files.tensors import DTYPES, read_tensors
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.training.states import _read as read_state_file
+from sdtrain.training.keeping.states import _read as read_state_file
 
 
 def file(header: object, num_bytes: int = 0, length: int | None = None) -> bytes:
@@ -114,7 +114,7 @@ def test_a_bad_file_is_told_in_one_sentence_wherever_it_is_read(tmp_path: Path, 
     with pytest.raises(UserError) as caught:
         read_state_file(path)
     (problem,) = caught.value.problems
-    assert f"cannot be read ({path.name} {what}); delete its folder" in problem.what, "as a training state"
+    assert f"cannot be read ({path.name} {what}); move its folder away" in problem.what, "as a training state"
     with pytest.raises(store.DamagedError) as damaged:
         store.read(path)
     assert what in str(damaged.value), "as a cache entry"

@@ -10,9 +10,9 @@ import pytest
 
 from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.low_rank import RankRule
-from sdtrain.commands.export import export_run
-from sdtrain.commands.extract import resize_lora
-from sdtrain.commands.merge import merge, trained_size
+from sdtrain.commands.files.export import export_run
+from sdtrain.commands.files.extract import resize_lora
+from sdtrain.commands.files.merge import merge, read_base, trained_size
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.metadata import (
     CONFIG_KEY,
@@ -22,6 +22,7 @@ from sdtrain.families.metadata import (
     steps_entry,
     steps_of,
 )
+from sdtrain.families.modelspec import Description
 from sdtrain.families.sd import SD1, SD2
 from sdtrain.families.sdxl import SDXL
 from sdtrain.files.header import read_header
@@ -71,6 +72,16 @@ def test_a_lora_and_a_checkpoint_of_one_run_say_the_same(train: Train, tmp_path:
     assert (resolution_of(resized), steps_of(resized)) == ((96, 96), 2)
 
 
+def test_a_merged_model_keeps_the_author_and_the_licence_of_its_base(tmp_path: Path) -> None:
+    model, size = read_base("builtin:tiny-sdxl")
+    described = Description("base", size, author="Ada", license="CC-BY-4.0")
+    model.write_checkpoint(tmp_path / "base.safetensors", described, layout="single-file")
+    merge(str(tmp_path / "base.safetensors"), [], tmp_path / "merged.safetensors", "single-file", "builtin:tiny-sdxl")
+    found = read_header(tmp_path / "merged.safetensors").metadata
+    assert (found["modelspec.author"], found["modelspec.license"]) == ("Ada", "CC-BY-4.0")
+    assert found["modelspec.title"] == "merged"
+
+
 def test_a_base_that_says_nothing_has_the_size_of_its_family() -> None:
     opened = open_model(ModelConfig(path="builtin:tiny-sdxl"), "model")
     assert trained_size(opened) == SDXL.native_resolution(predicts_v=False) == (1024, 1024)
@@ -80,5 +91,7 @@ def test_a_base_that_says_nothing_has_the_size_of_its_family() -> None:
 
 def test_the_key_of_the_config_stands_once_and_dates_are_made_in_one_place() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in SDTRAIN.rglob("*.py")}
-    for word in ('"sdtrain.config"', '"ss_steps"', "datetime.now"):
-        assert [path.name for path, text in texts.items() if word in text] == ["metadata.py"], word
+    places = {'"sdtrain.config"': {"metadata.py"}, '"ss_steps"': {"metadata.py"}}
+    places["datetime.now"] = {"metadata.py", "one_process.py"}  # the other says since when a run is trained
+    for word, expected in places.items():
+        assert {path.name for path, text in texts.items() if word in text} == expected, word

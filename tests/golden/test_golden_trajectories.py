@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -82,11 +83,7 @@ def trajectory(world: Path, method: str) -> Trajectory:
 
 
 def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
-    import io
-
-    from rich.console import Console
-
-    from sdtrain.commands.fit import fit_settings
+    from sdtrain.commands.fit import fit
     from sdtrain.config.read import resolve
 
     table: dict[str, Any] = {
@@ -112,20 +109,16 @@ def _train(world: Path, output: Path, changes: Mapping[str, Any]) -> Path:
         for folder in folders:
             inner = inner[folder]
         inner[last] = value
-    config = resolve(table, "golden config")
-    fit_settings(config, "golden config", Console(file=io.StringIO()), resume=False, fetch=False)
-    return output / config.name
+    return fit(resolve(table, "golden config")).folder
 
 
 def _trajectory(run: Path) -> Trajectory:
-    from PIL import Image
-
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     records = [line for line in lines if "groups" in line]
     groups = records[0]["groups"]
     parameters = load_file(run / "checkpoints" / f"step-{STEPS:06d}" / "parameters.safetensors")
     weights = load_file(run / "weights" / "golden.safetensors")
-    picture = Image.open(run / "previews" / f"step-{STEPS:06d}.png").convert("RGB")
+    picture = _alone(Image.open(run / "previews" / f"step-{STEPS:06d}.png").convert("RGB"))
     pixels = torch.tensor(list(picture.resize((8, 8)).tobytes()), dtype=torch.float64)
     return {
         "losses": {"loss": [record["loss"] for record in records]},
@@ -135,6 +128,16 @@ def _trajectory(run: Path) -> Trajectory:
         "exported weights": summary(weights),
         "preview": {"mean pixel": [float(pixels.mean())]},
     }
+
+
+def _alone(grid: Image.Image) -> Image.Image:
+    """The grid as it was before the base's pictures stood beside it, of which the numbers were taken."""
+    from sdtrain.training.watching.grid import LABEL_PX, labelled_grid
+
+    side = grid.width // 2
+    tops = [LABEL_PX + row * (side + 2 * LABEL_PX) + 2 * LABEL_PX for row in range(2)]
+    rows = [[grid.crop((side, top, 2 * side, top + side))] for top in tops]
+    return labelled_grid(rows, ["a cat", "a tree"], [0], f"golden, step {STEPS}")
 
 
 def summary(tensors: Mapping[str, torch.Tensor]) -> dict[str, list[float]]:

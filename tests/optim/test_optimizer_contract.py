@@ -496,6 +496,37 @@ def test_a_refused_gradient_leaves_no_trace() -> None:
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_was_interrupted_can_be_given_up_until_a_weight_has_moved(
+    monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    def interrupted(self: stepper.Stepper, *arguments: Any) -> Tensor:
+        if moves:
+            original(self, *arguments)
+        raise MemoryError
+
+    original = stepper.Stepper.step
+    results = []
+    for moves in (None, False, True):
+        params = params_of()
+        optimizer = build(params, fused_back_pass=fused)
+        give_gradients(params, 0)
+        optimizer.step()
+        assert optimizer.abandon_step(), "between two steps there is nothing to give up"
+        if moves is not None:
+            with monkeypatch.context() as patch:
+                patch.setattr(stepper.Stepper, "step", interrupted)
+                give_gradients(params, 1)
+                with pytest.raises(MemoryError):
+                    optimizer.step()
+            assert optimizer.abandon_step() is not moves
+        if not moves:
+            give_gradients(params, 1)
+            optimizer.step()
+            results.append([p.detach() for p in params] + [t for p in params for t in optimizer.state[p].values()])
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"lr": -1.0}, "lr = -1.0"),
     ({"lr": float("nan")}, "lr = nan"),

@@ -56,7 +56,8 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing_and_names_the_pictures(
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert "nothing was changed; pictures in this step:" in text
     assert ".png" in text
-    assert json.loads((run / "log.jsonl").read_text().splitlines()[-1])["loss"] is None
+    lines = [line for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
+    assert json.loads(lines[-1])["loss"] is None
 
 
 def test_five_broken_steps_in_a_row_stop_the_run_with_the_last_state_whole(
@@ -72,21 +73,13 @@ def test_five_broken_steps_in_a_row_stop_the_run_with_the_last_state_whole(
     with pytest.raises(UserError, match="5 times in a row"):
         train({"steps": 50}, resume=True)
     monkeypatch.undo()
-    run, _ = train({"steps": 2}, resume=True)
-    assert (run / "checkpoints" / "step-000002" / "state.json").exists()
+    run, _ = train({"steps": 7}, resume=True)
+    assert (run / "checkpoints" / "step-000007" / "state.json").exists()
 
 
 def test_old_states_go_and_the_newest_stay(train: Train) -> None:
     run, _ = train({"steps": 5, "checkpoint.every": 1, "checkpoint.keep": 2})
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000005"]
-
-
-def test_a_damaged_state_is_named_and_the_one_before_is_offered(train: Train) -> None:
-    run, _ = train({"steps": 3, "checkpoint.every": 1})
-    damaged = run / "checkpoints" / "step-000003" / "optimizer.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    with pytest.raises(UserError, match="delete its folder to resume from the one before"):
-        train({"steps": 4}, resume=True)
 
 
 def test_an_unfinished_state_is_not_taken_for_one(train: Train) -> None:
@@ -95,7 +88,9 @@ def test_an_unfinished_state_is_not_taken_for_one(train: Train) -> None:
     unfinished.mkdir()
     (unfinished / "parameters.safetensors").write_bytes(b"half")
     train({"steps": 3}, resume=True)
-    assert [json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert [
+        json.loads(line)["step"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line
+    ] == [1, 2, 3]
 
 
 def test_a_file_that_would_do_nothing_is_not_written(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +144,7 @@ def test_mixed_precision_computes_in_bfloat16_and_keeps_float32_weights(train: T
 
 
 def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines() if '"groups"' in line]
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, _json, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, _json, json_table, number_of
 from sdtrain.adapters.formats.tensor_names import encode
 from sdtrain.adapters.kinds import (
     Adapters,
@@ -45,7 +45,7 @@ def unpack_alpha(metadata: Mapping[str, str], component: str, module: str) -> fl
     if not isinstance(modules, dict):
         raise ValueError(f"cannot be read: `{ALPHA_KEY}` in the header has no table for {component}")
     value = modules.get(module, modules.get("*"))
-    return None if value is None else float(value)
+    return None if value is None else number_of(value, ALPHA_KEY)
 
 
 def most_frequent(values: Iterable[float]) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, is_number, json_table
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
@@ -74,7 +75,7 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         prediction=metadata.get("modelspec.prediction_type", ""),
         steps=steps_of(metadata),
         num_images=_whole(metadata.get("ss_num_train_images", "")),
-        d={str(name): float(value) for name, value in _table(metadata, D_KEY).items()},
+        d={str(name): value for name, value in _table(metadata, D_KEY).items() if is_number(value)},
         top_tags=_top_tags(metadata, num_tags),
         config_toml=metadata.get(CONFIG_KEY, ""),
         metadata=metadata,
@@ -122,7 +123,7 @@ def _ranks(header: Header) -> dict[int, int]:
     ranks: dict[str, int] = {}
     for key, entry in header.entries.items():
         for part, axis in RANK_AXIS.items():
-            if key.endswith("." + part):
+            if key.endswith("." + part) and axis < len(entry.shape):
                 ranks[key.removesuffix("." + part)] = entry.shape[axis]
     return dict(Counter(ranks.values()).most_common())
 
@@ -135,9 +136,11 @@ def _alphas(header: Header) -> dict[float, int]:
     values = read_scalars(header, ".alpha")
     if values:
         return dict(Counter(values.values()).most_common())
-    kept = [alpha for modules in _table(header.metadata, ALPHA_KEY).values() for alpha in modules.values()]
+    tables = [modules for modules in _table(header.metadata, ALPHA_KEY).values() if isinstance(modules, dict)]
+    kept = [alpha for modules in tables for alpha in modules.values()]
     settings = _table(header.metadata, DIFFUSERS_KEY)
     kept += [value for key, value in settings.items() if key.endswith((".lora_alpha", ".alpha"))]
+    kept = [alpha for alpha in kept if is_number(alpha)]
     if not kept:
         return {float(rank): layers for rank, layers in _ranks(header).items()}
     modules = sum(_ranks(header).values())
@@ -156,9 +159,9 @@ def _top_tags(metadata: Mapping[str, str], num_tags: int) -> tuple[tuple[str, in
     counts: Counter[str] = Counter()
     for folder in _table(metadata, "ss_tag_frequency").values():
         if isinstance(folder, dict):
-            counts.update({str(tag).strip(): int(number) for tag, number in folder.items()})
+            counts.update({str(tag).strip(): int(num) for tag, num in folder.items() if is_number(num)})
     return tuple(counts.most_common(num_tags))
 
 
 def _whole(text: str) -> int:
-    return int(text) if text.isdecimal() else 0
+    return int(text) if re.fullmatch(r"\d{1,15}", text, re.ASCII) else 0

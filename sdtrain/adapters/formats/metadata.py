@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.family import Family
@@ -20,6 +20,7 @@ from sdtrain.families.words import Resolution
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
+LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,18 @@ def _one_or_dynamic(counts: Mapping[int, int] | Mapping[float, int]) -> str:
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+
+
+def number_of(value: object, key: str) -> float:
+    """Return a number that stands in the JSON under a key. Raises ValueError, as a sentence, for what is none."""
+    if not is_number(value):
+        raise ValueError(f"cannot be read: `{key}` in the header has {str(value)[:40]!r} where a number belongs")
+    return float(value)
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Return whether JSON had a number there, neither true nor false, that can be shown and counted with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

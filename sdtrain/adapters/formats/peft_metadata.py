@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdtrain.adapters.formats.alphas import most_frequent
-from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table, number_of
 from sdtrain.adapters.formats.tensor_names import factor_shape
 from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
+
+MOST_REPETITIONS = 2
+"""Of a stranger's pattern; with more, or with one of a group, matching could take longer than anybody waits."""
 
 
 def peft_metadata(path: Path, adapters: Adapters) -> str:
@@ -121,13 +124,22 @@ def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, 
     default = settings.get("lora_alpha", settings.get("alpha"))
     if default is None:
         return None
-    alpha = float(_matching(settings.get("alpha_pattern") or {}, module, default))
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has an alpha_pattern that is no table")
+    alpha = number_of(_matching(patterns, module, default), DIFFUSERS_KEY)
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """Return the value whose pattern fits a module as peft matches: at the end of its name, from a dot on."""
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > MOST_REPETITIONS:
+            raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has a pattern that could take for ever")
+        try:
+            found = re.match(rf"(.*\.)?({pattern})$", module)
+        except (re.error, RecursionError, OverflowError):
+            raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has a pattern that is none") from None
+        if found:
             return value
     return default

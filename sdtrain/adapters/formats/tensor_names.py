@@ -103,7 +103,7 @@ def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None
     """
     parts = {OTHER_SPELLINGS.get(name, name): tensor for name, tensor in parts.items()}
     if "alpha" in parts:
-        alpha = float(parts.pop("alpha"))
+        alpha = _number(parts.pop("alpha"))
     for name in TUCKER:
         if name in parts:
             raise ValueError(f"has `{name}`, a Tucker decomposition, which is not read here")
@@ -131,7 +131,7 @@ def _decode_lora(parts: dict[str, Tensor], names: Names, alpha: float | None) ->
     lora = LoraWeights(down, up, _or_rank(alpha, down))
     if words["magnitude"] not in parts:
         return _nothing_left(lora, parts)
-    magnitude = _take(parts, words["magnitude"])
+    magnitude = _take(parts, words["magnitude"], sides=1)
     if magnitude.numel() != up.shape[0] or (names == "sd-scripts" and magnitude.shape[0] != up.shape[0]):
         raise ValueError("has a `dora_scale` for each input; only those for each output are read here")
     return _nothing_left(DoraWeights(lora, magnitude.reshape(-1)), parts)
@@ -141,15 +141,27 @@ def _or_rank(alpha: float | None, factor: Tensor) -> float:
     return float(factor.shape[0]) if alpha is None else alpha
 
 
-def _take(parts: dict[str, Tensor], name: str) -> Tensor:
+def _number(tensor: Tensor) -> float:
+    if tensor.numel() != 1:
+        raise ValueError(f"has an `alpha` of shape {list(tensor.shape)}, where one number belongs")
+    return float(tensor)
+
+
+def _take(parts: dict[str, Tensor], name: str, *, sides: int = 2) -> Tensor:
+    """Take a part out. sides: how many its shape has at least. Raises ValueError where it cannot be such a part."""
     if name not in parts:
         raise ValueError(f"lacks `{name}`")
-    return parts.pop(name)
+    tensor = parts.pop(name)
+    if tensor.dim() < sides or not tensor.numel():
+        raise ValueError(f"has `{name}` of shape {list(tensor.shape)}, which is no matrix of an adapter")
+    if not tensor.is_floating_point():
+        raise ValueError(f"has `{name}` in {str(tensor.dtype).removeprefix('torch.')}, where fractions belong")
+    return tensor
 
 
 def _take_factor(parts: dict[str, Tensor], name: str) -> Tensor | tuple[Tensor, Tensor]:
     if name in parts:
-        return parts.pop(name)
+        return _take(parts, name)
     return _take(parts, f"{name}_a"), _take(parts, f"{name}_b")
 
 

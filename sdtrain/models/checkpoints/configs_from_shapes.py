@@ -21,6 +21,7 @@ from sdtrain.files.header import Header
 Shapes = Mapping[str, tuple[int, ...]]
 
 LORA_MARKS = (".lora_down.", ".lora_up.", ".lora_A.", ".lora_B.", "lora_unet_", "lora_te", ".hada_w1", ".lokr_w1")
+UNLIKE = "has tensors in shapes that no {} has; is the file another model's, or was it changed?"
 EDM_KEYS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 
 
@@ -66,7 +67,10 @@ def _not_a_checkpoint(header: Header) -> str:
 
 
 def _refuse_extra_inputs(header: Header, key: str) -> None:
-    channels = header.entries[key].shape[1]
+    shape = header.entries[key].shape
+    if len(shape) != 4:
+        raise user_error(str(header.path), key, f"has the shape {list(shape)}, which the first layer of no model has")
+    channels = shape[1]
     kinds = {9: "an inpainting model", 8: "an image-editing model", 5: "a depth model"}
     if channels != 4:
         kind = kinds.get(channels, "not a text-to-image model")
@@ -98,6 +102,8 @@ def config_of(header: Header, family: Family, component: Component, prefix: str 
         return vae_config(shapes, family)
     except KeyError as error:
         raise user_error(str(header.path), prefix + str(error.args[0]), "is missing; is the file whole?") from None
+    except (IndexError, ValueError, ZeroDivisionError):  # a matrix where the family has a vector, a side of 0, ...
+        raise user_error(str(header.path), prefix + "*", UNLIKE.format(family.title)) from None
     except UserError as error:
         raise UserError(str(header.path), error.problems) from None
 

@@ -62,7 +62,9 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise user_error(str(path), path.name, "is missing; is this a whole model?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise user_error(str(path), path.name, f"cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
         raise user_error(str(path), path.name, f"is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise user_error(str(path), path.name, "holds no JSON object; is this a whole model?")

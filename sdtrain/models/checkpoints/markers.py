@@ -104,9 +104,12 @@ def stored_configs(header: Header) -> dict[str, dict[str, Any]]:
     """
     text = header.metadata.get(CONFIGS_KEY, "{}")
     try:
-        return cast(dict[str, dict[str, Any]], json.loads(text))
-    except json.JSONDecodeError as error:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise user_error(str(header.path), CONFIGS_KEY, f"in the header is not readable JSON: {error}") from None
+    if not isinstance(found, dict) or not all(isinstance(config, dict) for config in found.values()):
+        raise user_error(str(header.path), CONFIGS_KEY, "in the header is no table of configurations")
+    return found
 
 
 def markers_of(checkpoint: Checkpoint) -> Markers:

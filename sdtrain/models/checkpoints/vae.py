@@ -10,7 +10,7 @@ from sdtrain.errors import user_error
 from sdtrain.families.family import Family
 from sdtrain.families.original_names import Place, new_vae_name, places_of
 from sdtrain.files.header import Header, read_header
-from sdtrain.models.checkpoints.configs_from_shapes import config_of, vae_config
+from sdtrain.models.checkpoints.configs_from_shapes import UNLIKE, config_of, vae_config
 from sdtrain.models.checkpoints.locate import locate, read_json, weight_files
 
 
@@ -65,4 +65,7 @@ def _lone_config(header: Header, family: Family) -> dict[str, Any]:
     shapes = {
         place.key.removeprefix(family.vae_prefix): header.entries[names[name]].shape for name, place in places.items()
     }
-    return vae_config(shapes, family)
+    try:
+        return vae_config(shapes, family)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):
+        raise user_error(str(header.path), "vae", UNLIKE.format(family.title)) from None

@@ -20,8 +20,10 @@ SLOW_TRAVEL = 0.01
 """A d whose steps, all of them in one direction, move a weight by less in a whole run teaches next to nothing."""
 FAR_BELOW = 100
 """A d that is so many times smaller than another network's leaves its network behind."""
+CLIMBED = 1.5
+"""d has climbed once it has grown by this factor since the network started ..."""
 DOUBLED = 2.0
-"""d runs away when it grows by this factor after it had been at rest, or late."""
+"""... and runs away when it grows by this one after that, once it was at rest, or late."""
 
 
 def stuck_at_d0(run: RunRecord, step: StepRecord, group: GroupRecord) -> str | None:
@@ -86,8 +88,9 @@ def frozen_too_small(run: RunRecord, step: StepRecord, group: GroupRecord) -> st
     else:
         return None
     return (
-        f"note: d of {group.name} is frozen at {group.applied_d:.1e}, which is useless: {why}. Let it be estimated "
-        "again (`--resume --set optimizer.prodigy_steps=auto`), or start from a larger optimizer.d0."
+        f"note: d of {group.name} is frozen at {group.applied_d:.1e}, which is useless: {why}. Let it grow on "
+        "(`--resume --set optimizer.prodigy_steps=0 --set optimizer.freeze_share=0`), or start again from a larger "
+        "optimizer.d0."
     )
 
 
@@ -125,15 +128,12 @@ def up_still_zero(run: RunRecord, step: StepRecord, group: GroupRecord) -> str |
     """Return advice on a network whose adapters are as they began though gradients were made for it."""
     if not group.at_zero or group.stopped or step.step < _after_first_steps(run):
         return None
-    if not group.skipped and not group.gradient:
-        return None  # a network without gradient is told of as that
-    found = f"note: the up matrices of {group.name} are still zero after {step.step} steps, so it changes no picture: "
-    if group.skipped:
-        return found + (
-            f"{group.skipped} steps were left out because a gradient was not finite. Try model.dtype = float32, and "
-            "look at the pictures and captions of these steps."
-        )
-    return found + "no gradient reaches them. Train without method.init_from, or with another adapter."
+    if group.skipped or not group.gradient:
+        return None  # steps that were left out, and a network without gradient, are told of as that
+    return (
+        f"note: the up matrices of {group.name} are still zero after {step.step} steps, so it changes no picture: no "
+        "gradient reaches them. Train without method.init_from, or with another adapter."
+    )
 
 
 @dataclass
@@ -146,7 +146,7 @@ class RunningAway:
         """Return the advice, None where there is none."""
         if group.name not in self.before:
             late = 2 * step.step >= run.steps and not group.climbing
-            if group.d > group.start_d and (group.settled or late):
+            if group.d > CLIMBED * group.start_d and (group.settled or late):
                 self.before[group.name] = (group.d, step.step)
             return None
         d, since = self.before[group.name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -55,13 +55,21 @@ def sampling_settings(config: Config) -> SamplingSettings:
         guidance_scale=preview.guidance_scale,
         width_px=preview.width_px or side,
         height_px=preview.height_px or side,
+        guidance_rescale=preview.guidance_rescale,
     )
 
 
-def render(model: Model, prompts: Prompts, seeds: Sequence[int], settings: SamplingSettings) -> list[list[Image.Image]]:
+def render(
+    model: Model,
+    prompts: Prompts,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    between: Callable[[], None] = lambda: None,
+) -> list[list[Image.Image]]:
     """Draw pictures, one row per prompt and one column per seed.
 
-    A seed means the same noise in every row and at every step.
+    A seed means the same noise in every row and at every step. between: called often; to give up the pictures, it
+    raises.
     """
     positive, negative = prompts.conditioning(model)
     cells = [(row, seed) for row in range(len(prompts.texts)) for seed in seeds]
@@ -75,6 +83,7 @@ def render(model: Model, prompts: Prompts, seeds: Sequence[int], settings: Sampl
             {key: value[rows] for key, value in negative.items()},
             [generator_of(seed, "preview") for _, seed in chunk],
             settings,
+            between,
         )
         pictures += [to_picture(one) for one in pixels]
     columns = len(seeds)

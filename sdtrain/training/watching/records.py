@@ -56,7 +56,7 @@ class GroupRecord:
     at_zero: bool = False
     """Whether the matrices of its adapters that begin at zero got no gradient yet: it changes no picture."""
     skipped: int = 0
-    """The number of steps so far that changed nothing because a gradient was not finite."""
+    """How many steps of the run were left out so far, because a loss or a gradient was not finite."""
     given: bool = False
     """Whether d is a value that was given and never estimated (`optimizer.prodigy_steps = 1`)."""
 
@@ -74,6 +74,10 @@ class StepRecord:
     """A running mean, in which previews and saves between steps do not count."""
     groups: tuple[GroupRecord, ...]
     """One record per trained network."""
+    skipped: bool = False
+    """Whether the step was left out, because its loss or a gradient was not finite."""
+    pictures: tuple[str, ...] = ()
+    """The files of the step's pictures, where it was skipped."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,21 @@ class PictureRecord:
 
     step: int
     path: Path
+
+
+@dataclass(frozen=True)
+class ValidationRecord:
+    """The loss on pictures that are held out, measured with the averaged weights after `step` steps."""
+
+    step: int
+    loss: float
+    """The mean over the held-out pictures."""
+    standard_error: float
+    """The standard error of that mean over the pictures."""
+    num_pictures: int
+    best_step: int | None
+    """The step of the lowest loss so far; None where none of a trained step is finite."""
+    best_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class NoteRecord:
 class EndRecord:
     """The last record.
 
-    outcome: `stopped` is by Ctrl-C or SIGTERM, with the state saved; `failed` is by an error.
+    outcome: `stopped` is by Ctrl-C or another signal, `failed` is by an error.
     """
 
     step: int
@@ -113,6 +132,6 @@ class EndRecord:
     outcome: Literal["finished", "stopped", "failed"]
 
 
-Record: TypeAlias = RunRecord | StepRecord | PictureRecord | SavedRecord | NoteRecord | EndRecord
+Record: TypeAlias = RunRecord | StepRecord | PictureRecord | ValidationRecord | SavedRecord | NoteRecord | EndRecord
 Watcher: TypeAlias = Callable[[Record], None]
 """Anything that can be called with a record: a function, a method, `print`."""

@@ -20,8 +20,9 @@ from sdtrain.training.watching.records import (
     RunRecord,
     SavedRecord,
     StepRecord,
+    ValidationRecord,
 )
-from sdtrain.training.watching.text import duration
+from sdtrain.training.watching.text import duration, say
 
 SMOOTHING = 0.98
 """The share of the smoothed loss that stays at each step: it looks back about 50 steps."""
@@ -61,6 +62,8 @@ class Screen:
                 self._step(record)
             case PictureRecord():
                 self._say(f"step {record.step}: preview {record.path}")
+            case ValidationRecord():
+                self._say(validation_line(record))
             case NoteRecord():
                 self._say(record.text)
             case RunRecord() | SavedRecord() | EndRecord():
@@ -70,7 +73,7 @@ class Screen:
 
     def _say(self, text: str) -> None:
         """Print one line above the progress display."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self._console, text)
 
     def _step(self, record: StepRecord) -> None:
         if math.isfinite(record.loss):  # any other would stay in the mean for ever
@@ -91,6 +94,17 @@ class Screen:
     def _left(self, step: int) -> str:
         done = max(1, step - self._run.first_step)
         return duration((time.monotonic() - self._started) / done * (self._run.steps - step))
+
+
+def validation_line(record: ValidationRecord) -> str:
+    """Return a validation as one line: the loss, how sure it is, and how it stands to the best."""
+    best = ""
+    if record.best_step == record.step:
+        best = ", the best so far"
+    elif record.best_step is not None:
+        best = f"; best {record.best_loss:.5f} at step {record.best_step}"
+    loss = f"{record.loss:.5f} ± {record.standard_error:.5f}"
+    return f"step {record.step}: held-out loss {loss} over {record.num_pictures} pictures{best}"
 
 
 def _bar(console: Console) -> Progress:

@@ -9,9 +9,11 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.training.ending.rescue import Kept
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
-from sdtrain.training.watching.text import duration, facts_table
+from sdtrain.training.validating.history import Validation
+from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
 
 
 def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
@@ -28,7 +30,7 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     rows["steps"] = f"{config.steps}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)
     rows["run folder"] = str(run.folder)
-    return Panel(facts_table(rows), title=f"sdtrain fit: {config.name}", title_align="left", expand=False)
+    return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
 
 
 def _method(config: Config) -> str:
@@ -54,9 +56,14 @@ def _optimizer(config: Config) -> str:
     return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
 
 
-def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Panel:
-    """Return a panel that tells where everything is, and what to do next."""
+def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: float, best: Validation | None) -> Panel:
+    """Return a panel that tells where everything is, and what to do next.
+
+    step: the steps that are done. best: the validation with the lowest loss, if there was any.
+    """
     rows = {"weights": str(run.weights_path)}
+    if best is not None:
+        rows["best"] = f"step {best.step}, held-out loss {best.loss:.5f}: {run.best_weights_path}"
     previews = sorted((run.folder / "previews").glob("step-*.png"))
     if previews:
         rows["previews"] = f"{previews[0]} ... {previews[-1].name}" if len(previews) > 1 else str(previews[0])
@@ -64,15 +71,26 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, seconds: float) -> Pan
     for group in optimizer.metrics():
         rate = f"effective_lr {group.effective_lr:.2e}" if group.active else "stopped"
         rows[f"d of {group.name}"] = f"{group.d:.2e}, {rate}"
-    rows["look"] = f'sdtrain sample {run.folder} --prompt "..."'
-    rows["go on"] = f"sdtrain fit {run.folder / 'config.toml'} --resume --set steps={2 * run.config.steps}"
-    title = f"done: {run.config.steps} steps in {duration(seconds)}"
-    return Panel(facts_table(rows), title=title, title_align="left", expand=False)
+    skipped = max(group.skipped for group in optimizer.metrics())
+    if skipped:
+        rows["left out"] = f"{skipped} of {step} steps: loss or gradients were not finite"
+    rows["look"] = f'sdtrain sample {shell_word(run.folder)} --prompt "..."'
+    rows["go on"] = f"sdtrain fit {shell_word(run.folder / 'config.toml')} --resume --set steps={2 * run.config.steps}"
+    title = f"done: {step} steps in {duration(seconds)}"
+    return Panel(facts_table(rows), title=shown(title), title_align="left", expand=False)
 
 
-def farewell(run: Run, step: int) -> str:
-    """Return what a stopped run tells its user: nothing is lost, and how to go on."""
-    return (
-        f"stopped after {step} of {run.config.steps} steps; the training state is saved.\n"
-        f"go on: sdtrain fit {run.folder / 'config.toml'} --resume"
-    )
+def farewell(run: Run, step: int, cause: str, kept: Kept) -> list[str]:
+    """Return what a run that ended early tells its user: what is kept, what is not, and how to go on; a line each."""
+    lines = [f"stopped by {cause} after {step} of {run.config.steps} steps"]
+    lines += [f"  {problem}" for problem in kept.problems]
+    if kept.state is not None:
+        lines.append(f"training state: {kept.state}")
+    if kept.weights is not None:
+        lines.append(f"averaged weights: {kept.weights}")
+        lines.append(f'look: sdtrain sample {shell_word(kept.weights)} --prompt "..."')
+    if kept.state is not None:
+        lines.append(f"other formats: sdtrain export {shell_word(run.folder)} --format diffusers")
+    resume = f"sdtrain fit {shell_word(run.folder / 'config.toml')} --resume"
+    lines.append(f"go on: {resume}" if kept.state is not None else f"begin again: {resume}")
+    return lines

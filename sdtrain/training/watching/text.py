@@ -1,10 +1,36 @@
-"""Formats durations and two-column tables for the terminal; no torch."""
+"""What a person is shown: lines, tables of two columns, durations, commands to copy; no torch.
+
+Everything that is shown in the terminal goes through `say` or `facts_table`, and nothing of it is read as rich's
+markup, as an emoji's name or as an escape code: paths, prompts and metadata are other people's.
+"""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from sdtrain.errors import printable
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are, each on one line of its own."""
+    for line in lines:
+        console.print(shown(line), soft_wrap=True)
+
+
+def shown(text: str) -> Text:
+    """Return a text for rich that is shown letter by letter."""
+    return Text(printable(text))
+
+
+def shell_word(path: Path | str) -> str:
+    """Return a path as one word of a command that can be copied into a shell."""
+    return shlex.quote(str(path))
 
 
 def duration(seconds: float) -> str:
@@ -23,5 +49,5 @@ def facts_table(rows: Mapping[str, str]) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(shown(key), shown(value))
     return table

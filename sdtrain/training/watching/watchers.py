@@ -9,38 +9,51 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 from rich.console import Console
 
 from sdtrain.training.watching.advice import Adviser
-from sdtrain.training.watching.log import log_to
+from sdtrain.training.watching.log import Log, log_to
 from sdtrain.training.watching.records import EndRecord, NoteRecord, Record, RunRecord, Watcher
 from sdtrain.training.watching.screen import Screen
 
 
 class Watchers:
-    """Everybody who watches a run: our own watchers, and other people's, which may fail without harm to it."""
+    """Everybody who watches a run: the log, the screen and other people's watchers. None of them can end it."""
 
-    def __init__(self, own: Sequence[Watcher], others: Sequence[Watcher]) -> None:
-        self._own = tuple(own)
+    def __init__(self, log: Log | None, others: Sequence[Watcher]) -> None:
+        self._log = log
+        self._log_is_behind = False
         self._others = list(others)
         self._adviser = Adviser()
         self.step = 0
         """The number of steps that are done, by the last record."""
 
     def tell(self, record: Record) -> None:
-        """Hand a record to all watchers, our own first, and then hand them the notes that it gives rise to.
+        """Hand a record to all watchers, the log first, and then hand them the notes that it gives rise to.
 
-        A watcher of somebody else that raises is dropped, and that is told once. An error of our own, such as a
-        log on a full disk, is raised.
+        A watcher that raises is dropped, and that is told once. A log that cannot be written catches up later.
         """
         self.step = record.first_step if isinstance(record, RunRecord) else record.step
-        for watcher in self._own:
-            watcher(record)
-        failures = [note for watcher in tuple(self._others) if (note := self._try(watcher, record))]
-        for note in (*failures, *self._adviser.notes(record)):
+        notes = self._write(record)
+        notes += [note for watcher in tuple(self._others) if (note := self._try(watcher, record))]
+        for note in (*notes, *self._adviser.notes(record)):
             self.tell(note)
+
+    def _write(self, record: Record) -> list[NoteRecord]:
+        if self._log is None:
+            return []
+        try:
+            self._log.see(record)
+        except OSError as error:
+            was_behind, self._log_is_behind = self._log_is_behind, True
+            text = (
+                f"note: log.jsonl cannot be written ({error.strerror or error}); the training goes on, and the lines "
+                "are written as soon as they can be"
+            )
+            return [] if was_behind else [NoteRecord(self.step, text)]
+        return []
 
     def _try(self, watcher: Watcher, record: Record) -> NoteRecord | None:
         try:
             watcher(record)
-        except Exception as error:  # noqa: BLE001 - it is not our code: letting it end the run could lose hours
+        except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
             self._others = [other for other in self._others if other is not watcher]
             what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             return NoteRecord(
@@ -65,7 +78,7 @@ def name_of(watcher: Watcher) -> str:
 def watching(run: RunRecord, console: Console, others: Sequence[Watcher]) -> Iterator[Watchers]:
     """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too."""
     with log_to(run.folder / "log.jsonl", run.first_step) as log, Screen(console, run) as screen:
-        watchers = Watchers([log, screen.see], others)
+        watchers = Watchers(log, [screen.see, *others])
         watchers.tell(run)
         try:
             yield watchers

@@ -11,7 +11,7 @@ from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.low_rank import RankRule, extract, resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
-from sdtrain.commands.merge import read_base
+from sdtrain.commands.files.merge import read_base
 from sdtrain.errors import user_error
 from sdtrain.families.metadata import CONFIG_KEY, now, resolution_of, steps_of
 from sdtrain.families.words import Resolution

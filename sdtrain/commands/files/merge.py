@@ -39,10 +39,18 @@ def trained_size(opened: OpenedModel) -> Resolution:
 def merge(base: str, files: Sequence[tuple[Path, float]], out: Path, layout: Layout, components: str = "") -> int:
     """Write `base` with adapter files merged in, each times its weight; return how many layers changed.
 
-    Raises UserError.
+    The base's author and licence are kept: the result is a work made of theirs. Raises UserError.
     """
-    model, size = read_base(base, components)
+    config = ModelConfig(path=base, components=components)
+    opened = open_model(config, base)
+    model = load_model(opened, config, device=CPU, dtype=torch.float32)
     adapters = [(read_lora(path, model.networks).adapters, weight) for path, weight in files]
     changed = merge_into(model.networks, adapters)
-    model.write_checkpoint(out, Description(title=out.stem, resolution_px=size), layout=layout)
+    described = Description(
+        title=out.stem,
+        resolution_px=trained_size(opened),
+        author=opened.metadata.get("modelspec.author", ""),
+        license=opened.metadata.get("modelspec.license", ""),
+    )
+    model.write_checkpoint(out, described, layout=layout)
     return changed

@@ -1,0 +1,92 @@
+"""`sdtrain info`: shows what a safetensors file says about itself, or how far a run is; no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from sdtrain.adapters.formats.describe import FileDescription, describe_file
+from sdtrain.commands.run_facts import RunFacts, disk_bytes, facts_of, is_run, read_log, size_text
+from sdtrain.errors import user_error
+from sdtrain.training.watching.text import facts_table, shell_word
+
+
+def file_info(path: Path) -> Table:
+    """Return what is in a file as a table of two columns. Raises UserError when it is missing or damaged."""
+    found = describe_file(path)
+    rows = {key: value for key, value in _rows(found).items() if value}
+    return facts_table({"file": f"{path}, {found.num_bytes / 2**20:.1f} MiB", **rows})
+
+
+def run_info(folder: Path, step: int | None = None) -> Table:
+    """Return how a run stands, or what is known of one of its states, as a table of two columns.
+
+    Raises UserError when the folder is none of a run, or has no such state.
+    """
+    if not is_run(folder):
+        raise user_error(str(folder), folder.name, "is not the folder of a run; name one, or a .safetensors file")
+    facts = facts_of(folder)
+    if step is not None and step not in facts.states:
+        there = ", ".join(map(str, facts.states)) or "none"
+        raise user_error(str(folder), "--step", f"no training state of step {step}; there are {there}")
+    rows = _run_rows(facts) if step is None else _state_rows(facts, step)
+    return facts_table({key: value for key, value in rows.items() if value})
+
+
+def _run_rows(facts: RunFacts) -> dict[str, str]:
+    config, last = facts.config, facts.last
+    return {
+        "run": f"{facts.folder}, {facts.standing}, {size_text(facts.num_bytes)}",
+        "damage": facts.damage,
+        "steps": f"{facts.step} of {config.steps}" if config else str(facts.step),
+        "base": config.model.path if config else "",
+        "method": f"{config.method.kind} on {', '.join(config.method.train)}" if config else "",
+        "loss": "" if last.loss is None else f"{last.loss:.4f}, a mean of the last steps",
+        "best": f"step {last.best[0]}, held-out loss {last.best[1]:.5f}" if last.best else "",
+        "d": ", ".join(f"{network} {d:.2e}" for network, d in last.d),
+        "states": ", ".join(f"step {step}" for step in facts.states),
+        "weights": ", ".join(sorted(path.name for path in (facts.folder / "weights").glob("*.safetensors"))),
+        "go on": "" if facts.damage else facts.go_on(),
+    }
+
+
+def _state_rows(facts: RunFacts, step: int) -> dict[str, str]:
+    folder = facts.folder / "checkpoints" / f"step-{step:06d}"
+    name = shell_word(facts.folder)
+    last = read_log(facts.folder / "log.jsonl", until=step)
+    return {
+        "state": f"{folder}, {size_text(disk_bytes(folder))}",
+        "loss": "" if last.loss is None else f"{last.loss:.4f}, a mean of the steps before",
+        "d": ", ".join(f"{network} {d:.2e}" for network, d in last.d),
+        "look": f'sdtrain sample {name} --step {step} --prompt "..."',
+        "export": f"sdtrain export {name} --step {step} --format sd-scripts",
+    }
+
+
+def _rows(found: FileDescription) -> dict[str, str]:
+    layers = ", ".join(f"{network} {number}" for network, number in found.num_modules.items())
+    return {
+        "kind": f"{found.kind} in {found.names} names" if found.kind else "no adapters; tensors of a model",
+        "layers": layers,
+        "ranks": _counted(found.ranks),
+        "alphas": _counted(found.alphas),
+        "stored as": ", ".join(found.dtypes),
+        "title": found.title,
+        "date": found.date,
+        "base": found.base_model,
+        "prediction": found.prediction,
+        "steps": str(found.steps or ""),
+        "pictures": str(found.num_images or ""),
+        "d": ", ".join(f"{network} {d:.2e}" for network, d in found.d.items()),
+        "tags": ", ".join(f"{tag} ({number})" for tag, number in found.top_tags),
+        "config": "in the header" if found.config_toml else "",
+    }
+
+
+def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:
+    """Return `16` where all layers have that value, else each value with its number of layers."""
+    if len(values) == 1:
+        return f"{next(iter(values)):g}"
+    return ", ".join(f"{value:g} ({layers} layers)" for value, layers in values.items())
