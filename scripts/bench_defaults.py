@@ -192,7 +192,7 @@ def run_job(job: Job) -> list[results.Result]:
     looks = {step for length in job.lengths for step in look_at(length)}
     rates: dict[int, dict[str, float]] = {}
     for step in range(config.steps):
-        loss = objective(feed.at(step), generator_of(config.seed, "noise", step, 0))
+        loss = objective(feed.at(step), functools.partial(generator_of, config.seed, "noise", step))
         loss.backward()  # type: ignore[no-untyped-call]
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints
             contestant.optimizer.step()

@@ -27,7 +27,7 @@ from sdtrain.adapters.kinds import LoraWeights
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batch
-from sdtrain.data.order import Order, dropped
+from sdtrain.data.order import Order, Piece, dropped
 from sdtrain.diffusion.loss import error_per_image
 from sdtrain.diffusion.prediction import training_target
 from sdtrain.families.words import DENOISER
@@ -284,7 +284,8 @@ class Feed:
         if not self._encodes:  # the empty caption stands behind all others
             rows = [-1 if is_empty else number for number, is_empty in zip(numbers, empty, strict=True)]
             text = {key: value[rows] for key, value in encoded_captions((*all_captions, "")).items()}
-        return Batch(0, self._pictures.at(numbers), captions, text, sizes_of(len(numbers)), ())
+        plan = (Piece(0, 0, len(numbers), len(numbers)),)
+        return Batch(0, plan, self._pictures.at(numbers), captions, text, sizes_of(len(numbers)), ())
 
 
 @torch.no_grad()
