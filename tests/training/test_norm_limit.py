@@ -92,3 +92,17 @@ def test_a_limit_that_is_kept_changes_no_bit() -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, held.iterates(), strict=True))
     NormLimit(50.0, held.layers).keep(held.optimizer)
     assert all(torch.equal(one, other) for one, other in zip(before, held.iterates(), strict=True))
+
+
+def test_an_average_above_the_limit_is_scaled_though_the_training_weights_are_below() -> None:
+    """With z = 0 the average is y / beta1, so its change is larger than that of y."""
+    held = Trained("lora")
+    for _ in held.steps(3):
+        pass
+    for parameter in held.parameters:
+        held.optimizer.state[parameter]["z"].zero_()
+    shipped, trained = (float(norms[0]) for norms in held.norms())
+    limit = (shipped + trained) / 2
+    assert trained < 0.95 * limit < limit < 0.95 * shipped
+    NormLimit(limit, held.layers).keep(held.optimizer)
+    assert float(held.norms()[0].max()) == pytest.approx(limit, rel=1e-4)
