@@ -199,6 +199,17 @@ def runs(
     list_runs(folder, Console())
 
 
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+) -> None:
+    """Write the report.html of runs anew, from their logs and previews."""
+    from sdtrain.commands.report import write_report
+
+    for folder in run:
+        say(Console(), f"wrote {write_report(folder)}")
+
+
 @app.command("verify-resume")
 def verify_resume(
     config: ConfigPath,

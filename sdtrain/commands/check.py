@@ -11,7 +11,7 @@ from sdtrain.commands.notes import notes
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import held_out_examples, training_examples
-from sdtrain.data.report import DataReport, summarise
+from sdtrain.data.report import report_lines, summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.text import say
@@ -51,19 +51,3 @@ def _validation_lines(config: Config, num_pictures: int) -> list[str]:
     validation = config.validation
     when = f"every {validation.every} steps" if validation.every else "never, for validation.every is 0"
     return [f"held out: {num_pictures} pictures, validated {when} at {validation.noise_levels} noise levels each"]
-
-
-def report_lines(report: DataReport) -> list[str]:
-    """Return what the pictures are like, one fact per line."""
-    buckets = ", ".join(f"{num} at {width}x{height}" for (width, height), num in report.buckets)
-    lines = [
-        f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
-        f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
-        f"buckets: {buckets}",
-    ]
-    share, path = report.worst_cropped
-    lines.append(f"cropped: {report.mean_cropped_share:.1%} of a picture on average, at most {share:.1%} ({path.name})")
-    factor, path = report.worst_upscale
-    if report.num_upscaled:
-        lines.append(f"enlarged: {report.num_upscaled} pictures, at most {factor:.2f} times ({path.name})")
-    return lines

@@ -160,8 +160,8 @@ def _fit_draft(
     with outliving(console):
         stop.doing = "reading the model and the pictures"
         opened, examples = inspect_run(draft, decode=False, fetch=True)
-        say(console, *notes(draft.config, opened))
-        config = draft.config
+        config, told = draft.config, notes(draft.config, opened)
+        say(console, *told)
         folder = run_folder(config.output, config.name)
         with Preparation(console) as progress:
             standing = find_standing(
@@ -174,7 +174,7 @@ def _fit_draft(
         quiet_libraries()  # not before: fetching a model shows its progress
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
-        steps, is_finished = train(config, opened, standing, console, stop, watchers=watchers)
+        steps, is_finished = train(config, opened, standing, console, stop, watchers=watchers, notes=told)
         if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
         return FitResult(folder, steps, False, None, stop.number)

@@ -57,3 +57,19 @@ def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
         mean_cropped_share=sum(share for share, _ in crops) / len(crops),
         worst_cropped=max(crops),
     )
+
+
+def report_lines(report: DataReport) -> list[str]:
+    """Return what the pictures are like, one fact per line."""
+    buckets = ", ".join(f"{num} at {width}x{height}" for (width, height), num in report.buckets)
+    lines = [
+        f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
+        f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
+        f"buckets: {buckets}",
+    ]
+    share, path = report.worst_cropped
+    lines.append(f"cropped: {report.mean_cropped_share:.1%} of a picture on average, at most {share:.1%} ({path.name})")
+    factor, path = report.worst_upscale
+    if report.num_upscaled:
+        lines.append(f"enlarged: {report.num_upscaled} pictures, at most {factor:.2f} times ({path.name})")
+    return lines

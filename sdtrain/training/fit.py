@@ -14,7 +14,7 @@ from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
-from sdtrain.training.ending.memory import Room, explained_while
+from sdtrain.training.ending.memory import Room, explained_while, peak_memory_gib
 from sdtrain.training.ending.rescue import kept_on_errors
 from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.keeping.room import require_room
@@ -29,6 +29,7 @@ from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
+from sdtrain.training.watching.report.begin import report_writer
 from sdtrain.training.watching.summary import banner, summary
 from sdtrain.training.watching.text import say
 from sdtrain.training.watching.watchers import Watchers, watching
@@ -42,12 +43,13 @@ def fit(
     stop: StopRequests,
     *,
     watchers: Sequence[Watcher] = (),
+    notes: Sequence[str] = (),
 ) -> tuple[int, bool]:
     """Train what the config says on a model that was opened, from where the run stands.
 
     Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
     found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
-    between two steps.
+    between two steps. notes: what the user was told before, which the report repeats.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
@@ -57,10 +59,11 @@ def fit(
     first_step = training.step
     console.print(banner(training.run, training.trainable, training.data.batches, first_step))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
+    report = report_writer(training.run, standing, (*notes, *standing.notes))
     said: list[str] = []
     try:
         with (
-            watching(_record_of(training.run, first_step), console, watchers) as everybody,
+            watching(_record_of(training.run, first_step), console, [report.see, *watchers]) as everybody,
             kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
         ):
             train(training, everybody, stop)
@@ -125,7 +128,9 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         optimizer.zero_grad(set_to_none=True)
         images_per_s = pace.end_step(len(examples))
         pictures = files_of(examples) if skipped else ()
-        record = StepRecord(training.step, total, len(examples), images_per_s, groups, skipped, pictures)
+        record = StepRecord(
+            training.step, total, len(examples), images_per_s, groups, skipped, pictures, peak_memory_gib(run.device)
+        )
         watchers.tell(record)
         if skipped:
             guard.tell(record, bad, watchers.tell)
