@@ -32,6 +32,7 @@ from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, 
 from sdtrain.training.watching.report.begin import report_writer
 from sdtrain.training.watching.summary import banner, summary
 from sdtrain.training.watching.text import say
+from sdtrain.training.watching.tracking.watcher import trackers
 from sdtrain.training.watching.watchers import Watchers, watching
 
 
@@ -60,10 +61,11 @@ def fit(
     console.print(banner(training.run, training.trainable, training.data.batches, first_step))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     report = report_writer(training.run, standing, (*notes, *standing.notes))
+    others = [report.see, *trackers(config.tracking), *watchers]
     said: list[str] = []
     try:
         with (
-            watching(_record_of(training.run, first_step), console, [report.see, *watchers]) as everybody,
+            watching(_record_of(training.run, first_step), console, others) as everybody,
             kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
         ):
             train(training, everybody, stop)

@@ -19,6 +19,7 @@ from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
 from sdtrain.training.keeping.manifest import state_folders
 from sdtrain.training.keeping.stored import copy_of_settings, settings_path
+from sdtrain.training.watching.tracking.trackers import tracker_problems
 
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
@@ -137,6 +138,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     nothing else is wrong.
     """
     examples, problems = _pictures(draft, decode=decode)
+    problems += tracker_problems(draft.config.tracking)
     draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)

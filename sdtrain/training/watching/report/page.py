@@ -66,14 +66,14 @@ def page(folder: Path, outcome: str, shelf: Shelf) -> str:
     numbers, about = read_numbers(folder / "log.jsonl"), read_about(folder)
     strips = shelf.strips(folder / "previews")
     config, problem = _config(folder)
-    notes = [f"step {step}: {_cut(text)}" for step, text in numbers.notes]
+    notes = [f"step {step}: {cut_off(text)}" for step, text in numbers.notes]
     settings = differing(config) if config else []
-    return _template().render(
+    return template("page.html").render(
         name=printable(config.name if config else folder.name),
         outcome=OUTCOMES[outcome],
         problem=problem,
         config=config,
-        toml=_cut(config_to_toml(config), LONGEST_CONFIG) if config else "",
+        toml=cut_off(config_to_toml(config), LONGEST_CONFIG) if config else "",
         settings=settings[:MOST_SETTINGS],
         settings_left_out=max(0, len(settings) - MOST_SETTINGS),
         numbers=numbers,
@@ -90,7 +90,7 @@ def page(folder: Path, outcome: str, shelf: Shelf) -> str:
         about=about,
         commands=_commands(folder, config),
         short=short,
-        cut=_cut,
+        cut=cut_off,
     )
 
 
@@ -128,13 +128,14 @@ def _last_smoothed(numbers: Numbers) -> float | None:
     return points[-1][1] if points else None
 
 
-def _cut(text: str, longest: int = LONGEST_TEXT) -> str:
+def cut_off(text: str, longest: int = LONGEST_TEXT) -> str:
     """Return a text that is not longer than a page can bear."""
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text) - longest:,} more letters)"
 
 
 @cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """Return a template of this folder, which escapes everything that is put into it."""
     environment = Environment(
         loader=PackageLoader("sdtrain.training.watching.report", ""),
         autoescape=True,
@@ -142,4 +143,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
