@@ -97,6 +97,7 @@ def compare(
     Raises:
         UserError: a run has no such training state, or there is nothing to draw.
     """
+    runs = list(dict.fromkeys(runs))
     first = stored_config(runs[0])
     texts = list(prompts) or list(first.preview.prompts)
     if not texts:
@@ -106,11 +107,11 @@ def compare(
     several = len(runs) > 1
     chosen = [(folder, state) for folder in runs for state in chosen_states(folder, steps, several=several)]
     rows: list[Row] = []
-    for folder in dict.fromkeys(runs):
+    for folder in runs:
         config = resolve(with_prompts(stored_table(folder), texts), str(folder))
         config = config.model_copy(update={"preview": drawn.preview})
         rows += _rows(folder, config, [state for where, state in chosen if where == folder], wanted, named=several)
-    return Comparison(" and ".join(folder.name for folder in dict.fromkeys(runs)), texts, wanted.seeds, strengths, rows)
+    return Comparison(" and ".join(folder.name for folder in runs), texts, wanted.seeds, strengths, rows)
 
 
 def chosen_states(folder: Path, steps: Sequence[int], *, several: bool) -> list[SavedState]:

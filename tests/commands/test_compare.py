@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,8 +43,6 @@ def test_strength_0_is_the_base_and_strength_1_is_the_preview_of_its_step(train:
         for seed in range(2):
             assert found.cell(row, 0, 0, seed).tobytes() == base[seed].tobytes()
     with Image.open(run / "previews" / "step-000004.png") as grid:
-        import json
-
         told = json.loads(grid.text["sdtrain cells"])  # type: ignore[attr-defined]
         x, y = told["corners"][0][0]
         width, height = told["size"]
@@ -87,7 +87,8 @@ def test_several_runs_stand_side_by_side_and_three_files_tell_it(train: Train, t
     assert "<b>a" not in text
     assert "&lt;b&gt;a" in text
     assert text.count("<img") == 4
-    assert "http" not in text
+    assert "http:" not in text
+    assert "https:" not in text
     with Image.open(tmp_path / "out" / "animation.webp") as animation:
         assert animation.n_frames == 3, "the base, and each run"  # type: ignore[attr-defined]
     with Image.open(tmp_path / "out" / "grid.png") as grid:
@@ -106,8 +107,6 @@ def test_what_cannot_be_drawn_is_told(train: Train) -> None:
 
 
 def test_a_page_of_many_pictures_is_small_and_a_sheet_has_them_all() -> None:
-    import os
-
     picture = Image.frombytes("RGB", (256, 256), os.urandom(3 * 256 * 256))
     drawn = [[[picture] * 4] * 12] * 3
     many = Comparison("a", ["p"] * 12, [0, 1, 2, 3], [0, 0.5, 1], [Row(f"step {step}", drawn) for step in range(3)])

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 
 from sdtrain.commands.report import write_report
+from sdtrain.training.watching.report.comparison import Comparison, Row
+from sdtrain.training.watching.report.comparison import page as compared
 from tests.conftest import small_run
 from tests.training.report.browser import CHROMIUM, DRIVER, Browser, browser
-from tests.training.report.small_folders import SCRIPT, run_folder
+from tests.training.report.small_folders import SCRIPT, noise, run_folder
 
 pytestmark = [
     pytest.mark.browser,
@@ -51,6 +53,22 @@ def test_the_page_fits_says_nothing_to_the_console_and_asks_for_nothing(
 
 def _lightness(colour: str) -> float:
     return sum(float(part) for part in colour.removeprefix("rgb(").rstrip(")").split(",")[:3])
+
+
+@pytest.mark.parametrize("width_px", [400, 1440])
+def test_a_comparison_fits_too(window: Browser, tmp_path: Path, width_px: int) -> None:
+    drawn = [[[noise(64, 0)] * 2]] * 3
+    rows = [Row(f"step {step}", drawn) for step in (2, 4)]
+    path = tmp_path / "compare.html"
+    path.write_text(compared(Comparison("a" * 90, [SCRIPT], [0, 1], [0, 0.5, 1], rows)), encoding="utf-8")
+    window.log("browser")
+    window.show(path, width_px)
+    assert window.run("return document.documentElement.scrollWidth") <= width_px
+    assert window.run(
+        "return [...document.images].every(one => (one.loading = 'eager') && one.complete && one.naturalWidth === 64)"
+    )
+    assert window.run("return document.scripts.length") == 0
+    assert window.log("browser") == []
 
 
 def test_the_network_is_blocked_by_the_page_itself(window: Browser, page: Path) -> None:
