@@ -9,7 +9,7 @@ from rich.console import Console
 
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
-from sdtrain.data.report import DataReport, summarise
+from sdtrain.data.report.summary import DataReport, summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrain.data.captions import CaptionError, decode, normalise, read_caption
+from sdtrain.data.captions.text import CaptionError, decode, normalise, read_caption
 
 
 @given(st.text())

@@ -11,7 +11,7 @@ import pytest
 from sdtrain.config.schema import DataConfig
 from sdtrain.data.batches import Batches
 from sdtrain.data.examples import Example, scan_folders
-from sdtrain.data.report import summarise
+from sdtrain.data.report.summary import summarise
 
 
 def test_the_report_counts_pictures_captions_buckets_crops_and_upscales(config: Callable[..., DataConfig]) -> None:
