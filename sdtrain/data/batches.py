@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from sdtrain.config.schema import DataConfig
 from sdtrain.data import cache as store
-from sdtrain.data.buckets import Placement, bucket_sizes, place
-from sdtrain.data.encoding import Progress, encode_captions, encode_pictures
+from sdtrain.data.buckets import Placement
+from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
+from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order, dropped
+from sdtrain.data.order import Order
+from sdtrain.data.placing import placements_of
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,10 @@ class Batches:
         order: Order,
         *,
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
-        caption_dropout: float,
-        seed: int,
+        drawing: Drawing,
     ) -> None:
         self._rows, self._captions, self._order = rows, captions, order
-        self._encode_sizes, self._caption_dropout, self._seed = encode_sizes, caption_dropout, seed
+        self._encode_sizes, self._drawing = encode_sizes, drawing
         paths = [*(row.latents for row in rows), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
@@ -94,8 +95,7 @@ class Batches:
             yield self._batch(step, index, [self._rows[number] for number in numbers]), len(numbers) / num_images
 
     def _batch(self, step: int, index: int, rows: Sequence[_Row]) -> Batch:
-        empty = dropped(self._seed, step, index, len(rows), self._caption_dropout)
-        captions = ["" if is_empty else row.example.caption for row, is_empty in zip(rows, empty, strict=True)]
+        captions = self._drawing.captions(step, index, [row.example for row in rows])
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
@@ -128,8 +128,7 @@ def prepare_batches(
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
-    pictures = [(example, place(example.width_px, example.height_px, buckets)) for example in examples]
+    pictures = list(zip(examples, placements_of(examples, config), strict=True))
     order = Order(
         [placement.bucket for _, placement in pictures],
         [example.repeats for example in examples],
@@ -137,19 +136,12 @@ def prepare_batches(
         accumulation=config.gradient_accumulation,
         seed=seed,
     )
+    captions, drawing = None, Drawing(seed, config.caption_dropout)
     with torch.no_grad():
         paths = encode_pictures(pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress)
-        captions = _encode_captions(config, examples, encoders, cache, on_progress)
+        if encoders.captions is not None:
+            drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
+            needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
+            captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
     rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
-    return Batches(
-        rows, captions, order, encode_sizes=encoders.sizes, caption_dropout=config.caption_dropout, seed=seed
-    )
-
-
-def _encode_captions(
-    config: DataConfig, examples: Sequence[Example], encoders: Encoders, cache: Path, on_progress: Progress
-) -> dict[str, Path] | None:
-    if encoders.captions is None:
-        return None
-    needed = [example.caption for example in examples] + ([""] if config.caption_dropout > 0 else [])
-    return encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
+    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing)

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.examples import Example, unreadable_problems
+from sdtrain.data.examples import Example, Progress, unreadable_problems
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
 
 Picture = tuple[Example, Placement]
-Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 

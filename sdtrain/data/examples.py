@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtrain.config.schema import DataConfig, FolderConfig
-from sdtrain.data.captions.text import CaptionError, read_caption
-from sdtrain.data.pictures import SUFFIXES, PictureError, measure
+from sdtrain.data.captions.text import CaptionError, read_text, texts_of
+from sdtrain.data.captions.wording import Varied, worded, wording_of
+from sdtrain.data.looks import Look
+from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
 from sdtrain.data.scanning.files import files_below
 from sdtrain.data.scanning.findings import Finding, shortened
-from sdtrain.data.scanning.pairs import Pair, foreign_pictures, pair_up, read_twice
+from sdtrain.data.scanning.pair import Pair
+from sdtrain.data.scanning.pairs import foreign_pictures, pair_up, read_twice
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
 from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER
 
 BUILTIN_FOLDERS = {BUILTIN + name: BUILTIN_FOLDER / name for name in ("quickstart", "quickstart-known")}
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -28,42 +33,46 @@ class Example:
     width_px: int  # of the upright picture
     height_px: int
     repeats: int
+    varied: Varied | None = None  # how the caption varies from step to step; None: it is the same every time
+    folder: int = 0  # its place in data.folder
+    beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
+    look: Look | None = field(default=None, compare=False)  # where every pixel was read
 
 
 def scan_folders(
-    config: DataConfig, *, decode: bool, skip: Collection[int] = ()
+    config: DataConfig, *, decode: bool, skip: Collection[int] = (), on_progress: Progress | None = None
 ) -> tuple[list[Example], list[Problem]]:
     """Return all examples of all folders in a stable order (by folder, then naturally by path), and all problems.
 
     With `decode`, every pixel is read, so that truncated files are found; without, only headers. Examples are
     complete only if there are no problems. Paths are relative to the working directory unless absolute. skip: places
-    of folders that are left out.
+    of folders that are left out. `on_progress(what, done, total)` is called from the calling thread.
     """
-    pairs: list[Pair] = []
+    pairs: list[tuple[int, Pair]] = []
     findings: list[Finding] = []
     owners: dict[Path, int] = {}
     for index, folder in enumerate(config.folder):
         if index in skip:
             continue
-        where = f"data.folder[{index}].path"
-        root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
-        if reason := _unusable(folder, root):
-            findings.append(Finding("folder", Problem(where, reason)))
-            continue
-        try:
-            files = files_below(root)
-        except OSError as error:
-            findings.append(Finding("folder", Problem(where, f"cannot be read: {error.filename}: {error.strerror}")))
-            continue
-        findings += foreign_pictures(files)
-        found, wrong = pair_up(files, folder)
-        if not found:
-            allowed = ", ".join(sorted(SUFFIXES))
-            findings.append(Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
-        findings += wrong + read_twice(where, index, found, owners)
-        pairs += found
-    examples, wrong = _read(pairs, decode=decode)
+        found, wrong = _scan(index, folder)
+        pairs += [(index, pair) for pair in found]
+        findings += wrong + read_twice(f"data.folder[{index}].path", index, found, owners)
+    examples, wrong = _read(pairs, decode=decode, on_progress=on_progress)
     return examples, shortened(findings + wrong)
+
+
+def _scan(index: int, folder: FolderConfig) -> tuple[list[Pair], list[Finding]]:
+    where = f"data.folder[{index}].path"
+    root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
+    if reason := _unusable(folder, root):
+        return [], [Finding("folder", Problem(where, reason))]
+    files, findings = files_below(root, folder.exclude)
+    findings += foreign_pictures(files)
+    pairs, wrong = pair_up(root, files, folder, f"data.folder[{index}].captions")
+    if not pairs and not findings and not wrong:
+        allowed = ", ".join(sorted(SUFFIXES))
+        findings.append(Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
+    return pairs, findings + wrong
 
 
 def unreadable_problems(reasons: Sequence[tuple[Path, str]]) -> list[Problem]:
@@ -81,38 +90,65 @@ def _unusable(folder: FolderConfig, root: Path) -> str:
     return ""
 
 
-def _read(pairs: Sequence[Pair], *, decode: bool) -> tuple[list[Example], list[Finding]]:
+def _read(
+    pairs: Sequence[tuple[int, Pair]], *, decode: bool, on_progress: Progress | None
+) -> tuple[list[Example], list[Finding]]:
     """Opens all pictures and captions, several at a time; results keep the order of the pairs."""
 
-    def read(pair: Pair) -> tuple[Example | None, list[Finding]]:
-        return _read_one(pair, decode=decode)
+    def read(pair: tuple[int, Pair]) -> tuple[Example | None, list[Finding]]:
+        return _read_one(*pair, decode=decode)
 
-    results = list(map_ahead(read, pairs))
-    examples = [example for example, _ in results if example is not None]
-    return examples, [finding for _, findings in results for finding in findings]
-
-
-def _read_one(pair: Pair, *, decode: bool) -> tuple[Example | None, list[Finding]]:
+    examples: list[Example] = []
     findings: list[Finding] = []
-    width_px = height_px = 0
-    caption = ""
+    for done, (example, wrong) in enumerate(map_ahead(read, pairs), 1):
+        examples += [example] if example else []
+        findings += wrong
+        if on_progress:
+            on_progress("reading pictures", done, len(pairs))
+    return examples, findings
+
+
+def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, list[Finding]]:
+    findings: list[Finding] = []
+    size, look = (0, 0), None
     try:
-        width_px, height_px = measure(pair.picture, decode=decode)
+        if decode:
+            size, look = look_at(pair.picture)
+        else:
+            size = measure(pair.picture, decode=False)
     except PictureError as error:
         findings.append(Finding("unreadable picture", Problem(str(pair.picture), str(error))))
+        if not pair.picture.exists():
+            return None, findings  # a link that points nowhere needs no caption
     try:
-        caption = read_caption(pair.caption) if pair.caption else ""
+        texts = _texts(pair)
     except CaptionError as error:
         findings.append(Finding("unreadable caption", Problem(str(pair.caption), str(error))))
     else:
-        if not caption and pair.folder.missing_captions == "error":
+        if not texts and pair.folder.missing_captions == "error":
             findings.append(Finding("picture without a caption", _uncaptioned(pair)))
     if findings:
         return None, findings
-    return Example(pair.picture, caption, width_px, height_px, pair.folder.repeats), []
+    caption, varied = worded(texts, wording_of(pair.folder))
+    return Example(pair.picture, caption, *size, pair.repeats, varied, index, pair.beside, look), []
+
+
+def _texts(pair: Pair) -> tuple[str, ...]:
+    """Return the texts that a picture's caption holds. Raises CaptionError."""
+    if pair.texts is not None:
+        return pair.texts
+    return texts_of(read_text(pair.caption), pair.folder.caption_lines) if pair.caption else ()
 
 
 def _uncaptioned(pair: Pair) -> Problem:
-    found = "its caption file is empty" if pair.caption else "no caption"
-    name = pair.picture.with_suffix(".txt").name
-    return Problem(str(pair.picture), f'{found}; write one in {name}, or set missing_captions = "empty"')
+    found = "its caption is empty" if pair.caption else "no caption"
+    if pair.beside:
+        return Problem(str(pair.picture), f"{found}, but {pair.beside}")
+    match pair.folder.captions:
+        case "txt" | "caption":
+            where = f"in {pair.picture.with_suffix('.' + pair.folder.captions).name}"
+        case "metadata":
+            where = "for it in the metadata file"
+        case "meta_cap":
+            where = "for it in meta_cap.json"
+    return Problem(str(pair.picture), f'{found}; write one {where}, or set missing_captions = "empty"')

@@ -1,72 +1,59 @@
-"""Pictures and the captions that belong to them."""
+"""Pairs the pictures of a folder with their captions."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import assert_never
 
 from sdtrain.config.schema import FolderConfig
-from sdtrain.data.pictures import SUFFIXES, UNSUPPORTED_SUFFIXES
+from sdtrain.data.captions.tables import META_CAP_NAME, METADATA_NAMES, read_meta_cap, read_metadata
+from sdtrain.data.pictures import HEIF_SUFFIXES, missing_heif
+from sdtrain.data.scanning.beside import pair_beside
+from sdtrain.data.scanning.concepts import concept_of
+from sdtrain.data.scanning.files import real_path
 from sdtrain.data.scanning.findings import Finding
+from sdtrain.data.scanning.pair import Pair, is_foreign, is_picture, own_name
+from sdtrain.data.scanning.rows import pair_by_rows
 from sdtrain.errors import Problem
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A picture and where its caption stands; None: it has none."""
-
-    picture: Path
-    caption: Path | None
-    folder: FolderConfig
-
-
 def foreign_pictures(files: Sequence[Path]) -> list[Finding]:
+    """Return a finding for each picture of a format that is not read."""
     return [
-        Finding(
-            "unsupported picture format",
-            Problem(str(path), f"{path.suffix} pictures are not read; convert it to PNG or JPEG, or remove it"),
-        )
-        for path in files
-        if path.suffix.lower() in UNSUPPORTED_SUFFIXES
+        Finding("unsupported picture format", Problem(str(path), _not_read(path))) for path in files if is_foreign(path)
     ]
 
 
-def pair_up(files: Sequence[Path], folder: FolderConfig) -> tuple[list[Pair], list[Finding]]:
-    """Pictures and captions of the same name in the same folder, and all that do not go together."""
-    pictures: dict[Path, list[Path]] = defaultdict(list)
-    captions: dict[Path, list[Path]] = defaultdict(list)
-    for path in files:
-        if path.suffix.lower() in SUFFIXES:
-            pictures[path.with_suffix("")].append(path)
-        elif path.suffix.lower() == ".txt":
-            captions[path.with_suffix("")].append(path)
-    findings: list[Finding] = []
-    pairs = [
-        Pair(picture, captions[stem][0] if stem in captions else None, folder)
-        for stem, alike in pictures.items()
-        for picture in alike
-    ]
-    for stem, texts in captions.items():
-        if stem not in pictures:
-            what = "caption without a picture of the same name; add the picture, or remove or rename the .txt file"
-            findings.append(Finding("caption without a picture", Problem(str(texts[0]), what)))
-        elif len(pictures[stem]) > 1:
-            names = " and ".join(path.name for path in pictures[stem])
-            what = f"is the caption of {names}; rename one of them and give it a caption of its own"
-            findings.append(Finding("pictures that share a caption", Problem(str(texts[0]), what)))
-        elif len(texts) > 1:
-            names = " and ".join(path.name for path in texts)
-            findings.append(Finding("two captions", Problem(str(pictures[stem][0]), f"has two captions: {names}")))
-    return pairs, findings
+def pair_up(root: Path, files: Sequence[Path], folder: FolderConfig, setting: str) -> tuple[list[Pair], list[Finding]]:
+    """Return the pictures of a folder with their captions, and all that do not go together.
+
+    setting: the name of its setting `captions`.
+    """
+    pictures = [path for path in files if is_picture(path)]
+    match folder.captions:
+        case "txt" | "caption":
+            pairs, findings = pair_beside(pictures, files, folder)
+        case "metadata":
+            tables = {path: read_metadata(path, folder.caption_lines) for path in files if path.name in METADATA_NAMES}
+            pairs, findings = pair_by_rows(pictures, tables, folder, setting)
+        case "meta_cap":
+            path = root / META_CAP_NAME
+            tables = {path: read_meta_cap(path, folder.caption_lines)} if path in files else {}
+            pairs, findings = pair_by_rows(pictures, tables, folder, setting)
+        case _:
+            assert_never(folder.captions)
+    known = set(files)
+    pairs = [_named_by_folder(pair, root) for pair in pairs]
+    return [_with_hint(pair, root, known) if _has_no_caption(pair) else pair for pair in pairs], findings
 
 
 def read_twice(where: str, index: int, pairs: Sequence[Pair], owners: dict[Path, int]) -> list[Finding]:
-    """One finding if an earlier folder reads some of these pictures too; notes in `owners` who reads what."""
+    """Return a finding if an earlier folder reads some of these pictures too; `owners` notes who reads what."""
     twice: list[int] = []
     for pair in pairs:
-        owner = owners.setdefault(pair.picture.resolve(), index)
+        owner = owners.setdefault(real_path(pair.picture), index)
         if owner != index:
             twice.append(owner)
     if not twice:
@@ -75,3 +62,43 @@ def read_twice(where: str, index: int, pairs: Sequence[Pair], owners: dict[Path,
         f"{len(twice)} of its pictures are read by data.folder[{min(twice)}] too; use `repeats` to see some more often"
     )
     return [Finding("folder", Problem(where, what))]
+
+
+def _not_read(path: Path) -> str:
+    if path.suffix.lower() in HEIF_SUFFIXES:
+        return missing_heif()
+    return f"{path.suffix} pictures are not read; convert it to PNG or JPEG, or remove it"
+
+
+def _has_no_caption(pair: Pair) -> bool:
+    return pair.caption is None and not pair.texts
+
+
+def _named_by_folder(pair: Pair, root: Path) -> Pair:
+    """Return the pair with the repeats and the caption that its folder's name stands for, if it is to be read so."""
+    concept = concept_of(pair.picture, root)
+    if concept is None or pair.folder.folder_names == "plain":
+        return replace(pair, repeats=pair.folder.repeats)
+    texts = (concept.words,) if _has_no_caption(pair) else pair.texts
+    return replace(pair, repeats=pair.folder.repeats * concept.repeats, texts=texts)
+
+
+def _with_hint(pair: Pair, root: Path, files: set[Path]) -> Pair:
+    """Return the pair with what was found in place of its caption, if anything was."""
+    picture = pair.picture
+    own = own_name(picture, pair.folder)
+    for kind in ("txt", "caption"):
+        longer = picture.with_name(f"{picture.name}.{kind}")
+        if longer in files:
+            return replace(pair, beside=f"{longer.name} stands beside it: rename it to {own}")
+        if pair.folder.captions != kind and picture.with_suffix(f".{kind}") in files:
+            name = picture.with_suffix(f".{kind}").name
+            return replace(pair, beside=f'{name} stands beside it: set captions = "{kind}"')
+    for table in (*(picture.parent / name for name in METADATA_NAMES), *(root / name for name in METADATA_NAMES)):
+        if pair.folder.captions != "metadata" and table in files:
+            return replace(pair, beside=f'there is {table.name}: set captions = "metadata"')
+    if pair.folder.captions != "meta_cap" and root / META_CAP_NAME in files:
+        return replace(pair, beside=f'there is {META_CAP_NAME}: set captions = "meta_cap"')
+    if concept := concept_of(picture, root):
+        return replace(pair, beside=f'its folder is {concept.folder}: set folder_names = "repeats_concept"')
+    return pair
