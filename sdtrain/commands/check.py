@@ -7,11 +7,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sdtrain.commands.libraries import quiet_pillow
+from sdtrain.commands.notes import note_lines, picture_report_notes
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
-from sdtrain.data.report.summary import DataReport, summarise
+from sdtrain.data.report.facts import fact_lines
+from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.progress import ProgressLines
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
@@ -20,12 +24,15 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     Raises UserError with all that is wrong; each part is looked at as far as the others allow.
     """
     draft = read_draft(path, overrides)
-    facts, examples = inspect_run(draft, decode=True)
+    quiet_pillow()
+    with ProgressLines(console) as progress:
+        facts, examples = inspect_run(draft, decode=True, on_progress=progress.show)
     config = draft.require_sound()
     report = summarise(examples, config.data)
-    console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
-    for line in (*_model_lines(config, facts), *report_lines(report)):
-        console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
+    notes = picture_report_notes(config, facts, examples, report)
+    lines = [f"  {line}" for line in (*_model_lines(config, facts), *fact_lines(report, config.steps))]
+    for line in (f"{path}: no problems found", *lines, *note_lines(notes)):
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
@@ -39,19 +46,3 @@ def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
         f"method: {config.method.kind} on {', '.join(config.method.train)}, {config.steps} steps",
         f"optimizer: preset {config.optimizer.preset}, prodigy_steps {freeze}, d0 {config.optimizer.d0:g}",
     ]
-
-
-def report_lines(report: DataReport) -> list[str]:
-    """Return what the pictures are like, one fact per line."""
-    buckets = ", ".join(f"{num} at {width}x{height}" for (width, height), num in report.buckets)
-    lines = [
-        f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
-        f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
-        f"buckets: {buckets}",
-    ]
-    share, path = report.worst_cropped
-    lines.append(f"cropped: {report.mean_cropped_share:.1%} of a picture on average, at most {share:.1%} ({path.name})")
-    factor, path = report.worst_upscale
-    if report.num_upscaled:
-        lines.append(f"enlarged: {report.num_upscaled} pictures, at most {factor:.2f} times ({path.name})")
-    return lines

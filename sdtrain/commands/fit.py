@@ -8,12 +8,15 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.libraries import quiet_libraries, quiet_pillow
+from sdtrain.commands.notes import note_lines, picture_report_notes
 from sdtrain.config.draft import Draft, draft_of_config
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
+from sdtrain.data.report.summary import summarise
 from sdtrain.training.start import draft_run, inspect_run, require_own_folder, run_folder
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
 
 
@@ -88,8 +91,13 @@ def fit_draft(
     draft: Draft, console: Console, *, resume: bool, fetch: bool = True, watchers: Sequence[Watcher] = ()
 ) -> FitResult:
     """Train what a draft says. Raises UserError if anything is wrong with it, its model or its pictures."""
-    opened, examples = inspect_run(draft, decode=False, fetch=fetch)
+    quiet_pillow()
+    with ProgressLines(console) as progress:
+        opened, examples = inspect_run(draft, decode=False, fetch=fetch, on_progress=progress.show)
     quiet_libraries()  # not before: fetching a model shows its progress
+    report = summarise(examples, draft.config.data)
+    for line in note_lines(picture_report_notes(draft.config, opened, examples, report)):
+        console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
     config = draft.config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions.text import CaptionError, read_text, texts_of
-from sdtrain.data.captions.wording import Varied, worded, wording_of
+from sdtrain.data.captions.wording import Varied, holds_word, worded, wording_of
 from sdtrain.data.looks import Look
 from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
 from sdtrain.data.scanning.files import files_below
@@ -36,6 +36,9 @@ class Example:
     varied: Varied | None = None  # how the caption varies from step to step; None: it is the same every time
     folder: int = 0  # its place in data.folder
     beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
+    concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
+    num_lines: int = field(default=1, compare=False)  # of the caption as it is written
+    has_trigger: bool = field(default=False, compare=False)  # whether the folder's trigger stood in the caption before
     look: Look | None = field(default=None, compare=False)  # where every pixel was read
 
 
@@ -121,7 +124,7 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         if not pair.picture.exists():
             return None, findings  # a link that points nowhere needs no caption
     try:
-        texts = _texts(pair)
+        texts, num_lines = _texts(pair)
     except CaptionError as error:
         findings.append(Finding("unreadable caption", Problem(str(pair.caption), str(error))))
     else:
@@ -129,15 +132,30 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
             findings.append(Finding("picture without a caption", _uncaptioned(pair)))
     if findings:
         return None, findings
-    caption, varied = worded(texts, wording_of(pair.folder))
-    return Example(pair.picture, caption, *size, pair.repeats, varied, index, pair.beside, look), []
+    wording = wording_of(pair.folder)
+    caption, varied = worded(texts, wording)
+    return Example(
+        path=pair.picture,
+        caption=caption,
+        width_px=size[0],
+        height_px=size[1],
+        repeats=pair.repeats,
+        varied=varied,
+        folder=index,
+        beside=pair.beside,
+        concept=pair.concept,
+        num_lines=num_lines,
+        has_trigger=any(holds_word(text, wording.trigger) for text in texts),
+        look=look,
+    ), []
 
 
-def _texts(pair: Pair) -> tuple[str, ...]:
-    """Return the texts that a picture's caption holds. Raises CaptionError."""
-    if pair.texts is not None:
-        return pair.texts
-    return texts_of(read_text(pair.caption), pair.folder.caption_lines) if pair.caption else ()
+def _texts(pair: Pair) -> tuple[tuple[str, ...], int]:
+    """Return the texts that a picture's caption holds, and how many lines it is written in. Raises CaptionError."""
+    if pair.texts is not None or pair.caption is None:
+        return pair.texts or (), 1
+    content = read_text(pair.caption)
+    return texts_of(content, pair.folder.caption_lines), len(texts_of(content, "drawn"))
 
 
 def _uncaptioned(pair: Pair) -> Problem:

@@ -10,7 +10,6 @@ from PIL import Image
 
 _GRID = 8
 _VISIBLE = 2  # levels of grey: a smaller step between two fields is noise, of JPEG for one
-_MIN_EDGES = 12  # steps that must be visible: fewer are a plain surface, which looks like any other
 
 
 @dataclass(frozen=True)
@@ -18,13 +17,13 @@ class Look:
     """What is remembered of a picture that was read.
 
     digest: of the file's bytes. edges: 64 bits, one for each step to the right in a grid of 9 x 8 fields of grey, set
-    where it gets darker (a difference hash). is_plain: too few steps are visible for `edges` to tell pictures apart.
+    where it gets visibly darker (a difference hash). num_visible: how many of the steps are visible at all, either way.
     colours: of a grid of 8 x 8 fields, 3 bytes each. has_clear_parts: whether anything of it is transparent.
     """
 
     digest: bytes
     edges: int
-    is_plain: bool
+    num_visible: int
     colours: bytes
     has_clear_parts: bool
 
@@ -45,7 +44,7 @@ def look_of(image: Image.Image, path: Path, turn: Image.Transpose | None) -> Loo
             edges = edges << 1 | (step > _VISIBLE)
             num_visible += abs(step) > _VISIBLE
     colours = small.resize((_GRID, _GRID), Image.Resampling.BOX).tobytes()
-    return Look(digest, edges, num_visible < _MIN_EDGES, colours, has_clear_parts)
+    return Look(digest, edges, num_visible, colours, has_clear_parts)
 
 
 def _small(image: Image.Image) -> tuple[Image.Image, bool]:

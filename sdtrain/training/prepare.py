@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
@@ -19,6 +18,7 @@ from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.run import Run
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
+from sdtrain.training.watching.progress import ProgressLines
 
 
 def open_and_load(run: Run) -> Model:
@@ -71,7 +71,7 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
         sizes=model.encode_sizes,
     )
     cache = Path(config.data.cache or Path(config.output) / "cache").expanduser()
-    with _EncodingProgress(console) as progress:
+    with ProgressLines(console) as progress:
         return prepare_batches(
             config.data, examples, encoders, cache=cache, seed=config.seed, on_progress=progress.show
         )
@@ -80,32 +80,3 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
 def trains_text(config: Config) -> bool:
     """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
     return any(network != DENOISER for network in config.method.train)
-
-
-class _EncodingProgress:
-    """A progress bar while pictures and captions are encoded; nothing is shown where there is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> _EncodingProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        self._progress.stop()
-
-    def show(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` are encoded; `what` names them."""
-        if what not in self._tasks:
-            self._tasks[what] = self._progress.add_task(what, total=total)
-        self._progress.update(self._tasks[what], completed=done)

@@ -11,7 +11,7 @@ from typing import Any
 from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
 from sdtrain.config.read import differences, read_table, resolve
 from sdtrain.config.schema import Config, LoraConfig
-from sdtrain.data.examples import Example, scan_folders
+from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
@@ -134,14 +134,16 @@ def _decided_by(setting: str) -> tuple[str, ...]:
     return ("method.kind",) if setting.startswith("method.") else ()
 
 
-def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:
+def inspect_run(
+    draft: Draft, *, decode: bool, fetch: bool = False, on_progress: Progress | None = None
+) -> tuple[OpenedModel, list[Example]]:
     """Return the model, opened, and the pictures. Raises UserError with everything that is wrong with the run.
 
     What depends on a setting that is wrong is left out; all else is looked at. decode: whether every pixel of every
     picture is read. fetch: whether a model that is named by a hub id and not in the local cache is fetched, once
-    nothing else is wrong.
+    nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
-    examples, problems = _scan(draft, decode=decode)
+    examples, problems = _scan(draft, decode=decode, on_progress=on_progress)
     draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
@@ -161,7 +163,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     return opened, examples
 
 
-def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+def _scan(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tuple[list[Example], list[Problem]]:
     """Return the pictures of those folders whose paths are known, and what is wrong with them."""
     folders = draft.config.data.folder
     known = [draft.knows(f"data.folder[{index}].path") for index in range(len(folders))]
@@ -173,7 +175,7 @@ def _scan(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
     ]
     data = draft.config.data.model_copy(update={"folder": lenient})
     skip = [index for index, is_known in enumerate(known) if not is_known]
-    examples, problems = scan_folders(data, decode=decode, skip=skip)
+    examples, problems = scan_folders(data, decode=decode, skip=skip, on_progress=on_progress)
     return examples, [
         problem if problem.where.startswith("data.folder[") else replace(problem, settings=("data.folder",))
         for problem in problems

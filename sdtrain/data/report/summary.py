@@ -1,16 +1,16 @@
-"""What a person should know about their pictures before training: numbers, buckets, crops and upscales by name."""
+"""The facts of a set of pictures: how many there are, which buckets and batches they make, crops and upscales."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sdtrain.config.schema import DataConfig
-from sdtrain.data.buckets import bucket_sizes, place
+from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example
 from sdtrain.data.order import Order
+from sdtrain.data.placing import placements_of
 
 
 @dataclass(frozen=True)
@@ -21,20 +21,26 @@ class DataReport:
     num_images: int  # in an epoch: pictures times repeats
     num_captioned: int
     num_uncaptioned: int
+    num_batches: int  # micro-batches in an epoch
     steps_per_epoch: float
     buckets: tuple[tuple[tuple[int, int], int], ...]  # (size, pictures in it), sorted by size; empty buckets left out
-    num_upscaled: int
-    worst_upscale: tuple[float, Path]  # factor; 1 or less: none is upscaled
+    upscales: tuple[tuple[float, Example], ...]  # factors above 1, the largest first
+    crops: tuple[tuple[float, Example], ...]  # shares of the picture above 0, the largest first
     mean_cropped_share: float
-    worst_cropped: tuple[float, Path]
+    alone: tuple[Example, ...]  # seen once an epoch, in a bucket without others
+    moved: tuple[tuple[Example, Placement], ...]  # into another bucket than the nearest, because they were alone
+
+    @property
+    def mean_batch(self) -> float:
+        """Images in a micro-batch on average."""
+        return self.num_images / self.num_batches
 
 
 def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
     """Return the report on these examples, of which there is at least one, as `config` would place and order them."""
     if not examples:
         raise ValueError("no pictures to report on")
-    buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
-    placements = [place(example.width_px, example.height_px, buckets) for example in examples]
+    placements = placements_of(examples, config)
     order = Order(
         [placement.bucket for placement in placements],
         [example.repeats for example in examples],
@@ -42,18 +48,27 @@ def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
         accumulation=config.gradient_accumulation,
         seed=0,
     )
-    upscales = [(one.upscale, example.path) for one, example in zip(placements, examples, strict=True)]
-    crops = [(one.cropped_share, example.path) for one, example in zip(placements, examples, strict=True)]
+    placed = list(zip(examples, placements, strict=True))
+    buckets = Counter(placement.bucket for placement in placements)
+    own = placements_of(examples, config.model_copy(update={"ragged": "keep"}))
+    crops = [(placement.cropped_share, example) for example, placement in placed]
+    upscales = [(placement.upscale, example) for example, placement in placed]
     num_captioned = sum(bool(example.caption) for example in examples)
     return DataReport(
         num_pictures=len(examples),
         num_images=order.num_images,
         num_captioned=num_captioned,
         num_uncaptioned=len(examples) - num_captioned,
+        num_batches=order.batches_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
-        buckets=tuple(sorted(Counter(placement.bucket for placement in placements).items())),
-        num_upscaled=sum(factor > 1.0 for factor, _ in upscales),
-        worst_upscale=max(upscales),
+        buckets=tuple(sorted(buckets.items())),
+        upscales=_sorted([(factor, example) for factor, example in upscales if factor > 1.0]),
+        crops=_sorted([(share, example) for share, example in crops if share > 0.0]),
         mean_cropped_share=sum(share for share, _ in crops) / len(crops),
-        worst_cropped=max(crops),
+        alone=tuple(one for one, placement in placed if buckets[placement.bucket] == 1 and one.repeats == 1),
+        moved=tuple((one, new) for (one, new), old in zip(placed, own, strict=True) if new != old),
     )
+
+
+def _sorted(found: Sequence[tuple[float, Example]]) -> tuple[tuple[float, Example], ...]:
+    return tuple(sorted(found, key=lambda one: (-one[0], str(one[1].path))))

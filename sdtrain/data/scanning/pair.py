@@ -15,6 +15,7 @@ class Pair:
 
     caption: the file that it stands in; None: it has none. texts: what it says, where that is known already.
     beside: what was found instead of a caption, and what to do about it; empty: nothing.
+    concept: the name of a folder above it that is named as in sd-scripts; empty: none is.
     """
 
     picture: Path
@@ -23,6 +24,7 @@ class Pair:
     texts: tuple[str, ...] | None = None
     repeats: int = 1
     beside: str = ""
+    concept: str = ""
 
 
 def is_picture(path: Path) -> bool:

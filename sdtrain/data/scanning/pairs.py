@@ -77,10 +77,13 @@ def _has_no_caption(pair: Pair) -> bool:
 def _named_by_folder(pair: Pair, root: Path) -> Pair:
     """Return the pair with the repeats and the caption that its folder's name stands for, if it is to be read so."""
     concept = concept_of(pair.picture, root)
-    if concept is None or pair.folder.folder_names == "plain":
+    if concept is None:
         return replace(pair, repeats=pair.folder.repeats)
+    pair = replace(pair, repeats=pair.folder.repeats, concept=concept.folder)
+    if pair.folder.folder_names == "plain":
+        return pair
     texts = (concept.words,) if _has_no_caption(pair) else pair.texts
-    return replace(pair, repeats=pair.folder.repeats * concept.repeats, texts=texts)
+    return replace(pair, repeats=pair.repeats * concept.repeats, texts=texts)
 
 
 def _with_hint(pair: Pair, root: Path, files: set[Path]) -> Pair:
@@ -99,6 +102,6 @@ def _with_hint(pair: Pair, root: Path, files: set[Path]) -> Pair:
             return replace(pair, beside=f'there is {table.name}: set captions = "metadata"')
     if pair.folder.captions != "meta_cap" and root / META_CAP_NAME in files:
         return replace(pair, beside=f'there is {META_CAP_NAME}: set captions = "meta_cap"')
-    if concept := concept_of(picture, root):
-        return replace(pair, beside=f'its folder is {concept.folder}: set folder_names = "repeats_concept"')
+    if pair.concept:
+        return replace(pair, beside=f'its folder is {pair.concept}: set folder_names = "repeats_concept"')
     return pair
