@@ -15,7 +15,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
 from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order
+from sdtrain.data.order import Order, Piece, Start, split
 from sdtrain.data.placing import placements_of
 
 
@@ -41,11 +41,24 @@ class Batch:
     """One micro-batch: n pictures of one bucket, on the CPU."""
 
     index: int  # within the step, from 0
+    pieces: tuple[Piece, ...]  # where its pictures stand in the plan of the step, which their draws follow from
     latents: Tensor  # (n, c, h, w) float32
     captions: tuple[str, ...]  # "" where dropped
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
     sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the pictures are dealt out to steps, as it was settled when a run began, whatever is computed at once later.
+
+    start: where the order of these pictures begins; None: at step 0.
+    """
+
+    batch_size: int
+    accumulation: int
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +71,10 @@ class _Row:
 
 
 class Batches:
-    """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before."""
+    """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before.
+
+    What is drawn for a picture does not depend on how many are computed at once either, see `order`.
+    """
 
     def __init__(
         self,
@@ -68,9 +84,11 @@ class Batches:
         *,
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
         drawing: Drawing,
+        batch_size: int,
     ) -> None:
+        """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
-        self._encode_sizes, self._drawing = encode_sizes, drawing
+        self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
         paths = [*(row.latents for row in rows), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
@@ -84,21 +102,32 @@ class Batches:
         """The number of pictures in an epoch, repeats counted."""
         return self._order.num_images
 
-    def at(self, step: int) -> Iterator[tuple[Batch, float]]:
+    def at(self, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
         """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
-        Steps are counted from 0. Raises UserError if a cache entry was damaged or removed during the run.
+        Steps are counted from 0. batch_size: the most pictures in a micro-batch, None for the run's setting. Whatever
+        it is, a step has the same pictures with the same captions, and each the same draws; only the sum of their
+        losses is rounded elsewhere. Raises UserError if a cache entry was damaged or removed during the run.
         """
-        batches = self._order.step(step)
-        num_images = sum(len(numbers) for numbers in batches)
-        for index, numbers in enumerate(batches):
-            yield self._batch(step, index, [self._rows[number] for number in numbers]), len(numbers) / num_images
+        planned = self._order.step(step)
+        buckets = [self._order.buckets[numbers[0]] for numbers in planned]
+        sizes = [len(numbers) for numbers in planned]
+        captions = [
+            self._drawing.captions(step, index, [self._rows[number].example for number in numbers])
+            for index, numbers in enumerate(planned)
+        ]
+        parts = split(sizes, buckets, self._order.batch_size, batch_size or self._batch_size)
+        for index, pieces in enumerate(parts):
+            places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
+            rows = [self._rows[planned[batch][place]] for batch, place in places]
+            batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])
+            yield batch, len(rows) / sum(sizes)
 
-    def _batch(self, step: int, index: int, rows: Sequence[_Row]) -> Batch:
-        captions = self._drawing.captions(step, index, [row.example for row in rows])
+    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], captions: Sequence[str]) -> Batch:
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
+            pieces=pieces,
             latents=torch.stack(latents).to(torch.float32),
             captions=tuple(captions),
             text=self._text(captions),
@@ -121,20 +150,24 @@ def prepare_batches(
     cache: Path,
     seed: int,
     on_progress: Callable[[str, int, int], None],
+    plan: Plan | None = None,
 ) -> Batches:
     """Encode what the cache folder lacks and return the batches. `examples` must be in the order of scan_folders.
 
+    plan: how they are dealt out to steps; None: as the settings say, from step 0.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
     pictures = list(zip(examples, placements_of(examples, config), strict=True))
+    plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
         [placement.bucket for _, placement in pictures],
         [example.repeats for example in examples],
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation,
+        batch_size=plan.batch_size,
+        accumulation=plan.accumulation,
         seed=seed,
+        start=plan.start,
     )
     captions, drawing = None, Drawing(seed, config.caption_dropout)
     with torch.no_grad():
@@ -144,4 +177,4 @@ def prepare_batches(
             needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
             captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
     rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
-    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing)
+    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)

@@ -1,9 +1,37 @@
-"""Which pictures each step sees: a function of (seed, step) only, so that resuming needs no position in the data."""
+"""Which pictures each step sees: a function of (seed, step) only, so that resuming needs no position in the data.
+
+A step is planned as micro-batches, and what is drawn for a picture (noise, timestep, whether its caption is dropped)
+is a function of its place in that plan. How many of them are computed at once is another matter: `split` cuts or joins
+the planned micro-batches, and every picture keeps its draws.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from random import Random
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `stop` of planned micro-batch `index` of a step, whose `total` rows are drawn together."""
+
+    index: int
+    start: int
+    stop: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where an order begins that takes over from one of other pictures, in the middle of an epoch.
+
+    left: how often each picture is still seen in that epoch.
+    """
+
+    step: int
+    epoch: int
+    left: tuple[int, ...]
 
 
 class Order:
@@ -22,15 +50,16 @@ class Order:
         batch_size: int,
         accumulation: int,
         seed: int,
+        start: Start | None = None,
     ) -> None:
-        by_bucket: dict[tuple[int, int], list[int]] = {bucket: [] for bucket in sorted(set(buckets))}
-        for number, (bucket, times) in enumerate(zip(buckets, repeats, strict=True)):
-            by_bucket[bucket] += [number] * times
-        self._buckets = tuple(tuple(numbers) for numbers in by_bucket.values())
-        self._batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
+        """start: where the order begins; None: at step 0, with a whole epoch."""
+        self.buckets, self._repeats = tuple(buckets), tuple(repeats)
+        self.batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
+        self._start, self._has_taken_over = start or Start(0, 0, self._repeats), start is not None
         self._last: tuple[int, list[tuple[int, ...]]] | None = None
-        self.num_images = sum(len(numbers) for numbers in self._buckets)
-        self.batches_per_epoch = sum(-(-len(numbers) // batch_size) for numbers in self._buckets)
+        self.num_images = sum(self._repeats)
+        self.batches_per_epoch = self._num_batches(self._repeats)
+        self._in_first_epoch = self._num_batches(self._start.left)
         if not self.num_images:
             raise ValueError("no pictures to order")
 
@@ -40,28 +69,86 @@ class Order:
 
     def step(self, step: int) -> list[tuple[int, ...]]:
         """Return the micro-batches of a step; a picture is named by its number."""
-        first = step * self._accumulation
-        positions = (divmod(index, self.batches_per_epoch) for index in range(first, first + self._accumulation))
-        return [self.epoch(epoch)[position] for epoch, position in positions]
+        places = [self._place(step, index) for index in range(self._accumulation)]
+        return [self.epoch(epoch)[position] for epoch, position in places]
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """Return all micro-batches of an epoch in the order in which they are seen."""
         if self._last is None or self._last[0] != epoch:
-            self._last = (epoch, self._draw(stream(self._seed, "order", epoch)))
+            if self._has_taken_over and epoch == self._start.epoch:
+                random = stream(self._seed, "order", epoch, "from", self._start.step)
+                self._last = (epoch, self._draw(random, self._start.left))
+            else:
+                self._last = (epoch, self._draw(stream(self._seed, "order", epoch), self._repeats))
         return self._last[1]
 
-    def _draw(self, random: Random) -> list[tuple[int, ...]]:
+    def left(self, step: int) -> tuple[int, tuple[int, ...]]:
+        """Return the epoch that a step begins in, and how often each picture is still seen in it from there on."""
+        epoch, position = self._place(step, 0)
+        left = [0] * len(self._repeats)
+        for numbers in self.epoch(epoch)[position:]:
+            for number in numbers:
+                left[number] += 1
+        return epoch, tuple(left)
+
+    def _place(self, step: int, index: int) -> tuple[int, int]:
+        """Return the epoch of micro-batch `index` of a step, and its position there."""
+        if step < self._start.step:
+            raise ValueError(f"step {step} is before the first one of this order, {self._start.step}")
+        place = (step - self._start.step) * self._accumulation + index
+        if place < self._in_first_epoch:
+            return self._start.epoch, place
+        epochs, position = divmod(place - self._in_first_epoch, self.batches_per_epoch)
+        return self._start.epoch + 1 + epochs, position
+
+    def _in_buckets(self, counts: Sequence[int]) -> list[list[int]]:
+        """Return the numbers of the pictures of each bucket, each as often as it counts."""
+        by_bucket: dict[tuple[int, int], list[int]] = {bucket: [] for bucket in sorted(set(self.buckets))}
+        for number, (bucket, times) in enumerate(zip(self.buckets, counts, strict=True)):
+            by_bucket[bucket] += [number] * times
+        return list(by_bucket.values())
+
+    def _num_batches(self, counts: Sequence[int]) -> int:
+        return sum(-(-len(numbers) // self.batch_size) for numbers in self._in_buckets(counts))
+
+    def _draw(self, random: Random, counts: Sequence[int]) -> list[tuple[int, ...]]:
         batches: list[tuple[int, ...]] = []
-        for numbers in self._buckets:
-            shuffled = list(numbers)
-            random.shuffle(shuffled)
-            batches += [tuple(chunk) for chunk in _chunks(shuffled, self._batch_size)]
+        for numbers in self._in_buckets(counts):
+            random.shuffle(numbers)
+            batches += [tuple(chunk) for chunk in _chunks(numbers, self.batch_size)]
         random.shuffle(batches)
         return batches
 
 
+def split(
+    sizes: Sequence[int], buckets: Sequence[tuple[int, int]], planned: int, batch_size: int
+) -> list[tuple[Piece, ...]]:
+    """Return the micro-batches that are computed at once, each as pieces of the planned ones of a step.
+
+    sizes and buckets: those of the planned micro-batches, which hold at most `planned` pictures. batch_size: the most
+    pictures that are computed at once; below `planned` the planned ones are cut, above it those of a bucket are joined.
+    """
+    pieces = [
+        Piece(index, start, min(start + batch_size, total), total)
+        for index, total in enumerate(sizes)
+        for start in range(0, total, batch_size)
+    ]
+    if batch_size <= planned:
+        return [(piece,) for piece in pieces]
+    joined: list[tuple[Piece, ...]] = []
+    open_at: dict[tuple[int, int], int] = {}  # bucket -> the micro-batch of it that was begun last
+    for piece in pieces:
+        at = open_at.get(buckets[piece.index])
+        if at is not None and sum(other.total for other in joined[at]) + piece.total <= batch_size:
+            joined[at] += (piece,)
+        else:
+            open_at[buckets[piece.index]] = len(joined)
+            joined.append((piece,))
+    return joined
+
+
 def dropped(seed: int, step: int, index: int, num: int, share: float) -> list[bool]:
-    """Return for each caption of micro-batch `index` of a step whether it is left empty."""
+    """Return for each of the `num` captions of planned micro-batch `index` of a step whether it is left empty."""
     random = stream(seed, "dropout", step, index)
     return [random.random() < share for _ in range(num)]
 

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -105,7 +106,7 @@ def train(training: Training, step: int, watchers: Watchers, stop: threading.Eve
         losses: list[Tensor] = []
         examples: list[Example] = []
         for batch, share in training.data.batches.at(step):
-            loss = share * objective(batch, run.generator("noise", step, batch.index))
+            loss = share * objective(batch, partial(run.generator, "noise", step))
             loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             examples += batch.examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,27 +25,14 @@ class Objective:
     config: Config
     device: torch.device
 
-    def __call__(self, batch: Batch, generator: Generator) -> Tensor:
-        """Return the mean loss () of a batch, with noise and timesteps from `generator`; gradients flow through it."""
+    def __call__(self, batch: Batch, generator: Callable[[int], Generator]) -> Tensor:
+        """Return the mean loss () of a batch; gradients flow through it.
+
+        generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
+        """
         config, model = self.config, self.model
         latents = batch.latents
-        num, channels, height, width = latents.shape
-        noise = draw_noise(
-            (num, channels, height, width),
-            generator,
-            offset=config.noise.offset,
-            pyramid_discount=config.noise.pyramid_discount,
-        )
-        timesteps = draw_timesteps(
-            num,
-            generator,
-            density=config.timesteps.density,
-            first=config.timesteps.first,
-            last=config.timesteps.last,
-            logit_mean=config.timesteps.logit_mean,
-            logit_std=config.timesteps.logit_std,
-        )
-        seen = perturb_input(noise, generator, config.noise.input_perturbation)
+        noise, seen, timesteps = self._drawn(batch, generator)
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
@@ -60,3 +48,35 @@ class Objective:
             min_snr_gamma=config.loss.min_snr_gamma,
         )
         return (errors * weights.to(errors.device)).mean()
+
+    def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw the noise, the noise that the network sees, both (n, c, h, w), and the timesteps, (n,).
+
+        They are drawn for whole planned micro-batches, of which the batch has its rows: so they are the same whatever
+        is computed at once.
+        """
+        drawn = []
+        for piece in batch.pieces:
+            whole = self._draw(piece.total, batch.latents.shape, generator(piece.index))
+            drawn.append([tensor[piece.start : piece.stop] for tensor in whole])
+        noise, seen, timesteps = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
+        return noise, seen, timesteps
+
+    def _draw(self, num: int, shape: torch.Size, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
+        config = self.config
+        noise = draw_noise(
+            (num, *shape[1:]),
+            generator,
+            offset=config.noise.offset,
+            pyramid_discount=config.noise.pyramid_discount,
+        )
+        timesteps = draw_timesteps(
+            num,
+            generator,
+            density=config.timesteps.density,
+            first=config.timesteps.first,
+            last=config.timesteps.last,
+            logit_mean=config.timesteps.logit_mean,
+            logit_std=config.timesteps.logit_std,
+        )
+        return noise, perturb_input(noise, generator, config.noise.input_perturbation), timesteps

@@ -14,7 +14,7 @@ import torch
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
-from sdtrain.data.batches import Batch, Batches, Encoders, prepare_batches
+from sdtrain.data.batches import Batch, Batches, Encoders, Plan, prepare_batches
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
 
@@ -332,3 +332,44 @@ def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting
         "encoding pictures": (7, 7),
         "encoding captions": (7, 7),
     }
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 8])
+def test_a_step_has_the_same_pictures_captions_and_draws_however_many_are_computed_at_once(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, at_once: int
+) -> None:
+    batches = prepare(config(pictures, gradient_accumulation=4, caption_dropout=0.4), counting.encoders())
+
+    def seen(step: int, batch_size: int | None) -> list[tuple[Any, ...]]:
+        found = []
+        for batch, share in batches.at(step, batch_size):
+            places = [
+                (piece.index, place, piece.total) for piece in batch.pieces for place in range(piece.start, piece.stop)
+            ]
+            assert len(places) <= (batch_size or 2)
+            rows = zip(places, batch.examples, batch.captions, batch.latents, strict=True)
+            found += [
+                (*place, row[0].path, row[1], row[2].tolist(), round(share / len(places), 9)) for place, *row in rows
+            ]
+        return sorted(found, key=lambda one: one[:2])
+
+    for step in range(6):
+        assert seen(step, at_once) == seen(step, None)
+
+
+def test_a_plan_outlives_another_batch_size(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
+) -> None:
+    began = prepare(config(pictures, batch_size=4, gradient_accumulation=2), counting.encoders())
+    settings = config(pictures, batch_size=2, gradient_accumulation=4)
+    examples, _ = scan_folders(settings, decode=False)
+    cache = pictures.parent / "cache"
+    goes_on = prepare_batches(
+        settings, examples, counting.encoders(), cache=cache, seed=0, on_progress=lambda *_: None, plan=Plan(4, 2)
+    )
+    for step in range(6):
+        drawn = list(goes_on.at(step))
+        assert max(len(batch.examples) for batch, _ in drawn) <= 2
+        assert [one for batch, _ in drawn for one in batch.examples] == [
+            one for batch, _ in began.at(step) for one in batch.examples
+        ]

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrain.data.order import Order, dropped
+from sdtrain.data.order import Order, Piece, Start, dropped, split
 
 SHAPES = [(64, 64), (96, 32), (32, 96)]
 
@@ -93,3 +93,59 @@ def test_dropout_differs_from_seed_to_seed_step_to_step_and_batch_to_batch() -> 
 def test_dropout_leaves_empty_about_its_share() -> None:
     empty = [flag for step in range(2000) for flag in dropped(0, step, 0, 4, 0.1)]
     assert 0.08 < sum(empty) / len(empty) < 0.12
+
+
+@given(orders(), st.integers(0, 5), st.integers(1, 12))
+def test_however_a_step_is_split_each_planned_picture_is_computed_once_and_no_batch_mixes_buckets(
+    setting: Setting, step: int, size: int
+) -> None:
+    order = make(setting)
+    planned = order.step(step)
+    buckets = [order.buckets[numbers[0]] for numbers in planned]
+    parts = split([len(numbers) for numbers in planned], buckets, order.batch_size, size)
+    rows = [(piece.index, place) for pieces in parts for piece in pieces for place in range(piece.start, piece.stop)]
+    assert sorted(rows) == [(index, place) for index, numbers in enumerate(planned) for place in range(len(numbers))]
+    for pieces in parts:
+        assert len({buckets[piece.index] for piece in pieces}) == 1
+        assert 1 <= sum(piece.stop - piece.start for piece in pieces) <= size
+        assert all(piece.total == len(planned[piece.index]) for piece in pieces)
+
+
+def test_a_step_is_computed_as_it_was_planned_unless_it_is_split() -> None:
+    parts = split([1, 4, 2], [SHAPES[0]] * 3, 4, 4)
+    assert parts == [(Piece(0, 0, 1, 1),), (Piece(1, 0, 4, 4),), (Piece(2, 0, 2, 2),)]
+    assert [len(pieces) for pieces in split([1, 4, 2], [SHAPES[0]] * 3, 4, 8)] == [3], "more at once joins them"
+    assert [len(pieces) for pieces in split([1, 4, 2], [SHAPES[0], SHAPES[1], SHAPES[0]], 4, 8)] == [2, 1]
+
+
+@given(orders(), st.integers(0, 40), st.data())
+def test_an_order_that_takes_over_in_an_epoch_shows_what_is_left_of_it_and_then_whole_epochs(
+    setting: Setting, step: int, data: st.DataObject
+) -> None:
+    """The pictures are the same here, in another order, so that every epoch must be whole over both."""
+    buckets, repeats, batch_size, accumulation, seed = setting
+    before = make(setting)
+    epoch, left = before.left(step)
+    places = data.draw(st.permutations(range(len(buckets))))
+    start = Start(step, epoch, tuple(left[place] for place in places))
+    after = Order(
+        [buckets[place] for place in places],
+        [repeats[place] for place in places],
+        batch_size=batch_size,
+        accumulation=accumulation,
+        seed=seed,
+        start=start,
+    )
+    seen = Counter(
+        place
+        for index in range(step * accumulation)
+        for at, position in [divmod(index, before.batches_per_epoch)]
+        if at == epoch
+        for place in before.epoch(at)[position]
+    )
+    seen.update(places[number] for numbers in after.epoch(epoch) for number in numbers)
+    assert seen == dict(enumerate(repeats)), "an epoch has each picture as often as it says, whoever showed it"
+    drawn = [numbers for later in range(step, step + 30) for numbers in after.step(later)]
+    expected = [numbers for at in range(epoch, epoch + 200) for numbers in after.epoch(at)]
+    assert drawn == expected[: len(drawn)]
+    assert after.left(step) == ((epoch, start.left) if any(start.left) else (epoch + 1, after.left(step)[1]))

@@ -12,7 +12,7 @@ from sdtrain.data.order import dropped, stream
 
 @dataclass(frozen=True)
 class Drawing:
-    """How the captions of a run are drawn: a function of (seed, step, micro-batch, place in it) only.
+    """How the captions of a run are drawn: a function of (seed, step, planned micro-batch, place in it) only.
 
     dropout: share of captions that are left empty. variants: the wordings that are encoded ahead, of which one is
     drawn; what is not there is worded anew at every step.
@@ -23,7 +23,7 @@ class Drawing:
     variants: Mapping[Varied, tuple[str, ...]] = field(default_factory=dict)
 
     def captions(self, step: int, index: int, examples: Sequence[Example]) -> list[str]:
-        """Return the captions of the pictures in micro-batch `index` of a step, "" where dropped."""
+        """Return the captions of the pictures in planned micro-batch `index` of a step, "" where dropped."""
         empty = dropped(self.seed, step, index, len(examples), self.dropout)
         return [
             "" if is_empty else self._caption(step, index, place, example)
