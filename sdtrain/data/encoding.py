@@ -25,6 +25,7 @@ from sdtrain.errors import UserError, user_error
 
 Picture = tuple[Example, Placement]
 T = TypeVar("T")
+_CHANGED = "picture has changed while it was in use; start again"
 
 
 def encode_pictures(
@@ -39,14 +40,20 @@ def encode_pictures(
     `encode` takes (1, 3, H, W) and returns (1, c, h, w). Raises UserError with all pictures that would have to be
     encoded and cannot be read, before any is encoded; also if an encoding is not finite.
     """
-    digests = map_ahead(_file_digest, [example.path for example, _ in pictures])
+    read = map_ahead(_file_digest, [example.path for example, _ in pictures])
     paths: list[Path] = []
-    for (_, placement), digest in zip(pictures, digests, strict=True):
+    digests: dict[Path, bytes] = {}
+    for (example, placement), digest in zip(pictures, read, strict=True):
+        digests[example.path] = digest
         paths.append(store.latents_path(cache, digest, placement, fingerprint))
         on_progress("reading pictures", len(paths), len(pictures))
     missing = _missing(dict(zip(paths, pictures, strict=True)))
     _check(list(missing.values()), on_progress)
-    loaded = map_ahead(_load, missing.values())
+
+    def load(picture: Picture) -> Tensor:
+        return _load(picture, digests[picture[0].path])
+
+    loaded = map_ahead(load, missing.values())
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
         _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
         on_progress("encoding pictures", done, len(missing))
@@ -91,7 +98,7 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         except PictureError as error:
             return str(error)
         changed = size != (example.width_px, example.height_px)
-        return "picture has changed while it was in use; start again" if changed else ""
+        return _CHANGED if changed else ""
 
     wrong: list[tuple[Path, str]] = []
     for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
@@ -102,12 +109,19 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         raise UserError("data", unreadable_problems(wrong))
 
 
-def _load(picture: Picture) -> Tensor:
+def _load(picture: Picture, digest: bytes) -> Tensor:
+    """Return the pixels of the file that had this digest. Raises UserError where it is another one by now.
+
+    The digest is compared after decoding: what was saved over it meanwhile must not be kept under the old one's name.
+    """
     example, placement = picture
     try:
-        return load_pixels(example, placement)
+        pixels = load_pixels(example, placement)
     except PictureError as error:
         raise user_error("data", str(example.path), str(error)) from error
+    if _file_digest(example.path) != digest:
+        raise user_error("data", str(example.path), _CHANGED)
+    return pixels
 
 
 def _file_digest(path: Path) -> bytes:

@@ -14,6 +14,7 @@ import torch
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
+from sdtrain.data import encoding
 from sdtrain.data.batches import Batch, Batches, Encoders, Plan, prepare_batches
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
@@ -373,3 +374,29 @@ def test_a_plan_outlives_another_batch_size(
         assert [one for batch, _ in drawn for one in batch.examples] == [
             one for batch, _ in began.at(step) for one in batch.examples
         ]
+
+
+def test_a_picture_saved_over_while_others_are_encoded_never_gets_into_the_cache(
+    prepare: Prepare,
+    config: MakeConfig,
+    pictures: Path,
+    picture: Callable[..., None],
+    counting: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has the same size, so that only its bytes tell; put back later, it is encoded as it is."""
+    before = (pictures / "6.png").read_bytes()
+    loaded = encoding.load_pixels
+
+    def edited_first(example: Example, placement: Any) -> torch.Tensor:
+        if example.path.name == "6.png":
+            picture(pictures / "6.png", (64, 65), None, seed=77)
+        return loaded(example, placement)
+
+    monkeypatch.setattr(encoding, "load_pixels", edited_first)
+    with pytest.raises(UserError, match=r"6\.png .*changed while it was in use"):
+        prepare(config(pictures), counting.encoders())
+    monkeypatch.setattr(encoding, "load_pixels", loaded)
+    (pictures / "6.png").write_bytes(before)
+    put_back = prepare(config(pictures), counting.encoders())
+    assert_same_steps(put_back, prepare(config(pictures), counting.encoders(), cache="other"), range(7))
