@@ -84,6 +84,13 @@ def test_everything_wrong_in_a_table_is_told_at_once(tmp_path: Path, picture: Ma
     assert "no such picture" in text and "needs one of text" in text
 
 
+def test_a_row_of_metadata_names_a_picture_by_its_whole_path(tmp_path: Path, picture: MakePicture, scan: Scan) -> None:
+    picture(tmp_path / "sub" / "a.png", (16, 16), None)
+    write_table(tmp_path / "metadata.jsonl", [("a.png", "a cat")])
+    told = [problem.what for problem in scan(captions="metadata", missing_captions="empty")[1]]
+    assert len(told) == 1 and "no such picture" in told[0]
+
+
 def test_captions_may_stand_in_the_metadata_of_sd_scripts(tmp_path: Path, picture: MakePicture, scan: Scan) -> None:
     for path in ("a.png", "x/b.png", "c.jpg.png"):
         picture(tmp_path / path, (16, 16), None)

@@ -12,6 +12,9 @@ import torch
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.batches import Batches
+from sdtrain.data.captions.drawing import Drawing, variants_of
+from sdtrain.data.captions.wording import Varied, Wording
+from sdtrain.data.examples import Example
 
 Prepare = Callable[..., Batches]
 MakeConfig = Callable[..., DataConfig]
@@ -40,6 +43,21 @@ def test_captions_are_a_function_of_seed_and_step(prepare: Prepare, tagged: Call
         fresh, used, other = (prepare(tagged(), counting.encoders(captions=text), seed=seed) for seed in (0, 0, 1))
         drawn(used, range(9, 30))
         assert drawn(used, range(3, 9)) == drawn(fresh, range(3, 9)) != drawn(other, range(3, 9))
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_each_seed_step_micro_batch_and_place_has_a_draw_of_its_own(ahead: bool) -> None:
+    varied = Varied(tuple("abcdefghijklmnop"), Wording())
+    example = Example(Path("a.png"), "a", 64, 64, 1, varied)
+    variants = variants_of([example], 1) if ahead else {}
+
+    def draw(seed: int, step: int, index: int) -> list[str]:
+        return Drawing(seed, 0.0, variants).captions(step, index, [example] * 40)
+
+    first = draw(0, 0, 0)
+    assert draw(0, 0, 0) == first and len(set(first)) > 8
+    for other in (draw(1, 0, 0), draw(0, 1, 0), draw(0, 0, 1)):
+        assert sum(one == two for one, two in zip(first, other, strict=True)) < 15
 
 
 def test_every_drawn_caption_has_its_own_encoding(prepare: Prepare, tagged: Callable[..., Any], counting: Any) -> None:

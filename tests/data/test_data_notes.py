@@ -71,10 +71,15 @@ def test_drawings_on_white_are_only_alike_where_they_are_the_same(tmp_path: Path
             picture = Image.new("RGB", (160, 160), "white")
             getattr(ImageDraw.Draw(picture), shape)((50, 40, 110, 120), fill=colour)
             picture.save(tmp_path / f"{name} {shape}.png")
-    for level in (0, 128, 255):
+    for level in (250, 253, 255):
         Image.new("RGB", (100, 100), (level, level, level)).save(tmp_path / f"plain {level}.png")
     Image.open(tmp_path / "red ellipse.png").resize((120, 120)).save(tmp_path / "smaller.png")
     assert alike_names(tmp_path, config) == [({"red ellipse.png", "smaller.png"}, False)]
+
+
+def test_the_embedded_drawings_have_no_copies(config: MakeConfig) -> None:
+    """They are hard: small shapes of a few kinds and colours on plain ground."""
+    assert find_alike(scanned(config(FolderConfig(path="builtin:quickstart-known")))) == []
 
 
 def test_many_pictures_are_compared_in_a_moment() -> None:

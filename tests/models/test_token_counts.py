@@ -38,7 +38,7 @@ def test_what_fits_exactly_is_not_told_and_one_token_more_is(opened: OpenedModel
     while len(tokenizer.encode(fits + " .", add_special_tokens=False)) <= 75:
         fits += " ."
     assert too_long(opened.tokenizers, [fits], 1) == []
-    assert [long.num_tokens for long in too_long(opened.tokenizers, [fits + " ."], 1)] == [76]
+    assert [(long.num_tokens, long.rest) for long in too_long(opened.tokenizers, [fits + " ."], 1)] == [(76, ".")]
     assert too_long(opened.tokenizers, [fits + " ."], 2) == []
 
 
