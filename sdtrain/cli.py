@@ -44,11 +44,14 @@ def fit(
     config: ConfigPath,
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training state of this run.")] = False,
+    accept_data: Annotated[
+        bool, typer.Option("--accept-data", help="With --resume: go on with pictures that have changed since.")
+    ] = False,
 ) -> None:
     """Train what CONFIG says."""
     from sdtrain.commands.fit import fit_config
 
-    if not fit_config(config, set_ or [], Console(), resume=resume).finished:
+    if not fit_config(config, set_ or [], Console(), resume=resume, accept_data=accept_data).finished:
         raise typer.Exit(130)
 
 

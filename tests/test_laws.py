@@ -16,9 +16,11 @@ Train = Callable[..., tuple[Path, str]]
 
 
 def state_bits(run: Path, step: int) -> dict[str, bytes]:
-    """Every file of a training state."""
+    """Every file of a training state but the settings, which name the run, and the index, which has their digest."""
     folder = run / "checkpoints" / f"step-{step:06d}"
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"parameters.safetensors", "optimizer.safetensors", "pictures.json", "config.toml", "state.json"}
+    return {name: (folder / name).read_bytes() for name in names - {"config.toml", "state.json"}}
 
 
 def weights_bits(run: Path) -> dict[str, bytes]:

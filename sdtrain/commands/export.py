@@ -9,18 +9,20 @@ from sdtrain.config.schema import Config
 from sdtrain.data.examples import scan_folders
 from sdtrain.errors import user_error
 from sdtrain.training.export import Format, export_weights
+from sdtrain.training.keeping.manifest import SavedState, saved_states
+from sdtrain.training.keeping.newest import find_newest
+from sdtrain.training.keeping.states import load_state
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
-from sdtrain.training.states import SavedState, load_state, saved_states
 
 
 def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -> Path:
     """Write the averaged weights of a run's training state in a format; return the path. Raises UserError.
 
-    step: which state, None for the newest. out: where to write, None for the run's `weights/`.
+    step: which state, None for the newest that is whole. out: where to write, None for the run's `weights/`.
     """
     config = stored_config(folder)
     state = _state(folder, step)
@@ -39,10 +41,11 @@ def export_run(folder: Path, kind: Format, step: int | None, out: Path | None) -
 
 def _state(folder: Path, step: int | None) -> SavedState:
     states = saved_states(folder / "checkpoints")
-    if not states:
+    newest = find_newest(folder / "checkpoints").state
+    if newest is None:
         raise user_error(str(folder), "checkpoints", "holds no training state to export from")
-    for state in states:
-        if state.step == step or (step is None and state is states[-1]):
+    for state in (newest, *states):
+        if step in (None, state.step):
             return state
     there = ", ".join(str(state.step) for state in states)
     raise user_error(str(folder), "--step", f"no training state of step {step}; there are {there}")

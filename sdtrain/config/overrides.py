@@ -41,7 +41,7 @@ def read_override(text: str) -> Override | Problem:
     """Return the override in a `KEY=VALUE` text, or what is wrong with the text."""
     found = split_path(text)
     if found and found[1].startswith("="):
-        return Override(text, found[0], _value(found[1][1:].strip()))
+        return Override(text, found[0], _value(found[0], found[1][1:].strip()))
     return Problem(place_of(text), _not_an_override(text))
 
 
@@ -88,7 +88,9 @@ def _not_an_override(text: str) -> str:
     return "write it as key=value, for example steps=500 or preview.every=100"
 
 
-def _value(text: str) -> Any:
+def _value(setting: Location, text: str) -> Any:
+    if setting == ("steps",) and text.startswith("+"):
+        return text  # so many more, which TOML would read as so many
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:

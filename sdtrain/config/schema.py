@@ -254,7 +254,8 @@ class CheckpointConfig(Settings):
     """Training states from which a run can go on."""
 
     every: Whole = Field(default=500, description="Steps between training states; 0: only at the end.")
-    keep: Count = Field(default=2, description="How many training states stay.")
+    keep: Count = Field(default=2, description="How many of the last training states stay; the best stays too.")
+    keep_every: Whole = Field(default=0, description="States of every so many steps stay as well; 0: none.")
 
 
 class ExportConfig(Settings):
@@ -284,7 +285,7 @@ class Config(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the run and of its files.")
     output: str = Field(default="runs", description="Folder of all runs.")
-    steps: Count = Field(description="Optimizer updates. More can be added later with `--set steps=... --resume`.")
+    steps: Count = Field(description="Optimizer updates. More can be added later: `--resume --set steps=+500`.")
     seed: Whole = Field(default=0, description="Every random draw follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: the GPU if there is one.")
     model: ModelConfig

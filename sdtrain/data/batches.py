@@ -15,7 +15,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
 from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order, Piece, Start, split
+from sdtrain.data.order import Order, Piece, Plan, split
 from sdtrain.data.placing import placements_of
 
 
@@ -47,18 +47,6 @@ class Batch:
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
     sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the pictures are dealt out to steps, as it was settled when a run began, whatever is computed at once later.
-
-    start: where the order of these pictures begins; None: at step 0.
-    """
-
-    batch_size: int
-    accumulation: int
-    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -151,10 +139,12 @@ def prepare_batches(
     seed: int,
     on_progress: Callable[[str, int, int], None],
     plan: Plan | None = None,
+    digests: Sequence[bytes] | None = None,
 ) -> Batches:
-    """Encode what the cache folder lacks and return the batches. `examples` must be in the order of scan_folders.
+    """Encode what the cache folder lacks and return the batches, in which `examples` are numbered as they stand.
 
-    plan: how they are dealt out to steps; None: as the settings say, from step 0.
+    plan: how they are dealt out to steps; None: as the settings say, from step 0. digests: those of the pictures'
+    files, by `picture_digests`; None: they are read here.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
@@ -171,7 +161,9 @@ def prepare_batches(
     )
     captions, drawing = None, Drawing(seed, config.caption_dropout)
     with torch.no_grad():
-        paths = encode_pictures(pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress)
+        paths = encode_pictures(
+            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
+        )
         if encoders.captions is not None:
             drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
             needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)

@@ -7,7 +7,6 @@ single 1024 px picture keeps a GPU busy; memory stays that of one picture.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
+from sdtrain.data.digests import picture_digests
 from sdtrain.data.examples import Example, Progress, unreadable_problems
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
@@ -34,26 +34,24 @@ def encode_pictures(
     fingerprint: str,
     cache: Path,
     on_progress: Progress,
+    *,
+    digests: Sequence[bytes] | None = None,
 ) -> list[Path]:
     """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
-    `encode` takes (1, 3, H, W) and returns (1, c, h, w). Raises UserError with all pictures that would have to be
-    encoded and cannot be read, before any is encoded; also if an encoding is not finite.
+    `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files, None: they are read
+    here. Raises UserError with all pictures that would have to be encoded and cannot be read, before any is encoded;
+    also if an encoding is not finite, or if a picture is no longer what its digest was taken of.
     """
-    read = map_ahead(_file_digest, [example.path for example, _ in pictures])
-    paths: list[Path] = []
-    digests: dict[Path, bytes] = {}
-    for (example, placement), digest in zip(pictures, read, strict=True):
-        digests[example.path] = digest
-        paths.append(store.latents_path(cache, digest, placement, fingerprint))
-        on_progress("reading pictures", len(paths), len(pictures))
+    digests = digests or picture_digests([example.path for example, _ in pictures], on_progress=on_progress)
+    paths = [
+        store.latents_path(cache, digest, placement, fingerprint)
+        for (_, placement), digest in zip(pictures, digests, strict=True)
+    ]
+    digest_of = dict(zip(paths, digests, strict=True))
     missing = _missing(dict(zip(paths, pictures, strict=True)))
     _check(list(missing.values()), on_progress)
-
-    def load(picture: Picture) -> Tensor:
-        return _load(picture, digests[picture[0].path])
-
-    loaded = map_ahead(load, missing.values())
+    loaded = map_ahead(_load, ((picture, digest_of[path]) for path, picture in missing.items()))
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
         _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
         on_progress("encoding pictures", done, len(missing))
@@ -109,27 +107,15 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         raise UserError("data", unreadable_problems(wrong))
 
 
-def _load(picture: Picture, digest: bytes) -> Tensor:
-    """Return the pixels of the file that had this digest. Raises UserError where it is another one by now.
-
-    The digest is compared after decoding: what was saved over it meanwhile must not be kept under the old one's name.
-    """
-    example, placement = picture
+def _load(wanted: tuple[Picture, bytes]) -> Tensor:
+    (example, placement), digest = wanted
     try:
         pixels = load_pixels(example, placement)
     except PictureError as error:
         raise user_error("data", str(example.path), str(error)) from error
-    if _file_digest(example.path) != digest:
+    if picture_digests([example.path]) != [digest]:  # its latents would stand in the cache under another picture's name
         raise user_error("data", str(example.path), _CHANGED)
     return pixels
-
-
-def _file_digest(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
-    except OSError as error:
-        raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
 
 
 def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:

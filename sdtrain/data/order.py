@@ -34,6 +34,18 @@ class Start:
     left: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the pictures are dealt out to steps, as it was settled when a run began, whatever is computed at once later.
+
+    start: where the order of these pictures begins; None: at step 0.
+    """
+
+    batch_size: int
+    accumulation: int
+    start: Start | None = None
+
+
 class Order:
     """The endless row of micro-batches, epoch after epoch; each step takes the next `accumulation` of them.
 

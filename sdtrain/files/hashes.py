@@ -1,12 +1,21 @@
-"""The hashes by which other tools know a file, taken of its tensors while they are written."""
+"""Hashes of files: those by which other tools know a file, and a fast one by which we know our own.
+
+The first are taken of a file's tensors while they are written. The fast one is XXH3 with 128 bits: it finds damage, not
+malice, at the speed of memory (15 GB/s where BLAKE2b does 0.5), so that it costs next to nothing to look.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
 
 LEGACY_WINDOW = (0x100000, 0x110000)
 """The range of bytes of a file that the first LoRA tools hashed."""
+CHUNK_BYTES = 4 * 2**20
+"""As much of a file is read at once: more does not make it faster."""
 
 
 @dataclass(frozen=True)
@@ -44,3 +53,34 @@ class Hasher:
     def hashes(self) -> Hashes:
         """Return the hashes of all bytes so far."""
         return Hashes(self._data.hexdigest(), self._legacy.hexdigest()[:8])
+
+
+class Digest:
+    """The fast hash of bytes that come one after the other."""
+
+    def __init__(self) -> None:
+        self._hash, self.num_bytes = xxhash.xxh3_128(), 0
+
+    def update(self, chunk: bytes | memoryview) -> None:
+        """Hash the next bytes."""
+        self._hash.update(chunk)
+        self.num_bytes += len(chunk)
+
+    def text(self) -> str:
+        """Return the hash of all bytes so far, as 32 hexadecimal digits."""
+        return self._hash.hexdigest()
+
+
+def digest_of(content: bytes) -> str:
+    """Return the fast hash of bytes, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128(content).hexdigest()
+
+
+def file_digest(path: Path, start: int = 0) -> str:
+    """Return the fast hash of a file from byte `start` on. Raises OSError when it cannot be read."""
+    digest, buffer = Digest(), bytearray(CHUNK_BYTES)
+    with path.open("rb", buffering=0) as file:
+        file.seek(start)
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.text()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.errors import user_error
-from sdtrain.files.hashes import NO_HASHES, Hasher, Hashes
+from sdtrain.files.hashes import NO_HASHES, Digest, Hasher, Hashes
 from sdtrain.files.header import BITS, Entry, Header, header_bytes
 from sdtrain.files.writer import atomic_file
 
@@ -72,12 +72,15 @@ def write_safetensors(
     *,
     seal: Seal | None = None,
     finite_only: bool = False,
+    digest: Digest | None = None,
 ) -> Hashes:
     """Write a file whole or not at all. Returns the hashes of its tensors; without a seal nothing is hashed.
 
     seal: gives the metadata that is added once the tensors, and with them their hashes, are known. finite_only:
-    whether a value that is not finite in its type is refused. Raises UserError then, and as `atomic_file` does.
+    whether a value that is not finite in its type is refused. digest: is fed every byte of the file; not together
+    with a seal, which writes the header twice. Raises UserError as `finite_only` says, and as `atomic_file` does.
     """
+    assert seal is None or digest is None, "a sealed file has its header written twice"
     # The widest types first, as the format advises, so that every tensor is aligned to its type.
     order = sorted(tensors, key=lambda name: (-BITS[NAMES[tensors[name].dtype]], name))
     shapes = {name: (NAMES[tensors[name].dtype], tensors[name].shape) for name in order}
@@ -90,11 +93,15 @@ def write_safetensors(
     start = header(NO_HASHES)
     with atomic_file(path, len(start) + sum(tensor.num_bytes for tensor in tensors.values())) as file:
         file.write(start)
+        if digest:
+            digest.update(start)
         for name in order:
             data = _bytes_of(path, name, tensors[name], finite_only=finite_only)
             file.write(data)
             if seal:
                 hasher.update(data)
+            if digest:
+                digest.update(data)
         if seal is None:
             return NO_HASHES
         final = header(hasher.hashes())

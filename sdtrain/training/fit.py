@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -16,23 +17,25 @@ from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.examples import Example
-from sdtrain.errors import user_error
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
 from sdtrain.training.export import export_weights, format_of
 from sdtrain.training.guard import NonFiniteGuard
+from sdtrain.training.keeping.room import require_room
+from sdtrain.training.keeping.standing import Standing, clear_the_way
+from sdtrain.training.keeping.states import Background, NotFiniteError, load_state, save_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.prepare import Prepared, encode_everything, load
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.signals import stop_requests
-from sdtrain.training.states import load_state, save_state, saved_states
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import (
     EndRecord,
+    NoteRecord,
     PictureRecord,
     RunRecord,
     SavedRecord,
@@ -52,18 +55,22 @@ class Training:
     trainable: Trainable
     optimizer: ProdigyPlusScheduleFree
     data: Prepared
+    background: Background
+    saved_step: int | None = None
+    """The step whose state is on disk as it is in memory."""
+    loss_is_finite: bool = True
+    """Whether the last step had a finite loss."""
 
 
 def fit(
     config: Config,
     opened: OpenedModel,
-    examples: list[Example],
+    standing: Standing,
     console: Console,
     *,
-    resume: bool = False,
     watchers: Sequence[Watcher] = (),
 ) -> int:
-    """Train what the config says on a model that was opened and pictures that were scanned; return the steps done.
+    """Train what the config says on a model that was opened, from where the run stands; return the steps done.
 
     These are fewer than planned where the run was stopped. watchers: are handed a record of everything that
     happens, see `watching/records.py`.
@@ -73,12 +80,16 @@ def fit(
     started = time.monotonic()
     run = open_run(config)
     model = load(run, opened)
-    data = encode_everything(model, run, examples, console)
+    data = encode_everything(model, run, standing, console)
     trainable = train_parameters(model, run)
     optimizer = build_optimizer(trainable, config)
+    require_room(run.folder, config, opened, trainable, standing.step)
+    for note in (*standing.notes, *clear_the_way(standing, run.folder)):
+        console.print(note, markup=False, soft_wrap=True)
+    background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
+    training = Training(run, model, trainable, optimizer, data, background)
+    first_step = _resumed_step(training, standing, console)
     write_resolved_config(run)
-    training = Training(run, model, trainable, optimizer, data)
-    first_step = _resumed_step(training, console) if resume else 0
     console.print(banner(run, trainable, data.batches, first_step))
     with stop_requests() as stop, watching(_record_of(run, first_step), console, watchers) as everybody:
         step = train(training, first_step, everybody, stop)
@@ -111,6 +122,7 @@ def train(training: Training, step: int, watchers: Watchers, stop: threading.Eve
             losses.append(loss.detach())
             examples += batch.examples
         total = float(sum(losses))
+        training.loss_is_finite = math.isfinite(total)
         guard.check(total, examples, step, watchers.tell)
         optimizer.step()  # changes nothing where gradients are not finite
         optimizer.zero_grad(set_to_none=True)
@@ -150,13 +162,31 @@ def preview(training: Training, step: int, watchers: Watchers) -> None:
 
 
 def save(training: Training, step: int, watchers: Watchers) -> None:
-    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago."""
-    folder = training.run.folder / "checkpoints"
-    if step in (state.step for state in saved_states(folder)):
+    """Write the training state after `step` steps into `checkpoints/`, unless it was saved a moment ago.
+
+    Numbers that are not finite are not worth a state: the ones that are there stay, which is told.
+    """
+    if step == training.saved_step:
         return
-    keep = training.run.config.checkpoint.keep
-    path = save_state(folder, step, training.trainable, training.optimizer, keep)
+    try:
+        path = save_state(
+            training.run.folder / "checkpoints",
+            step,
+            training.trainable,
+            training.optimizer,
+            training.background,
+            training.run.config.checkpoint,
+            loss_is_finite=training.loss_is_finite,
+        )
+    except NotFiniteError as error:
+        watchers.tell(NoteRecord(step, f"step {step} is not saved: {error}; the states of before stay as they are"))
+        return
+    training.saved_step = step
     watchers.tell(SavedRecord(step, path, "state"))
+    if not training.loss_is_finite:
+        watchers.tell(
+            NoteRecord(step, f"step {step} was saved while the loss was not finite: no good state went for it")
+        )
 
 
 def export(training: Training, step: int, watchers: Watchers) -> None:
@@ -175,15 +205,12 @@ def export(training: Training, step: int, watchers: Watchers) -> None:
     watchers.tell(SavedRecord(step, run.weights_path, "weights"))
 
 
-def _resumed_step(training: Training, console: Console) -> int:
+def _resumed_step(training: Training, standing: Standing, console: Console) -> int:
     """The steps that are done, with everything as it was then; a d that is estimated again is told of."""
-    states = saved_states(training.run.folder / "checkpoints")
-    if not states:
+    if standing.state is None:
         return 0
-    if states[-1].step > training.run.config.steps:
-        what = f"{training.run.config.steps}, but {states[-1].step} are done; `sdtrain export` writes earlier ones"
-        raise user_error(f"--resume {training.run.folder}", "steps", what)
-    step = load_state(states[-1], training.trainable, training.optimizer)
+    step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    training.loss_is_finite = standing.state.loss_was_finite
     if thawed := training.optimizer.thaw():
         console.print(f"d of {', '.join(thawed)} was frozen and is estimated again from step {step} on")
     return step

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -11,11 +11,13 @@ from rich.console import Console
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
+from sdtrain.data.order import Plan
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
+from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.run import Run
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 from sdtrain.training.watching.progress import ProgressLines
@@ -47,20 +49,31 @@ class Prepared:
     prompts: Prompts
 
 
-def encode_everything(model: Model, run: Run, examples: list[Example], console: Console) -> Prepared:
+def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
     """Return batches and preview prompts; afterwards the VAE and the text encoders have left the device.
 
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
     model.move_encoders(run.device, text=True)
-    batches = make_batches(model, run, examples, console)
+    batches = make_batches(model, run, standing.examples, console, plan=standing.plan, digests=standing.digests)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=True)
-    return Prepared(examples, batches, prompts)
+    return Prepared(standing.examples, batches, prompts)
 
 
-def make_batches(model: Model, run: Run, examples: list[Example], console: Console) -> Batches:
-    """Encode what the cache lacks and return the batches. Raises UserError for pictures that cannot be read."""
+def make_batches(
+    model: Model,
+    run: Run,
+    examples: Sequence[Example],
+    console: Console,
+    *,
+    plan: Plan | None = None,
+    digests: Sequence[bytes] | None = None,
+) -> Batches:
+    """Encode what the cache lacks and return the batches. Raises UserError for pictures that cannot be read.
+
+    plan and digests: see `prepare_batches`.
+    """
     config = run.config
     vae, text = model.fingerprints()
     encoders = Encoders(
@@ -70,10 +83,16 @@ def make_batches(model: Model, run: Run, examples: list[Example], console: Conso
         text_fingerprint=text,
         sizes=model.encode_sizes,
     )
-    cache = Path(config.data.cache or Path(config.output) / "cache").expanduser()
     with ProgressLines(console) as progress:
         return prepare_batches(
-            config.data, examples, encoders, cache=cache, seed=config.seed, on_progress=progress.show
+            config.data,
+            examples,
+            encoders,
+            cache=cache_folder(config),
+            seed=config.seed,
+            on_progress=progress.show,
+            plan=plan,
+            digests=digests,
         )
 
 

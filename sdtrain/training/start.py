@@ -2,32 +2,35 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdtrain.config.draft import Draft, Written, draft_of, draft_of_config
-from sdtrain.config.read import differences, read_table, resolve
+from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
+from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
+from sdtrain.training.keeping.manifest import state_folders
+from sdtrain.training.keeping.stored import copy_of_settings, settings_path
 
-CHANGEABLE = (
-    *("steps", "output", "device", "preview.", "checkpoint.", "export.", "data.cache"),
-    *("optimizer.prodigy_steps", "optimizer.freeze_share"),
-)
-"""The settings that a resumed run may change, for none of them changes what was computed before."""
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
 
-def draft_run(written: Written, *, resume: bool) -> Draft:
-    """Return the draft of a run that begins or goes on, with problems for all that its folder speaks against."""
-    draft = draft_of(written)
+def draft_run(written: Written, *, resume: bool, accept_data: bool = False) -> Draft:
+    """Return the draft of a run that begins or goes on, with problems for all that its folder speaks against.
+
+    accept_data: whether a run that goes on may have other folders of pictures.
+    """
+    draft = draft_of(_with_a_number_of_steps(written, 0))
+    if not resume and wants_more(written.table.get("steps")):
+        what = "adds to the steps of a run that goes on: add --resume, or give the number of steps"
+        draft = draft.with_problems([Problem("steps", f"{written.table['steps']} {what}")])
     if not draft.knows("name", "output"):
         return draft
     folder = run_folder(draft.config.output, draft.config.name)
@@ -37,8 +40,13 @@ def draft_run(written: Written, *, resume: bool) -> Draft:
         stored = stored_config(folder)
     except UserError as error:
         return draft.with_problems(_at_name(f"{error.source}: {problem.what}") for problem in error.problems)
+    written = _with_a_number_of_steps(written, stored.steps)
     draft = draft_of(replace(written, table=keep_stored(written.table, stored.model_dump(mode="python"))))
-    return draft.with_new_problems(_changed(draft.config, stored))
+    return draft.with_new_problems(refused_changes(draft.config, stored, accept_data=accept_data))
+
+
+def _with_a_number_of_steps(written: Written, planned: int) -> Written:
+    return replace(written, table=with_more_steps(written.table, planned))
 
 
 def run_folder(output: str, name: str) -> Path:
@@ -47,8 +55,11 @@ def run_folder(output: str, name: str) -> Path:
 
 
 def stored_table(folder: Path) -> dict[str, Any]:
-    """Return the resolved config of an earlier run as a plain table. Raises UserError when there is none."""
-    path = folder / "config.toml"
+    """Return the resolved config of an earlier run as a plain table. Raises UserError when there is none.
+
+    Where its file is gone or cut off, this is the copy in its newest training state.
+    """
+    path = settings_path(folder)
     if not path.exists():
         raise user_error(str(folder), "run", "there is no run in this folder; start one with `sdtrain fit CONFIG`")
     return as_it_began(read_table(path))
@@ -56,7 +67,7 @@ def stored_table(folder: Path) -> dict[str, Any]:
 
 def stored_config(folder: Path) -> Config:
     """Return the resolved config of an earlier run. Raises UserError when there is none."""
-    return resolve(stored_table(folder), str(folder / "config.toml"))
+    return resolve(stored_table(folder), str(settings_path(folder)))
 
 
 def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,14 +105,14 @@ def require_own_folder(config: Config, source: str, *, resume: bool) -> None:
     """Refuse to mix a run with another that lies in its folder. Raises UserError, naming `source`."""
     draft = draft_of_config(config, source)
     folder = run_folder(config.output, config.name)
-    found = _changed(config, stored_config(folder)) if resume else _occupied(config, folder)
+    found = refused_changes(config, stored_config(folder), accept_data=False) if resume else _occupied(config, folder)
     draft.with_problems(found).require_sound()
 
 
 def _occupied(config: Config, folder: Path) -> list[Problem]:
     """Return the problem that a run that begins has with another run in its folder, if there is one."""
     if not (folder / "config.toml").exists():
-        return []
+        return _left_behind(folder)
     if not (folder / "weights" / f"{config.name}.safetensors").exists():
         return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
     steps = stored_config(folder).steps
@@ -113,25 +124,14 @@ def _at_name(what: str) -> Problem:
     return Problem("name", what, ("name", "output"))
 
 
-def _changed(config: Config, stored: Config) -> list[Problem]:
-    """Return a problem for every setting that must be as it was when the run began and is not."""
-    before, after = json.loads(stored.model_dump_json()), json.loads(config.model_dump_json())
-    return [
-        Problem(path, _change(old, new), (path, *_decided_by(path)))
-        for path, old, new in differences(before, after)
-        if not path.startswith(CHANGEABLE)
-    ]
-
-
-def _change(old: Any, new: Any) -> str:
-    return f"was {old!r} when this run began, is {new!r} now; change it back or start a run of another name"
-
-
-def _decided_by(setting: str) -> tuple[str, ...]:
-    """Return the settings that a setting follows from where it is not set itself."""
-    if setting.startswith("optimizer."):
-        return ("optimizer.preset", "method.kind")
-    return ("method.kind",) if setting.startswith("method.") else ()
+def _left_behind(folder: Path) -> list[Problem]:
+    """Return the problem that a run that begins has with training states whose run is gone, if there are any."""
+    if not state_folders(folder / "checkpoints"):
+        return []
+    what = f"{folder} holds training states of an earlier run, whose config.toml is gone; move its checkpoints away, "
+    if copy_of_settings(folder) is not None:
+        what += "add --resume to go on with its own settings, "
+    return [_at_name(what + ANOTHER_NAME)]
 
 
 def inspect_run(

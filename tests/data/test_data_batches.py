@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
-from sdtrain.data import encoding
 from sdtrain.data.batches import Batch, Batches, Encoders, Plan, prepare_batches
 from sdtrain.data.examples import Example, scan_folders
 from sdtrain.errors import UserError
@@ -376,27 +376,26 @@ def test_a_plan_outlives_another_batch_size(
         ]
 
 
-def test_a_picture_saved_over_while_others_are_encoded_never_gets_into_the_cache(
-    prepare: Prepare,
-    config: MakeConfig,
-    pictures: Path,
-    picture: Callable[..., None],
-    counting: Any,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_picture_that_is_saved_anew_while_it_is_encoded_does_not_poison_the_cache(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It has the same size, so that only its bytes tell; put back later, it is encoded as it is."""
-    before = (pictures / "6.png").read_bytes()
-    loaded = encoding.load_pixels
+    from sdtrain.data import encoding
 
-    def edited_first(example: Example, placement: Any) -> torch.Tensor:
-        if example.path.name == "6.png":
-            picture(pictures / "6.png", (64, 65), None, seed=77)
-        return loaded(example, placement)
+    original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
 
-    monkeypatch.setattr(encoding, "load_pixels", edited_first)
-    with pytest.raises(UserError, match=r"6\.png .*changed while it was in use"):
-        prepare(config(pictures), counting.encoders())
-    monkeypatch.setattr(encoding, "load_pixels", loaded)
-    (pictures / "6.png").write_bytes(before)
-    put_back = prepare(config(pictures), counting.encoders())
-    assert_same_steps(put_back, prepare(config(pictures), counting.encoders(), cache="other"), range(7))
+    def saved_meanwhile(example: Example, placement: Any) -> torch.Tensor:
+        if example.path.name == "0.png":
+            colours = np.zeros((64, 64, 3), dtype=np.uint8)
+            Image.fromarray(colours).save(example.path)
+        return original(example, placement)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "load_pixels", saved_meanwhile)
+        with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
+            prepare(config(pictures), counting.encoders())
+    (pictures / "0.png").write_bytes(first)
+    once, again = (
+        prepare(config(pictures), counting.encoders()),
+        prepare(config(pictures), counting.encoders(), cache="b"),
+    )
+    assert_same_steps(once, again, range(7))

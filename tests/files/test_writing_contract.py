@@ -23,8 +23,9 @@ from optim import ProdigyPlusScheduleFree
 from sdtrain.adapters.formats.lora_file import write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import LoraWeights
-from sdtrain.config.schema import ModelConfig
+from sdtrain.config.schema import CheckpointConfig, ModelConfig
 from sdtrain.data import cache as store
+from sdtrain.data.order import Plan
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
 from sdtrain.files import temporary
@@ -35,8 +36,9 @@ from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
+from sdtrain.training.keeping.manifest import saved_states
+from sdtrain.training.keeping.states import Background, save_state
 from sdtrain.training.parameters import Group, Trainable
-from sdtrain.training.states import save_state, saved_states
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.log import _drop_records_after
 
@@ -72,9 +74,9 @@ def write_a_state(path: Path, number: int) -> None:
     """A state of step 1 lies where `path` says only when it is called step-000001."""
     parameter = nn.Parameter(torch.full((64,), float(number)))
     optimizer = ProdigyPlusScheduleFree([{"params": [parameter], "name": "unet"}])
-    if (path / "state.json").exists():
-        (path / "state.json").unlink()  # a whole state is never written again
-    save_state(path.parent, 1, Trainable((Group("unet", {"a": parameter}, 1.0, 0.0, 0),)), optimizer, keep=9)
+    trainable = Trainable((Group("unet", {"a": parameter}, 1.0, 0.0, 0),))
+    background = Background("", "", Plan(1, 1), "")
+    save_state(path.parent, 1, trainable, optimizer, background, CheckpointConfig(keep=9))
 
 
 def write_a_log(path: Path, number: int) -> None:
@@ -174,8 +176,6 @@ def test_a_crash_leaves_what_was_there_and_nothing_else(
     with pytest.raises(KeyboardInterrupt):
         writer.write(target, 1)
     monkeypatch.undo()
-    if writer.name == "state" and older:
-        before.pop(f"b/{target.name}/state.json")  # the test took it away
     assert everything(target) == before
     assert [path.name for path in target.parent.iterdir() if is_temporary(path)] == []
     writer.write(target, 1)
@@ -187,8 +187,6 @@ def test_a_full_disk_is_told_and_changes_nothing(
     writer: Writer, target: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     writer.write(target, 0)
-    if writer.name == "state":
-        (target / "state.json").unlink()
     before = everything(target)
     with pytest.raises(UserError) as caught:
         match how:
@@ -231,8 +229,6 @@ def fork() -> int:
 
 def test_a_kill_leaves_the_old_and_the_next_writer_cleans_up(writer: Writer, target: Path) -> None:
     writer.write(target, 0)
-    if writer.name == "state":
-        (target / "state.json").unlink()
     before = content(target)
     child = fork()
     if child == 0:

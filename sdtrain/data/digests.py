@@ -1,0 +1,41 @@
+"""Digests of picture files: what the cache knows a picture by, and what a run knows it by. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from sdtrain.data.threads import map_ahead
+from sdtrain.errors import user_error
+from sdtrain.files.remembered import RememberedDigests
+
+
+def picture_digests(
+    paths: Sequence[Path],
+    remembered: RememberedDigests | None = None,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[bytes]:
+    """Return a digest of the bytes of each file. Raises UserError for one that cannot be read.
+
+    remembered: digests of files that have not changed since; None reads all.
+    """
+
+    def digest(path: Path) -> bytes:
+        try:
+            if remembered is None:
+                return bytes.fromhex(_digest(path))
+            return bytes.fromhex(remembered.of(path, "picture", _digest))
+        except OSError as error:
+            raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
+
+    digests: list[bytes] = []
+    for found in map_ahead(digest, paths):
+        digests.append(found)
+        on_progress("reading pictures", len(digests), len(paths))
+    return digests
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
