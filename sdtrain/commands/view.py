@@ -10,8 +10,8 @@ from rich.console import Console
 from sdtrain.commands.libraries import quiet_pillow
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
-from sdtrain.data.planning import Planned, Steps
 from sdtrain.data.report.names import counted, shown_text
+from sdtrain.data.report.steps import Planned, Steps
 from sdtrain.errors import user_error
 from sdtrain.families.words import LATENT_FACTOR_PX
 from sdtrain.training.objective import draw_inputs

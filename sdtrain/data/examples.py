@@ -9,10 +9,10 @@ from pathlib import Path
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions.text import CaptionError, read_text, texts_of
 from sdtrain.data.captions.wording import Varied, holds_word, worded, wording_of
-from sdtrain.data.looks import Look
 from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
 from sdtrain.data.scanning.files import files_below
 from sdtrain.data.scanning.findings import Finding, shortened
+from sdtrain.data.scanning.looks import Look
 from sdtrain.data.scanning.pair import Pair
 from sdtrain.data.scanning.pairs import foreign_pictures, pair_up, read_twice
 from sdtrain.data.threads import map_ahead

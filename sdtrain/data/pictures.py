@@ -14,7 +14,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError, features
 
-from sdtrain.data.looks import Look, look_of
+from sdtrain.data.scanning.looks import Look, look_of
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
 HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})

@@ -83,7 +83,7 @@ def test_the_embedded_drawings_have_no_copies(config: MakeConfig) -> None:
 
 
 def test_many_pictures_are_compared_in_a_moment() -> None:
-    from sdtrain.data.looks import Look
+    from sdtrain.data.scanning.looks import Look
 
     random = np.random.default_rng(0)
     examples = []

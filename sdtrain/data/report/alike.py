@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sdtrain.data.examples import Example
-from sdtrain.data.looks import Look
+from sdtrain.data.scanning.looks import Look
 
 _BANDS = 4
 _BITS = 16  # in a band
