@@ -37,7 +37,7 @@ class Example:
     folder: int = 0  # its place in data.folder
     beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
     concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
-    num_lines: int = field(default=1, compare=False)  # of the caption as it is written
+    num_lines: int = field(default=1, compare=False)  # of the caption as it is written; 0: it has none of its own
     has_trigger: bool = field(default=False, compare=False)  # whether the folder's trigger stood in the caption before
     look: Look | None = field(default=None, compare=False)  # where every pixel was read
 
@@ -153,7 +153,7 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
 def _texts(pair: Pair) -> tuple[tuple[str, ...], int]:
     """Return the texts that a picture's caption holds, and how many lines it is written in. Raises CaptionError."""
     if pair.texts is not None or pair.caption is None:
-        return pair.texts or (), 1
+        return pair.texts or (), int(bool(pair.texts))
     content = read_text(pair.caption)
     return texts_of(content, pair.folder.caption_lines), len(texts_of(content, "drawn"))
 

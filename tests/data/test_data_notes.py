@@ -176,7 +176,7 @@ def test_a_single_picture_merges_with_nothing(config: MakeConfig) -> None:
 
 def test_epochs_that_the_steps_are_are_told(config: MakeConfig) -> None:
     report = summarise([example(f"{number}.png") for number in range(4)], config(Path("unused"), batch_size=2))
-    assert "epochs: 100 steps are 50.0, so each picture is seen about 50 times" in fact_lines(report, 100)
+    assert "epochs: 100 steps are 50.0, so a picture is seen about 50 times" in fact_lines(report, 100)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +214,9 @@ def test_missing_captions_point_at_what_stands_beside(config: MakeConfig, tmp_pa
     settings = config(FolderConfig(path=str(tmp_path), missing_captions="empty"))
     (note,) = caption_notes(scanned(settings), settings)
     assert note.startswith("no caption: 1 picture: a.png") and 'captions = "caption"' in note
+    filled = config(FolderConfig(path=str(tmp_path), missing_captions="empty", trigger="sks"))
+    notes = caption_notes(scanned(filled), filled)
+    assert notes[0].startswith("no caption, but for what its folder adds: 1 picture: a.png")
 
 
 def test_joined_lines_lone_commas_and_folders_named_for_repeats_are_told(

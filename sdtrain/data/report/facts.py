@@ -13,11 +13,12 @@ MAX_BUCKETS = 12
 def fact_lines(report: DataReport, steps: int) -> list[str]:
     """Return what pictures are like and how often a run of so many steps sees them, one fact per line."""
     epochs = steps / report.steps_per_epoch
+    times = round(epochs * report.num_images / report.num_pictures)
     lines = [
         f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
         f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
-        f"epochs: {steps} steps are {epochs:.1f}, so each picture is seen "
-        + (f"about {epochs * report.num_images / report.num_pictures:.0f} times" if epochs >= 1 else "once at most"),
+        f"epochs: {steps} steps are {epochs:.1f}, so a picture is seen "
+        + (f"about {times:,} times" if times > 1 else "about once"),
         f"buckets: {_buckets(report.buckets)}",
     ]
     if report.crops:

@@ -84,13 +84,14 @@ def _toml(value: object) -> str:
 
 
 def _missing(examples: Sequence[Example]) -> list[str]:
-    without = [example for example in examples if not example.caption]
+    without = [example for example in examples if not example.caption or not example.num_lines]
     blank = [example for example in examples if example.caption and not has_words(example.caption)]
     notes = []
     if without:
         beside = next((example for example in without if example.beside), None)
         hint = f"; of {shown_name(beside.path)}, {shown_text(beside.beside)}" if beside else ""
-        notes.append(f"no caption: {counted(len(without))}: {names_of(without)}{hint}")
+        filled = ", but for what its folder adds" if any(example.caption for example in without) else ""
+        notes.append(f"no caption{filled}: {counted(len(without))}: {names_of(without)}{hint}")
     if blank:
         notes.append(f"no words: {counted(len(blank), 'caption', 'captions')} without a letter: {names_of(blank)}")
     return notes
@@ -136,7 +137,7 @@ def _lines(examples: Sequence[Example], config: DataConfig) -> list[str]:
     named = ", ".join(sorted(shown_text(name) for name in concepts if name)[:3])
     if named:
         notes.append(
-            f'folders: {named} are seen as often as others; folder_names = "repeats_concept" counts the number'
+            f'folders: pictures in {named} are seen as often as others; folder_names = "repeats_concept" counts it'
         )
     return notes
 
