@@ -43,7 +43,7 @@ class RememberedDigests:
             self._known[key], self._changed = [*before, digest], True
         return digest
 
-    def save(self) -> None:
+    def keep(self) -> None:
         """Write what was learnt. Where it cannot be written nothing is lost but time."""
         if self._changed:
             with contextlib.suppress(UserError):

@@ -98,6 +98,15 @@ def remove_folder(path: Path) -> None:
     remove(doomed)
 
 
+def rename_folder(path: Path, name: str) -> None:
+    """Give a folder another name beside it; a folder that has the name goes. Raises UserError as `atomic_file` does."""
+    target = path.with_name(name)
+    with _told(path):
+        remove(target)
+        path.rename(target)
+    _sync_names(target.parent)
+
+
 def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Path:
     """Return the path that is written: `path`, or what a link points to. Its folder is made, without left-over files.
 

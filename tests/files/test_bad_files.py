@@ -114,7 +114,7 @@ def test_a_bad_file_is_told_in_one_sentence_wherever_it_is_read(tmp_path: Path, 
     with pytest.raises(UserError) as caught:
         read_state_file(path)
     (problem,) = caught.value.problems
-    assert f"cannot be read ({path.name} {what}); delete its folder" in problem.what, "as a training state"
+    assert f"cannot be read ({path.name} {what}); move its folder away" in problem.what, "as a training state"
     with pytest.raises(store.DamagedError) as damaged:
         store.read(path)
     assert what in str(damaged.value), "as a cache entry"

@@ -38,8 +38,13 @@ RUN = RunRecord(name="a", folder=Path("a"), steps=1000, first_step=0, d0=1e-6, c
 
 
 def bits(run: Path) -> dict[str, bytes]:
-    """Every file of the training state after four steps, and the exported tensors."""
-    files = {path.name: path.read_bytes() for path in (run / "checkpoints" / "step-000004").iterdir()}
+    """The numbers and the pictures of the training state after four steps, and the exported tensors.
+
+    Its settings name the run, and its index has their digest.
+    """
+    state = run / "checkpoints" / "step-000004"
+    names = ("parameters.safetensors", "optimizer.safetensors", "pictures.json")
+    files = {name: (state / name).read_bytes() for name in names}
     with safe_open(next((run / "weights").iterdir()), "pt") as weights:
         return files | {name: weights.get_tensor(name).numpy().tobytes() for name in weights.keys()}  # noqa: SIM118
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sdtrain.config.schema import CheckpointConfig
 from sdtrain.files.temporary import remove
-from sdtrain.files.writer import remove_folder, write_text
+from sdtrain.files.writer import remove_folder, rename_folder, write_text
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 
 BEST = "best.json"
@@ -60,7 +60,5 @@ def remove_superfluous(folder: Path, step: int, settings: CheckpointConfig) -> N
 
 
 def pass_over(state: Path) -> None:
-    """Give a state that the run does not go on from a name that says so; one of the same step goes. Raises OSError."""
-    target = state.with_name(f"passed-over-{state.name}")
-    remove(target)
-    state.rename(target)
+    """Give a state that is not gone on from a name that says so; another one of its step goes. Raises UserError."""
+    rename_folder(state, f"passed-over-{state.name}")

@@ -94,7 +94,7 @@ def find_standing(
         register=pictures.pictures_of(examples, digests),
         base=base_digest(opened, remembered),
     )
-    remembered.save()
+    remembered.keep()
     if not resume:
         return standing
     standing = replace(standing, newest=find_newest(folder / "checkpoints"))
@@ -189,7 +189,7 @@ def _order(config: Config, register: Sequence[Picture], plan: Plan) -> Order:
 def clear_the_way(standing: Standing, folder: Path) -> list[str]:
     """Rename the states that are passed over and remove what kills left in the folder of a run; return what to tell.
 
-    Only the process that holds the run may call this. Raises OSError.
+    Only the process that holds the run may call this. Raises UserError.
     """
     for state, _ in standing.newest.passed_over:
         pass_over(state)

@@ -15,7 +15,7 @@ from sdtrain.config.schema import CheckpointConfig
 from sdtrain.data.order import Plan
 from sdtrain.errors import UserError, user_error
 from sdtrain.files.hashes import Digest, digest_of
-from sdtrain.files.header import explain, read_header
+from sdtrain.files.header import read_header
 from sdtrain.files.tensors import Planned, planned, read_tensors, write_safetensors
 from sdtrain.files.writer import atomic_folder, write_text
 from sdtrain.training.keeping.manifest import (
@@ -161,8 +161,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = read_header(path)
         return read_tensors(header), header.metadata
     except UserError as error:
-        what = f"cannot be read ({explain(error)}); {_OTHERWISE}"
-        raise user_error(str(path), "training state", what) from None
+        found = "; ".join(f"{problem.where} {problem.what}" for problem in error.problems)
+        raise user_error(str(path), "training state", f"cannot be read ({found}); {_OTHERWISE}") from None
 
 
 def _require_same_names(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtrain.config.schema import CheckpointConfig
@@ -19,6 +19,7 @@ from sdtrain.training.keeping.policy import best_step, mark_best, pass_over, sup
 from tests.faults.small_states import run_with_states
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(st.integers(1, 60), st.booleans(), min_size=1, max_size=20),
     st.integers(1, 4),
