@@ -82,6 +82,19 @@ def check(config: ConfigPath, set_: Overrides = None) -> None:
 
 
 @app.command()
+def view(
+    config: ConfigPath,
+    step: Annotated[int, typer.Option("--step", min=1, help="A step of the run, counted from 1 as in its log.")],
+    set_: Overrides = None,
+) -> None:
+    """Show what a step trains on: its pictures, their captions as drawn, crops and timesteps."""
+    quiet_libraries()
+    from sdtrain.commands.view import view_step
+
+    view_step(config, set_ or [], step, Console())
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to show; can be given repeatedly.")],

@@ -10,19 +10,21 @@ from typing import Literal, TypeAlias
 
 from rich.console import Console
 
-from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.commands.notes import notes
+from sdtrain.commands.libraries import quiet_libraries, quiet_pillow
+from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
 from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
+from sdtrain.data.identity.held_out import training_examples
+from sdtrain.data.report.summary import summarise
 from sdtrain.training.ending.one_process import only_process, refuse_several_ranks
 from sdtrain.training.ending.signals import StopRequests, speaker, stop_requests
 from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.keeping.standing import find_standing
 from sdtrain.training.keeping.stored import readable_config
 from sdtrain.training.start import draft_run, inspect_run, run_folder
-from sdtrain.training.watching.preparation import Preparation
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.terminal import outliving
 from sdtrain.training.watching.text import say
@@ -159,17 +161,20 @@ def _fit_draft(
     """Train what a draft says. Raises UserError if anything is wrong with it, its model, its pictures or its states."""
     with outliving(console):
         stop.doing = "reading the model and the pictures"
-        opened, examples = inspect_run(draft, decode=False, fetch=True)
-        say(console, *notes(draft.config, opened))
-        config = draft.config
+        quiet_pillow()
+        with ProgressLines(console) as progress:
+            opened, examples = inspect_run(draft, decode=False, fetch=True, on_progress=progress.show)
+        config, trained = draft.config, training_examples(examples)
         folder = run_folder(config.output, config.name)
-        with Preparation(console) as progress:
+        with ProgressLines(console) as progress:
             standing = find_standing(
                 *(config, folder, opened, examples),
                 resume=resume,
                 accept_data=accept_data,
                 on_progress=progress.show,
             )
+        pictures = picture_report_notes(config, opened, trained, summarise(trained, config.data))
+        say(console, *note_lines([*setting_notes(config, opened), *pictures]))
         stop.doing = "loading PyTorch"
         quiet_libraries()  # not before: fetching a model shows its progress
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told

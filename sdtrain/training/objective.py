@@ -65,26 +65,25 @@ class Objective:
         """
         drawn = []
         for piece in batch.pieces:
-            whole = self._draw(piece.total, batch.latents.shape, generator(piece.index))
+            shape = (piece.total, *batch.latents.shape[1:])
+            whole = draw_inputs(self.config, shape, generator(piece.index))
             drawn.append([tensor[piece.start : piece.stop] for tensor in whole])
         noise, seen, timesteps = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
         return noise, seen, timesteps
 
-    def _draw(self, num: int, shape: torch.Size, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        noise = draw_noise(
-            (num, *shape[1:]),
-            generator,
-            offset=config.noise.offset,
-            pyramid_discount=config.noise.pyramid_discount,
-        )
-        timesteps = draw_timesteps(
-            num,
-            generator,
-            density=config.timesteps.density,
-            first=config.timesteps.first,
-            last=config.timesteps.last,
-            logit_mean=config.timesteps.logit_mean,
-            logit_std=config.timesteps.logit_std,
-        )
-        return noise, perturb_input(noise, generator, config.noise.input_perturbation), timesteps
+
+def draw_inputs(
+    config: Config, shape: tuple[int, int, int, int], generator: Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw for pictures with latents of a shape (n, c, h, w): the noise, the noise that is seen, and timesteps (n,)."""
+    noise = draw_noise(shape, generator, offset=config.noise.offset, pyramid_discount=config.noise.pyramid_discount)
+    timesteps = draw_timesteps(
+        shape[0],
+        generator,
+        density=config.timesteps.density,
+        first=config.timesteps.first,
+        last=config.timesteps.last,
+        logit_mean=config.timesteps.logit_mean,
+        logit_std=config.timesteps.logit_std,
+    )
+    return noise, perturb_input(noise, generator, config.noise.input_perturbation), timesteps

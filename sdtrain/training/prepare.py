@@ -21,8 +21,8 @@ from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.run import Run
 from sdtrain.training.validating.held_out import HeldOut
-from sdtrain.training.watching.preparation import Preparation
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
+from sdtrain.training.watching.progress import ProgressLines
 
 
 def open_and_load(run: Run) -> Model:
@@ -100,7 +100,7 @@ def make_batches(
         text_fingerprint=text,
         sizes=model.encode_sizes,
     )
-    with Preparation(console) as progress:
+    with ProgressLines(console) as progress:
         return prepare_batches(
             config.data,
             examples,
