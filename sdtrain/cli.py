@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import Interrupted, UserError, user_error
+from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import say
 
 app = typer.Typer(
@@ -57,19 +58,24 @@ def fit(
             help="Go on if this run was begun, start if not, and do nothing if it is finished: for job scripts.",
         ),
     ] = False,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=1, help="Train on so many cards of this machine, one process each.")
+    ] = 1,
 ) -> None:
     """Train what CONFIG says.
 
     Exit codes: 0 done; 2 something to mend first; 4 losses or gradients stayed not finite; 1 another error, with what
     was reached saved; 130, 143, 129, 138 stopped by Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, with what was reached saved.
     """
-    from sdtrain.commands.fit import fit_config
+    from sdtrain.commands.fit import fit_config, is_launched, launch_fit
 
+    if gpus > 1 and not is_launched():
+        raise typer.Exit(launch_fit(gpus, config, set_ or [], sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
         code = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data).exit_code
-    except Interrupted as stopped:  # which was told when it came
-        code = stopped.exit_code
+    except (Interrupted, ToldElsewhereError) as ended:  # which was told already
+        code = ended.exit_code
     raise typer.Exit(code)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
 from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order, Piece, Plan, split
+from sdtrain.data.order import Order, Piece, Plan, deal, split
 from sdtrain.data.placing import placements_of
 
 
@@ -90,12 +91,20 @@ class Batches:
         """The number of pictures in an epoch, repeats counted."""
         return self._order.num_images
 
-    def at(self, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
+    def examples_at(self, step: int) -> list[Example]:
+        """Return the pictures of a step, as often as each is in it."""
+        return [self._rows[number].example for numbers in self._order.step(step) for number in numbers]
+
+    def at(
+        self, step: int, batch_size: int | None = None, *, hand: int = 0, hands: int = 1
+    ) -> Iterator[tuple[Batch, float]]:
         """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
         Steps are counted from 0. batch_size: the most pictures in a micro-batch, None for the run's setting. Whatever
         it is, a step has the same pictures with the same captions, and each the same draws; only the sum of their
-        losses is rounded elsewhere. Raises UserError if a cache entry was damaged or removed during the run.
+        losses is rounded elsewhere. hand, hands: only what the process with this number computes, of so many that
+        share the step, by the number of pixels; it may be nothing. Raises UserError if a cache entry was damaged or
+        removed during the run.
         """
         planned = self._order.step(step)
         buckets = [self._order.buckets[numbers[0]] for numbers in planned]
@@ -104,8 +113,13 @@ class Batches:
             self._drawing.captions(step, index, [self._rows[number].example for number in numbers])
             for index, numbers in enumerate(planned)
         ]
-        parts = split(sizes, buckets, self._order.batch_size, batch_size or self._batch_size)
-        for index, pieces in enumerate(parts):
+        most = batch_size or self._batch_size
+        if hands > 1:
+            most = min(most, -(-sum(sizes) // hands))
+        parts = split(sizes, buckets, self._order.batch_size, most)
+        costs = [sum((piece.stop - piece.start) * math.prod(buckets[piece.index]) for piece in part) for part in parts]
+        for index in deal(costs, hands)[hand]:
+            pieces = parts[index]
             places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
             rows = [self._rows[planned[batch][place]] for batch, place in places]
             batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])

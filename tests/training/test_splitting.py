@@ -56,8 +56,8 @@ def test_the_same_pictures_with_the_same_noise_and_timesteps_however_many_are_co
     seen.clear()
     original = Batches.at
 
-    def split(self: Batches, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
-        return original(self, step, at_once)
+    def split(self: Batches, step: int, batch_size: int | None = None, **hands: int) -> Iterator[tuple[Batch, float]]:
+        return original(self, step, at_once, **hands)
 
     monkeypatch.setattr(Batches, "at", split)
     parts, _ = train(DRAWS | {"name": "parts", "data.gradient_accumulation": 2})
