@@ -49,7 +49,7 @@ def _timesteps(config: Config, batch: Sequence[Planned], step: int, index: int, 
     """The timesteps of a planned micro-batch, drawn as the loop draws them: after the noise, from one generator."""
     width, height = batch[0].placement.bucket
     shape = (len(batch), channels, height // LATENT_FACTOR_PX, width // LATENT_FACTOR_PX)
-    _, _, timesteps = draw_inputs(config, shape, generator_of(config.seed, "noise", step, index))
+    _, _, timesteps, _ = draw_inputs(config, shape, generator_of(config.seed, "noise", step, index))
     return [int(timestep) for timestep in timesteps]
 
 

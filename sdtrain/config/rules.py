@@ -216,6 +216,7 @@ RULES = (
     Rule(("method.scale_weight_norms", "method.adapter"), method_rules.norm_limit_needs_a_product),
     Rule(("method.layer_weights", "method.adapter"), method_rules.layer_weights_need_a_product),
     Rule(("method.layer_weights", "method.kind"), method_rules.layer_weights_of_full),
+    Rule(("preserve.weight", "method.kind"), method_rules.only_adapters_have_a_base),
     Rule(
         ("memory.compile", "method.dropout", "method.rank_dropout", "method.module_dropout"),
         method_rules.dropout_is_not_compiled,

@@ -117,7 +117,7 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
     config, ranks, pace, room = run.config, run.ranks, Pace(), Room(training.model, run.config, optimizer)
     guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
-    objective = Objective(training.model, config, run.device)
+    objective = Objective(training.model, config, run.device, training.data.preservation)
     if training.step == 0:
         preview(training, watchers, stop)
     if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):

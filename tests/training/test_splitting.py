@@ -31,7 +31,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     original = Objective.__call__
 
     def watched(self: Objective, batch: Batch, generator: Any) -> Tensor:
-        noise, noisy, timesteps = self._drawn(batch, generator)
+        noise, noisy, timesteps, _ = self._drawn(batch, generator)
         rows = zip(batch.examples, batch.captions, timesteps.tolist(), noisy, noise, strict=True)
         found.extend(
             (example.path.name, text, timestep, one.numpy().tobytes() + other.numpy().tobytes())
