@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -32,9 +32,13 @@ def nearest_foreign(key: str) -> str | None:
     return near[0] if near else None
 
 
-def is_foreign_table(key: str, value: Any) -> bool:
-    """Return whether a section that does not exist here is one of another tool, whose settings are answered singly."""
+def is_foreign_table(key: str, value: Any, ours: Collection[str]) -> bool:
+    """Return whether a section that does not exist here is one of another tool, whose settings are answered singly.
+
+    ours: the names of our own settings. A section that holds no others is one of ours with its name misspelt.
+    """
     tables = value if isinstance(value, list) else [value]
     if not tables or not all(isinstance(table, Mapping) for table in tables):
         return False
-    return key in SECTIONS or any(inner in FOREIGN or inner in SECTIONS for table in tables for inner in table)
+    theirs = (inner for table in tables for inner in table if inner not in ours)
+    return key in SECTIONS or any(inner in FOREIGN or inner in SECTIONS for inner in theirs)

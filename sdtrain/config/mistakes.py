@@ -103,7 +103,7 @@ def _unknown(setting: Location, table: Table) -> tuple[str, Location | None]:
         return answer.sentence(), None if meant is None or holds(table, meant) else meant
     at_home = _is_ours(setting[:-1])
     fields = set(_fields_at(setting[:-1], table))
-    if is_foreign_table(key, _at(table, setting)):
+    if is_foreign_table(key, _at(table, setting), _own_names()):
         return "a section of sd-scripts; `sdtrain import-kohya` makes a config of such a file", None
     near = get_close_matches(key, fields, n=1, cutoff=0.6) if at_home else []
     if near:
@@ -122,7 +122,7 @@ def _inside(mistake: Mistake, table: Table) -> Iterator[Mistake]:
     if not mistake.unknown:
         return
     section = _at(table, mistake.setting)
-    if not is_foreign_table(str(mistake.setting[-1]), section):
+    if not is_foreign_table(str(mistake.setting[-1]), section, _own_names()):
         return
     tables = list(enumerate(section)) if isinstance(section, list) else [(None, section)]
     for index, inner in tables:
@@ -131,6 +131,11 @@ def _inside(mistake: Mistake, table: Table) -> Iterator[Mistake]:
             what, meant = _unknown((*above, key), table)
             each = Mistake((*above, key), what, unknown=True, meant=meant)
             yield from list(_inside(each, table)) or [each]
+
+
+def _own_names() -> set[str]:
+    """Return the names of all settings, without their sections."""
+    return {path.rpartition(".")[2] for path in all_settings()}
 
 
 def _at(table: Table, setting: Location) -> Any:

@@ -93,6 +93,13 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, name: str, content: 
         import_kohya([tmp_path / name], None)
 
 
+def test_halves_of_characters_can_be_written(tmp_path: Path) -> None:
+    source, out = tmp_path / "their.json", tmp_path / "ours.toml"
+    source.write_text(r'{"output_dir": "a\ud800b", "\ud800": 1, "network_args": ["\udfff=1"]}', encoding="utf-8")
+    import_kohya([source], out)
+    assert read_config(out).output == "a?b"
+
+
 def test_pictures_are_counted_as_they_are_read(pictures: Path, tmp_path: Path) -> None:
     assert num_pictures(str(pictures)) == 6
     (tmp_path / ".hidden").mkdir()
@@ -146,6 +153,7 @@ def test_our_own_sections_misspelt_are_still_ours(tmp_path: Path) -> None:
     path.write_text("name = 'x'\n[modl]\npath = 'x'\n[dta]\nbatch_size = 2\n", encoding="utf-8")
     told = {problem.where: problem.what for problem in read_draft(path).problems}
     assert told["modl"] == "unknown setting; did you mean `model`?"
+    assert told["dta"] == "unknown setting; did you mean `data`?"
 
 
 def test_json_given_to_check_is_told_of_the_import(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 
 from sdtrain.config.kohya.importing.convert import Imported, convert
 from sdtrain.config.kohya.importing.options import foreign_config
+from sdtrain.config.kohya.known import KNOWN, NETWORK_ARGS, OPTIMIZER_ARGS
+from sdtrain.config.mistakes import all_settings
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import UserError
@@ -302,6 +304,12 @@ def test_a_dataset_config_counts_before_the_training_beside_it() -> None:
     }
 
 
+def test_a_folder_that_switches_off_what_the_others_do_is_told() -> None:
+    folders = [{"image_dir": "one", "caption_dropout_rate": 0.1}, {"image_dir": "two", "caption_dropout_rate": 0}]
+    result = imported({"datasets": [{"subsets": folders}]})
+    assert sort_of(result, "datasets[0].subsets[1].caption_dropout_rate")[0] == "no counterpart"
+
+
 def test_a_dataset_config_alone_invents_no_training() -> None:
     config = meaning(DATASETS)
     assert config.method == LoraConfig(kind="lora")
@@ -355,7 +363,9 @@ def test_text_encoders_stop_where_they_did() -> None:
 
 
 def test_values_that_cannot_be_read_are_told_with_what_they_take() -> None:
-    result = imported(GUI | {"train_batch_size": "many", "seed": -1, "enable_bucket": "perhaps"})
+    options = {"train_batch_size": "many", "seed": -1, "enable_bucket": "perhaps", "noise_offset": "inf"}
+    result = imported(GUI | options)
+    assert sort_of(result, "noise_offset") == ("unreadable", "a number from 0 on")
     assert sort_of(result, "train_batch_size") == ("unreadable", "a whole number from 1 on")
     assert sort_of(result, "seed") == ("unreadable", "a whole number from 0 on")
     assert sort_of(result, "enable_bucket") == ("unreadable", "true or false")
@@ -404,3 +414,8 @@ def test_what_sdtrain_does_not_train_is_refused(options: dict[str, Any], place: 
 def test_json_and_toml_with_the_same_options_mean_the_same() -> None:
     table = tomllib.loads(SCRIPT)
     assert meaning(json.loads(json.dumps(table))) == meaning(table)
+
+
+def test_every_setting_that_an_answer_names_exists() -> None:
+    named = {answer.setting for table in (KNOWN, NETWORK_ARGS, OPTIMIZER_ARGS) for answer in table.values()} - {""}
+    assert named <= set(all_settings())
