@@ -83,7 +83,7 @@ def _named(annotation: Any, metadata: Any = ()) -> str:
     if origin is tuple:
         return f"{len(arguments)} numbers"
     if origin is dict:
-        return f"table of network = {_named(arguments[1])}"
+        return f"table of {'pattern' if arguments[0] is str else 'network'} = {_named(arguments[1])}"
     word = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
     return word + _bounds(metadata)
 

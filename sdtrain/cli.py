@@ -66,13 +66,20 @@ def sample(
     prompt: Annotated[list[str], typer.Option("--prompt", help="What to show; can be given repeatedly.")],
     seed: Annotated[list[int] | None, typer.Option("--seed", help="One picture each; default 0, 1, 2, 3.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option("--guidance-rescale", min=0.0, max=1.0, help="See preview.guidance_rescale.", show_default=False),
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Make pictures with the averaged weights of a run."""
+    overrides = list(set_ or [])
+    if guidance_rescale is not None:
+        overrides.append(f"preview.guidance_rescale={guidance_rescale}")
     quiet_libraries()
     from sdtrain.commands.sample import SEEDS, sample_to_files
 
-    sample_to_files(source, prompt, seed or SEEDS, out, set_ or [], Console())
+    sample_to_files(source, prompt, seed or SEEDS, out, overrides, Console())
 
 
 @app.command()

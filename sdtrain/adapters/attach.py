@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, assert_never
 
 import torch
@@ -27,6 +26,7 @@ from sdtrain.adapters.kinds import (
     OftWeights,
     kind_of,
 )
+from sdtrain.adapters.targets import last_match
 from sdtrain.errors import Problem, UserError
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class AdapterSettings:
 
     `rank` is the inner dimension; for OFT the size of the blocks that are rotated, and alpha means nothing there.
     `ranks` and `alphas` map shell patterns over module names to values; where several match, the last counts.
+    `weights` do so, too: what they say multiplies alpha. An optimizer whose steps do not depend on the size of the
+    gradient moves the factors of dW as before, so dW moves that many times as far.
     """
 
     kind: AdapterKind = "lora"
@@ -48,14 +50,19 @@ class AdapterSettings:
     alpha: float = 16.0
     ranks: Mapping[str, int] = field(default_factory=dict)
     alphas: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
 
     def rank_of(self, module: str) -> int:
         """Return the rank of one layer."""
-        return [self.rank, *(rank for pattern, rank in self.ranks.items() if fnmatchcase(module, pattern))][-1]
+        return last_match(self.ranks, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """Return the alpha of one layer."""
-        return [self.alpha, *(alpha for pattern, alpha in self.alphas.items() if fnmatchcase(module, pattern))][-1]
+        """Return the alpha of one layer, its weight included."""
+        return last_match(self.alphas, module, self.alpha) * self.weight_of(module)
+
+    def weight_of(self, module: str) -> float:
+        """Return how many times as far as others one layer moves."""
+        return last_match(self.weights, module, 1.0)
 
 
 def attach_adapters(
@@ -66,15 +73,13 @@ def attach_adapters(
     Raises UserError where a layer cannot carry this kind.
     """
     from peft import inject_adapter_in_model
-    from peft.tuners.lokr import LoKrLayer
 
     _check_layers(network, modules, settings)
     frozen = {id(parameter) for parameter in network.parameters()}
     with torch.random.fork_rng():  # peft draws from the global generator; ours must not move it
         inject_adapter_in_model(_peft_config(modules, settings), network)
-    for layer in network.modules():
-        if isinstance(layer, LoKrLayer) and NAME in layer.lokr_w1 and NAME in layer.lokr_w2:
-            layer.scaling[NAME] = 1.0  # every reader of such files ignores alpha where no rank is left
+    _fix_scale_of_whole_factors(network, settings)
+    keep_quiet(network)
     parameters = {}
     for name, parameter in network.named_parameters():
         if id(parameter) in frozen:
@@ -84,6 +89,38 @@ def attach_adapters(
         parameter.requires_grad_(True)
         parameters[name] = parameter
     return parameters
+
+
+def _fix_scale_of_whole_factors(network: nn.Module, settings: AdapterSettings) -> None:
+    """Every reader of LoKr files ignores alpha where no rank is left. Raises UserError for a weight there."""
+    from peft.tuners.lokr import LoKrLayer
+
+    problems = []
+    for name, layer in network.named_modules():
+        if isinstance(layer, LoKrLayer) and NAME in layer.lokr_w1 and NAME in layer.lokr_w2:
+            layer.scaling[NAME] = 1.0
+            if settings.weight_of(name) != 1:
+                what = f"are {settings.weight_of(name):g} for {name}, but at rank {settings.rank_of(name)} both of its "
+                what += "Kronecker factors are whole and no alpha scales them: lower method.rank, or leave it at 1"
+                problems.append(Problem("method.layer_weights", what))
+    if problems:
+        raise UserError("method", problems[:4])
+
+
+def live_layers(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield the layers of a network that carry adapters."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    yield from (module for module in network.modules() if isinstance(module, BaseTunerLayer))
+
+
+def keep_quiet(network: nn.Module) -> None:
+    """Put adapters into evaluation mode, whatever the network is in: in training mode peft's layers draw numbers.
+
+    They draw them from the global generator, even with nothing to drop. What is dropped here is in `dropout.py`.
+    """
+    for layer in live_layers(network):
+        layer.eval()
 
 
 def _check_layers(network: nn.Module, modules: Sequence[str], settings: AdapterSettings) -> None:
@@ -158,6 +195,11 @@ def _first_values(network: nn.Module, name: str, parameter: Tensor, generator: G
         return _row_lengths(network.get_submodule(layer).get_submodule("base_layer").weight).view(parameter.shape)
     bound = 1 / math.sqrt(parameter[0].numel())
     return (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
+
+
+def layer_of(name: str) -> str:
+    """Return the layer that a parameter of an adapter belongs to: `a.b.lora_A.default.weight` -> `a.b`."""
+    return _layer_and_part(name)[0]
 
 
 def _layer_and_part(name: str) -> tuple[str, str]:

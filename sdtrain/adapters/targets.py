@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, assert_never, cast
+from typing import Literal, TypeVar, assert_never, cast
 
 from torch import nn
 
 from sdtrain.errors import Problem, UserError
 
+Value = TypeVar("Value")
 TargetPreset = Literal["attention", "attention+ff", "all-linear", "all"]
 
 ATTENTION = ("*.to_q", "*.to_k", "*.to_v", "*.to_out.0", "*.q_proj", "*.k_proj", "*.v_proj", "*.out_proj")
 FEED_FORWARD = ("*.ff.net.0.proj", "*.ff.net.2", "*attentions*.proj_in", "*attentions*.proj_out", "*.fc1", "*.fc2")
+
+
+def last_match(patterns: Mapping[str, Value], name: str, otherwise: Value) -> Value:
+    """Return the value of the last shell pattern that a module's whole name matches, or else `otherwise`."""
+    return [otherwise, *(value for pattern, value in patterns.items() if fnmatchcase(name, pattern))][-1]
 
 
 def select_modules(
@@ -62,14 +68,16 @@ def select_targets(
     *,
     ranks: Iterable[str] = (),
     alphas: Iterable[str] = (),
+    weights: Mapping[str, float] | None = None,
     unused: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, list[str]]:
     """Return component -> names of the layers that get adapters, for the networks that are trained.
 
-    `ranks` and `alphas` are the patterns that set those of single layers. Raises UserError for every pattern that
-    means no layer, with the names that come near, and for a network in which no layer is meant.
+    `ranks` and `alphas` are the patterns that set those of single layers. `weights` are by pattern, and layers whose
+    weight is 0 get no adapter. Raises UserError for every pattern that means no layer, with the names that come near,
+    and for a network in which no layer is meant.
     """
-    skipped = unused or {}
+    skipped, weights = unused or {}, weights or {}
     found = {
         component: select_modules(network, targets, unused=skipped.get(component, ()))
         for component, network in networks.items()
@@ -79,16 +87,52 @@ def select_targets(
     problems = []
     if not isinstance(targets, str):
         problems += _without_match("method.targets", targets, layers)
-    problems += _without_match("method.ranks", ranks, chosen) + _without_match("method.alphas", alphas, chosen)
+    for setting, patterns in (("ranks", ranks), ("alphas", alphas), ("layer_weights", weights)):
+        problems += _without_match(f"method.{setting}", patterns, chosen)
+    weighed = {
+        component: [name for name in modules if last_match(weights, name, 1.0) > 0]
+        for component, modules in found.items()
+    }
     if not problems:
         problems += [
             Problem("method.targets", f"mean no layer of {component}; add a pattern for it, or leave it out of `train`")
             for component, modules in found.items()
             if not modules
         ]
+        problems += [
+            Problem("method.layer_weights", f"are 0 for every layer of {component}; leave it out of `train` instead")
+            for component, modules in weighed.items()
+            if found[component] and not modules
+        ]
     if problems:
         raise UserError("method", problems)
-    return found
+    return weighed
+
+
+def select_parameters(networks: Mapping[str, nn.Module], weights: Mapping[str, float]) -> dict[str, list[str]]:
+    """Return component -> names of the parameters that are trained in full: those of layers whose weight is not 0.
+
+    Raises UserError for every pattern that means no layer, with the names that come near, and for a network of which
+    nothing is left.
+    """
+    owned = {
+        component: {name: name.rpartition(".")[0] for name, _ in network.named_parameters()}
+        for component, network in networks.items()
+    }
+    layers = list(dict.fromkeys(layer for names in owned.values() for layer in names.values()))
+    problems = _without_match("method.layer_weights", weights, layers)
+    kept = {
+        component: [name for name, layer in names.items() if last_match(weights, layer, 1.0) > 0]
+        for component, names in owned.items()
+    }
+    problems += [
+        Problem("method.layer_weights", f"are 0 for every layer of {component}; leave it out of `train` instead")
+        for component, names in kept.items()
+        if not names
+    ]
+    if problems:
+        raise UserError("method", problems)
+    return kept
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -97,7 +141,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _without_match(setting: str, patterns: Iterable[str], layers: Sequence[str]) -> list[Problem]:
     return [
-        Problem(setting, f"`{pattern}` matches no layer that gets an adapter{_near(pattern, layers)}")
+        Problem(setting, f"`{pattern}` matches no layer that is trained{_near(pattern, layers)}")
         for pattern in patterns
         if not any(fnmatchcase(name, pattern) for name in layers)
     ]

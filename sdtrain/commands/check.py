@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from sdtrain.commands.notes import notes
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report import DataReport, summarise
@@ -24,7 +25,7 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     config = draft.require_sound()
     report = summarise(examples, config.data)
     console.print(f"{path}: no problems found", highlight=False, markup=False, soft_wrap=True)
-    for line in (*_model_lines(config, facts), *report_lines(report)):
+    for line in (*_model_lines(config, facts), *report_lines(report), *notes(config, facts)):
         console.print("  " + line, highlight=False, markup=False, soft_wrap=True)
 
 

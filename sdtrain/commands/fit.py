@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.notes import notes
 from sdtrain.config.draft import Draft, draft_of_config
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
@@ -89,6 +90,8 @@ def fit_draft(
 ) -> FitResult:
     """Train what a draft says. Raises UserError if anything is wrong with it, its model or its pictures."""
     opened, examples = inspect_run(draft, decode=False, fetch=fetch)
+    for line in notes(draft.config, opened):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     quiet_libraries()  # not before: fetching a model shows its progress
     from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 

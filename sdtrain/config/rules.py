@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+from sdtrain.config import method_rules
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 from sdtrain.families.words import LATENT_FACTOR_PX
@@ -48,11 +49,6 @@ def _weights_of_untrained(config: Config) -> Iterator[Problem]:
     for name in sorted(set(config.method.lr) - set(config.method.train)):
         what = f"weighs {name}, which is not trained; method.train = {list(config.method.train)}"
         yield Problem("method.lr", what, (f"method.lr.{name}",))
-
-
-def _names_of_oft(config: Config) -> Iterator[Problem]:
-    if isinstance(config.method, LoraConfig) and config.method.adapter == "oft" and config.export.names == "sd-scripts":
-        yield Problem("method.adapter", 'oft has no words in sd-scripts names; set export.names = "diffusers"')
 
 
 def _stops_of_untrained(config: Config) -> Iterator[Problem]:
@@ -138,6 +134,19 @@ def _betas(config: Config) -> Iterator[Problem]:
         yield Problem("optimizer.betas", f"found {list(betas)}; beta1 in (0, 1), beta2 in [0, 1)")
 
 
+def _schedule_of_huber(config: Config) -> Iterator[Problem]:
+    loss = config.loss
+    if loss.huber_schedule != "constant" and loss.kind in ("l2", "l1"):
+        what = f"{loss.huber_schedule}, but loss.kind = {loss.kind} has no delta; set loss.kind to huber or smooth_l1"
+        yield Problem("loss.huber_schedule", what)
+
+
+def _rescaled_guidance(config: Config) -> Iterator[Problem]:
+    if config.preview.guidance_rescale > 0 and config.preview.guidance_scale == 1:
+        what = f"{config.preview.guidance_rescale:g}, but preview.guidance_scale = 1 leaves nothing to take back; set 0"
+        yield Problem("preview.guidance_rescale", what)
+
+
 def _preview_width(config: Config) -> Iterator[Problem]:
     if config.preview.width_px % LATENT_FACTOR_PX:
         yield Problem("preview.width_px", f"{config.preview.width_px} {NOT_A_MULTIPLE}")
@@ -153,7 +162,16 @@ RULES = (
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
     Rule(("method.train",), _repeated_networks),
     Rule(("method.lr", "method.train"), _weights_of_untrained),
-    Rule(("method.adapter", "method.kind", "export.names"), _names_of_oft),
+    Rule(("method.adapter", "method.kind", "export.names"), method_rules.names_of_oft),
+    Rule(("method.dropout", "method.rank_dropout", "method.adapter"), method_rules.dropout_needs_ranks),
+    Rule(("method.module_dropout", "method.adapter"), method_rules.module_dropout_needs_a_product),
+    Rule(("method.scale_weight_norms", "method.adapter"), method_rules.norm_limit_needs_a_product),
+    Rule(("method.layer_weights", "method.adapter"), method_rules.layer_weights_need_a_product),
+    Rule(("method.layer_weights", "method.kind"), method_rules.layer_weights_of_full),
+    Rule(
+        ("memory.compile", "method.dropout", "method.rank_dropout", "method.module_dropout"),
+        method_rules.dropout_is_not_compiled,
+    ),
     Rule(("method.stop", "method.train"), _stops_of_untrained),
     Rule(("method.stop", "method.train", "steps"), _stops_of_all),
     Rule(("model.dtype", "method.kind"), _mixed_is_for_full),
@@ -165,6 +183,8 @@ RULES = (
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),
     Rule(("optimizer.betas",), _betas),
+    Rule(("loss.huber_schedule", "loss.kind"), _schedule_of_huber),
+    Rule(("preview.guidance_rescale", "preview.guidance_scale"), _rescaled_guidance),
     Rule(("preview.width_px",), _preview_width),
     Rule(("preview.height_px",), _preview_height),
 )

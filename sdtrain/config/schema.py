@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sdtrain.diffusion.words import Density, LossKind, Prediction, Weighting
+from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
+Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Whole = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
@@ -35,7 +36,9 @@ class ModelConfig(Settings):
         default="auto", description="What the U-Net predicts; `auto` reads it from the model."
     )
     zero_terminal_snr: Literal["auto", "on", "off"] = Field(
-        default="auto", description="Whether the noise schedule ends in pure noise; `auto` reads it from the model."
+        default="auto",
+        description="Whether the noise schedule ends in pure noise, from where pictures are then sampled (trailing "
+        "timesteps); `auto` reads it from the model.",
     )
     no_caption: Literal["auto"] | NoCaption = Field(
         default="auto",
@@ -77,6 +80,30 @@ class LoraConfig(Settings):
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
     )
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description="How far single layers move against the others, by pattern, e.g. "
+        '`{ "down_blocks.*" = 0.5, "mid_block.*" = 0 }`; the last match counts. It multiplies their alpha; 0: no '
+        "adapter there.",
+    )
+    dropout: Rate = Field(
+        default=0.0,
+        description="Share of the numbers between the down and the up matrix that a step leaves out (`network_dropout` "
+        "in sd-scripts); for `lora` and `rslora`.",
+    )
+    rank_dropout: Rate = Field(
+        default=0.0, description="Share of the ranks that a step leaves out, picture by picture; as above."
+    )
+    module_dropout: Rate = Field(
+        default=0.0,
+        description="Share of the layers whose adapter a step leaves out; the others count for 1 / (1 - share), unlike "
+        "in sd-scripts. Not for `dora` and `oft`.",
+    )
+    scale_weight_norms: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Largest norm of the change of a layer: after each step what is above it is scaled down to it, in "
+        "training and in the average; 0: no limit. sd-scripts suggests 1. Not for `dora` and `oft`.",
+    )
     init_from: str = Field(default="", description="A LoRA file to start from, with the d it was trained with.")
 
 
@@ -92,6 +119,11 @@ class FullConfig(Settings):
     )
     stop: dict[TrainableNetwork, Count] = Field(
         default={}, description="Step after which a network is no longer trained, e.g. `{ text_encoder = 500 }`."
+    )
+    layer_weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={},
+        description='Layers that are not trained, by pattern, e.g. `{ "time_embedding.*" = 0 }`; other weights than 0 '
+        "and 1 need adapters. The last match counts.",
     )
 
 
@@ -191,9 +223,27 @@ class NoiseConfig(Settings):
 class LossConfig(Settings):
     """How the error of a prediction is measured and weighted."""
 
-    kind: LossKind = Field(default="l2", description="Squared error, or Huber's.")
-    huber_delta: Annotated[float, Field(gt=0)] = Field(default=0.1, description="Where Huber's error turns linear.")
-    weighting: Weighting = Field(default="none", description="Weight of each timestep: none, min-SNR, or 1/sqrt(SNR).")
+    kind: LossKind = Field(
+        default="l2",
+        description="Squared error; absolute error; Huber's: squared for small errors and linear for large ones; or "
+        "`smooth_l1`, Huber's divided by delta.",
+    )
+    huber_delta: Annotated[float, Field(gt=0)] = Field(
+        default=0.1, description="Where the error of `huber` and `smooth_l1` turns linear; `huber_c` in sd-scripts."
+    )
+    huber_schedule: HuberSchedule = Field(
+        default="constant",
+        description="`constant`: huber_delta at every timestep (it is `snr` where sd-scripts is not told). `snr`, "
+        "`exponential`: from 1 without noise to huber_delta at the last timestep, along sqrt(SNR) or as "
+        "huber_delta^(t / T).",
+    )
+    weighting: Weighting = Field(
+        default="none",
+        description="Weight of each timestep. `min_snr`; `debiased`: 1/sqrt(SNR) of the noise's error, which is "
+        "sqrt(SNR)/(SNR + 1) for v_prediction; `debiased_kohya`: as sd-scripts has it, 1/(SNR + 1) for v_prediction; "
+        "`scale_v_like_noise`: SNR/(SNR + 1), for v_prediction only. Under zero terminal SNR all but `none` and "
+        "`debiased_kohya` give v's last timestep the weight 0.",
+    )
     min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
 
 
@@ -206,6 +256,11 @@ class PreviewConfig(Settings):
     seeds: list[Whole] = Field(default=[0, 1, 2], min_length=1, description="One column of the grid each.")
     num_inference_steps: Count = Field(default=25, description="Sampling steps.")
     guidance_scale: Annotated[float, Field(ge=1)] = Field(default=6.0, description="Classifier-free guidance; 1: off.")
+    guidance_rescale: Share = Field(
+        default=0.0,
+        description="How far the contrast that guidance adds is taken back, 0: not at all; about 0.7 suits "
+        "v_prediction with zero terminal SNR, whose pictures guidance overexposes.",
+    )
     width_px: Whole = Field(default=0, description="Width; 0: data.resolution_px.")
     height_px: Whole = Field(default=0, description="Height; 0: data.resolution_px.")
 

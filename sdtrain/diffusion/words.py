@@ -7,10 +7,13 @@ from typing import Literal
 Prediction = Literal["epsilon", "v_prediction"]
 
 
-LossKind = Literal["l2", "huber"]
+LossKind = Literal["l2", "l1", "huber", "smooth_l1"]
 
 
-Weighting = Literal["none", "min_snr", "debiased"]
+HuberSchedule = Literal["constant", "snr", "exponential"]
+
+
+Weighting = Literal["none", "min_snr", "debiased", "debiased_kohya", "scale_v_like_noise"]
 
 
 Density = Literal["uniform", "logit_normal"]

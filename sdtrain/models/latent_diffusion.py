@@ -56,12 +56,17 @@ def encode_captions(encode: EncodeText, captions: Sequence[str], no_caption: NoC
 
 
 def resolved_scheduler(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """Return the scheduler's configuration with the user's own choices in place of `auto`."""
+    """Return the scheduler's configuration with the user's own choices in place of `auto`.
+
+    A schedule that ends in pure noise is sampled from there: trailing timesteps (arXiv 2305.08891, section 3.3).
+    """
     resolved = dict(scheduler)
     if config.prediction != "auto":
         resolved["prediction_type"] = config.prediction
     if config.zero_terminal_snr != "auto":
         resolved["rescale_betas_zero_snr"] = config.zero_terminal_snr == "on"
+    if config.zero_terminal_snr == "on":
+        resolved["timestep_spacing"] = "trailing"
     return resolved
 
 

@@ -22,12 +22,16 @@ Layout = Literal["single-file", "folder"]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a picture is sampled: the number of Euler steps, the guidance scale (1 is off) and the size in pixels."""
+    """How a picture is sampled: the number of Euler steps, the guidance scale (1 is off) and the size in pixels.
+
+    guidance_rescale: how far the spread of guided predictions is put right, from 0 (not at all) to 1.
+    """
 
     num_inference_steps: int
     guidance_scale: float
     width_px: int
     height_px: int
+    guidance_rescale: float = 0.0
 
 
 class Model(Protocol):

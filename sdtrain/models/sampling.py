@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from sdtrain.diffusion.guidance import rescaled_guidance
 from sdtrain.models.model import Model, SamplingSettings
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +42,10 @@ def sample(
             return model.predict(latents, timestep, wanted).float()
         output = model.predict(torch.cat([latents, latents]), timestep, both).float()
         unconditional, conditional = output.chunk(2)
-        return guided(conditional, unconditional, settings.guidance_scale)
+        prediction = guided(conditional, unconditional, settings.guidance_scale)
+        if settings.guidance_rescale == 0:
+            return prediction
+        return rescaled_guidance(prediction, conditional, settings.guidance_rescale)
 
     channels, factor = model.latent_shape
     noise = initial_noise((channels, height // factor, width // factor), generators).to(model.device)

@@ -105,13 +105,15 @@ def train(training: Training, step: int, watchers: Watchers, stop: threading.Eve
         losses: list[Tensor] = []
         examples: list[Example] = []
         for batch, share in training.data.batches.at(step):
-            loss = share * objective(batch, run.generator("noise", step, batch.index))
-            loss.backward()  # type: ignore[no-untyped-call]
+            with trainable.dropout.drawn(run.generator("dropout", step, batch.index)):
+                loss = share * objective(batch, run.generator("noise", step, batch.index))
+                loss.backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
             examples += batch.examples
         total = float(sum(losses))
         guard.check(total, examples, step, watchers.tell)
         optimizer.step()  # changes nothing where gradients are not finite
+        trainable.limit_norms(optimizer)
         optimizer.zero_grad(set_to_none=True)
         step += 1
         images_per_s = pace.end_step(len(examples))

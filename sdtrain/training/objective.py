@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batch
-from sdtrain.diffusion.loss import error_per_image, timestep_weights
+from sdtrain.diffusion.loss import error_per_image, huber_deltas, timestep_weights
 from sdtrain.diffusion.noise import draw_noise, perturb_input
 from sdtrain.diffusion.prediction import training_target
 from sdtrain.diffusion.timesteps import draw_timesteps
@@ -50,9 +50,8 @@ class Objective:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
             text = model.encode_captions(batch.captions) if batch.text is None else batch.text
             prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
-        errors = error_per_image(
-            prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=config.loss.huber_delta
-        )
+        deltas = huber_deltas(model.schedule, timesteps, kind=config.loss.huber_schedule, delta=config.loss.huber_delta)
+        errors = error_per_image(prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=deltas)
         weights = timestep_weights(
             model.schedule.snr(timesteps),
             prediction=model.prediction,

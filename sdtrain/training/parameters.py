@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
 from diffusers import ModelMixin
 from torch import nn
 from transformers import PreTrainedModel
 
-from sdtrain.adapters.attach import AdapterSettings, attach_adapters
-from sdtrain.adapters.targets import select_targets
+from optim import ProdigyPlusScheduleFree, averaged
+from sdtrain.adapters.attach import AdapterSettings, attach_adapters, keep_quiet
+from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
+from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
+from sdtrain.adapters.targets import select_parameters, select_targets
 from sdtrain.adapters.warm_start import start_from
 from sdtrain.config.schema import FullConfig, LoraConfig
 from sdtrain.families.words import DENOISER
@@ -41,10 +45,38 @@ class Group:
 
 
 @dataclass(frozen=True)
+class NormLimit:
+    """A limit on the norm of the change dW of single layers, for the weights in training and for their average."""
+
+    limit: float
+    layers: tuple[LimitedLayer, ...]
+
+    @torch.no_grad()
+    def keep(self, optimizer: ProdigyPlusScheduleFree) -> None:
+        """Scale down the adapters of layers whose |dW| is above the limit, with the weights y or with the average x.
+
+        y and z, from which x is computed, are scaled by the same share, and x with them, for it is a sum of multiples
+        of both. So what files and previews show keeps the limit as well as what is trained, and the average goes on as
+        if it had always been of weights of that size. Prodigy's d is left as it is.
+        """
+        with averaged(optimizer):
+            shipped = change_norms(self.layers)
+        largest = torch.maximum(shipped, change_norms(self.layers))
+        shares = shares_within(largest, self.limit, [len(layer.parameters) for layer in self.layers])
+        for layer, share in zip(self.layers, shares, strict=True):
+            for parameter in layer.parameters:
+                parameter.mul_(share)
+                if parameter in optimizer.state:
+                    optimizer.state[parameter]["z"].mul_(share)
+
+
+@dataclass(frozen=True)
 class Trainable:
-    """All groups of a run."""
+    """All groups of a run, and what is done to their adapters while a loss is computed and after a step."""
 
     groups: tuple[Group, ...]
+    dropout: AdapterDropout = field(default_factory=AdapterDropout)
+    norm_limit: NormLimit | None = None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Every trained parameter as `group/name`."""
@@ -58,6 +90,11 @@ class Trainable:
                 if parameter.requires_grad != trained:
                     parameter.requires_grad_(trained)
 
+    def limit_norms(self, optimizer: ProdigyPlusScheduleFree) -> None:
+        """Keep the limit of `method.scale_weight_norms` after a step, where there is one."""
+        if self.norm_limit:
+            self.norm_limit.keep(optimizer)
+
 
 def train_parameters(model: Model, run: Run) -> Trainable:
     """Put the run's method on the model. Raises UserError when it finds nothing to train."""
@@ -67,7 +104,8 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         case LoraConfig():
             found, d = _attach(model, networks, method, run)
         case FullConfig():
-            found, d = {name: _unfreeze(model, name) for name in networks}, {}
+            kept = select_parameters(networks, method.layer_weights)
+            found, d = {name: _unfreeze(model, name, kept[name]) for name in networks}, {}
         case _:
             assert_never(method)
     if run.config.memory.compile:
@@ -79,8 +117,28 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         tuple(
             Group(name, found[name], method.lr.get(name, 1.0), d.get(name, 0.0), method.stop.get(name, 0))
             for name in method.train
-        )
+        ),
+        _dropout(networks, method),
+        _norm_limit(networks, method, found),
     )
+
+
+def _dropout(networks: Mapping[str, nn.Module], method: LoraConfig | FullConfig) -> AdapterDropout:
+    if not isinstance(method, LoraConfig):
+        return AdapterDropout()
+    rates = DropoutRates(method.dropout, method.rank_dropout, method.module_dropout)
+    return AdapterDropout(list(networks.values()), rates)
+
+
+def _norm_limit(
+    networks: Mapping[str, nn.Module],
+    method: LoraConfig | FullConfig,
+    parameters: Mapping[str, Mapping[str, nn.Parameter]],
+) -> NormLimit | None:
+    if not isinstance(method, LoraConfig) or not method.scale_weight_norms:
+        return None
+    layers = [layer for name, network in networks.items() for layer in limited_layers(network, parameters[name])]
+    return NormLimit(method.scale_weight_norms, tuple(layers))
 
 
 def _attach(
@@ -88,9 +146,16 @@ def _attach(
 ) -> tuple[dict[str, dict[str, nn.Parameter]], dict[str, float]]:
     """The adapters' parameters by network, and the d they were trained with where they come from a file."""
     modules = select_targets(
-        networks, method.targets, ranks=method.ranks, alphas=method.alphas, unused=model.unused_layers
+        networks,
+        method.targets,
+        ranks=method.ranks,
+        alphas=method.alphas,
+        weights=method.layer_weights,
+        unused=model.unused_layers,
     )
-    settings = AdapterSettings(method.adapter, method.rank, method.alpha, method.ranks, method.alphas)
+    settings = AdapterSettings(
+        method.adapter, method.rank, method.alpha, method.ranks, method.alphas, method.layer_weights
+    )
     parameters = {
         name: attach_adapters(network, modules[name], settings, run.generator(f"adapter {name}"))
         for name, network in networks.items()
@@ -112,14 +177,17 @@ def _recompute_activations(network: Any) -> None:
         case PreTrainedModel():  # which recomputes in training mode only; CLIP has no dropout that would notice
             network.activation_checkpointing_enable()
             network.train()
+            keep_quiet(network)
         case _:
             raise TypeError(f"no known way to recompute the activations of {type(network).__name__}")
 
 
-def _unfreeze(model: Model, name: str) -> dict[str, nn.Parameter]:
-    unused = tuple(prefix + "." for prefix in model.unused_layers.get(name, ()))
+def _unfreeze(model: Model, name: str, kept: Collection[str]) -> dict[str, nn.Parameter]:
+    unused, kept = tuple(prefix + "." for prefix in model.unused_layers.get(name, ())), set(kept)
     parameters = {
-        key: parameter for key, parameter in model.networks[name].named_parameters() if not key.startswith(unused)
+        key: parameter
+        for key, parameter in model.networks[name].named_parameters()
+        if key in kept and not key.startswith(unused)
     }
     for parameter in parameters.values():
         parameter.requires_grad_(True)

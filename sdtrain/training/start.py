@@ -154,7 +154,12 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     if opened is not None:
         config = draft.config
         draft = draft.with_new_problems(
-            [*size_problems(config, opened), *_network_problems(config, opened), *_timestep_problems(config, opened)]
+            [
+                *size_problems(config, opened),
+                *_network_problems(config, opened),
+                *_timestep_problems(config, opened),
+                *_weighting_problems(config, opened),
+            ]
         )
     draft.require_sound()
     assert opened is not None, "a model that nothing can be said of has a problem"
@@ -209,6 +214,14 @@ def _timestep_problems(config: Config, facts: OpenedModel) -> list[Problem]:
     found = f"{last} is beyond the model's noise schedule, whose {highest + 1} timesteps are 0 to {highest}"
     habit = "; 1000 in other trainers counts them, 999 is the last" if last == highest + 1 == 1000 else ""
     return [Problem("timesteps.last", found + habit)]
+
+
+def _weighting_problems(config: Config, facts: OpenedModel) -> list[Problem]:
+    predicted = facts.prediction if config.model.prediction == "auto" else config.model.prediction
+    if config.loss.weighting != "scale_v_like_noise" or predicted == "v_prediction":
+        return []
+    what = "scale_v_like_noise, but the model predicts epsilon, whose error is that of the noise already; use none"
+    return [Problem("loss.weighting", what, ("loss.weighting", "model.prediction"))]
 
 
 def size_problems(config: Config, facts: OpenedModel) -> list[Problem]:

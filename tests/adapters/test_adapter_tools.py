@@ -16,7 +16,7 @@ from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import AdapterKind, AdapterWeights, LoraWeights, delta
 from sdtrain.adapters.low_rank import RankRule, approximate, extract, resize
 from sdtrain.adapters.merge import merge_into
-from sdtrain.adapters.targets import select_modules, select_targets
+from sdtrain.adapters.targets import select_modules, select_parameters, select_targets
 from sdtrain.adapters.warm_start import start_from
 from sdtrain.errors import UserError
 
@@ -214,3 +214,29 @@ def test_presets_leave_out_what_other_tools_cannot_name(make_networks: MakeNetwo
     encoder = make_networks()["text_encoder_2"]
     assert "text_projection" not in select_modules(encoder, "all")
     assert select_modules(encoder, ["text_projection"]) == ["text_projection"]
+
+
+def test_layers_of_weight_zero_get_no_adapter_and_the_last_match_counts(make_networks: MakeNetworks) -> None:
+    networks = {"unet": make_networks()["unet"]}
+    every = select_targets(networks, "attention")["unet"]
+    weights = {"down_blocks.*": 0.0, "*to_k": 0.5}
+    kept = select_targets(networks, "attention", weights=weights)["unet"]
+    assert kept == [name for name in every if not name.startswith("down_blocks.") or name.endswith("to_k")]
+    settings = AdapterSettings("rslora", 4, 8.0, alphas={"mid*": 2.0}, weights=weights)
+    assert [settings.alpha_of(name) for name in ("up.to_k", "mid.to_k", "mid.to_q")] == [4.0, 1.0, 2.0]
+    with pytest.raises(UserError, match=r"method.layer_weights +are 0 for every layer of unet"):
+        select_targets(networks, "attention", weights={"*": 0.0})
+    with pytest.raises(UserError, match=r"method.layer_weights +`\*conv_in` matches no layer that is trained"):
+        select_targets(networks, "attention", weights={"*conv_in": 0.5})
+
+
+def test_a_full_fine_tune_trains_the_parameters_of_all_layers_but_those_of_weight_zero(
+    make_networks: MakeNetworks,
+) -> None:
+    networks = {"unet": make_networks()["unet"]}
+    every = [name for name, _ in networks["unet"].named_parameters()]
+    assert select_parameters(networks, {})["unet"] == every
+    kept = select_parameters(networks, {"mid_block.*": 0.0, "mid_block.resnets.0.conv1": 1.0})["unet"]
+    assert kept == [name for name in every if "mid_block." not in name or "mid_block.resnets.0.conv1." in name]
+    with pytest.raises(UserError, match=r"`middle` matches no layer that is trained"):
+        select_parameters(networks, {"middle": 0.0})

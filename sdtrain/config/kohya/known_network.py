@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from sdtrain.config.kohya.answers import Answers, becomes, missing, needless
 
-_DROPOUT = "adapters are trained without dropout"
 _BLOCKS = "layers are chosen by patterns of their names: `method.ranks`, `method.alphas`, `method.targets`"
-_BLOCK_RATES = "step sizes are weighed by network (method.lr), not by block"
 _PLUS = "the step size is found for all matrices of an adapter together"
 _FORMULA = "the adapter is computed in one way only"
 _OTHER_MODELS = "it belongs to another model; SDXL and Stable Diffusion 1.x and 2.x are trained"
 _EMBEDDING = "sdtrain trains weights of networks, not embeddings (textual inversion)"
+
+LAYER_RATES = ("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr", "network_reg_lrs")
+"""Options that give blocks of the U-Net other learning rates than the rest."""
 
 MODEL: Answers = {
     **becomes("model.path", "pretrained_model_name_or_path"),
@@ -53,8 +54,11 @@ NETWORK: Answers = {
     **becomes("method.stop", "stop_text_encoder_training", "stop_text_encoder_training_pct"),
     **needless("adapters are named by their settings in [method]", "network_args"),
     **missing("method.rank is to be that of the file; `sdtrain info FILE` tells it", "dim_from_weights"),
-    **missing(_DROPOUT, "network_dropout", "rank_dropout", "module_dropout", "rank_dropout_scale", "dropout"),
-    **missing("weights are not held below a norm", "scale_weight_norms"),
+    **becomes("method.dropout", "network_dropout", "dropout"),
+    **becomes("method.rank_dropout", "rank_dropout"),
+    **becomes("method.module_dropout", "module_dropout"),
+    **becomes("method.scale_weight_norms", "scale_weight_norms"),
+    **missing("ranks that are left out are made up for by a factor always", "rank_dropout_scale"),
     **missing("merge them first: `sdtrain merge BASE LORA --out FILE`", "base_weights", "base_weights_multiplier"),
     **missing(
         _BLOCKS,
@@ -62,10 +66,8 @@ NETWORK: Answers = {
         *("in_dims", "emb_dims", "train_block_indices", "include_patterns", "exclude_patterns", "network_reg_dims"),
         *("network_reg_alphas", "train_norm"),
     ),
-    **missing(
-        _BLOCK_RATES,
-        *("down_lr_weight", "mid_lr_weight", "up_lr_weight", "block_lr_zero_threshold", "block_lr", "network_reg_lrs"),
-    ),
+    **becomes("method.layer_weights", *LAYER_RATES, why="with patterns such as `down_blocks.*`"),
+    **missing("no weight is too small to count", "block_lr_zero_threshold"),
     **missing(_PLUS, "loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
     **missing(
         _FORMULA,

@@ -55,6 +55,7 @@ def sampling_settings(config: Config) -> SamplingSettings:
         guidance_scale=preview.guidance_scale,
         width_px=preview.width_px or side,
         height_px=preview.height_px or side,
+        guidance_rescale=preview.guidance_rescale,
     )
 
 

@@ -103,7 +103,21 @@ def test_numbers_that_kohya_ss_writes_as_text_are_numbers() -> None:
         ({"caption_dropout_rate": 0.1}, "data", "caption_dropout", 0.1),
         ({"min_snr_gamma": 5}, "loss", "weighting", "min_snr"),
         ({"min_snr_gamma": 8}, "loss", "min_snr_gamma", 8.0),
-        ({"debiased_estimation_loss": True}, "loss", "weighting", "debiased"),
+        ({"debiased_estimation_loss": True}, "loss", "weighting", "debiased_kohya"),
+        (
+            {"scale_v_pred_loss_like_noise_pred": True, "v_parameterization": True},
+            "loss",
+            "weighting",
+            "scale_v_like_noise",
+        ),
+        ({"loss_type": "smooth_l1"}, "loss", "kind", "smooth_l1"),
+        ({"loss_type": "smooth_l1"}, "loss", "huber_schedule", "snr"),
+        ({"loss_type": "huber", "huber_schedule": "exponential"}, "loss", "huber_schedule", "exponential"),
+        ({"loss_type": "l2", "huber_schedule": "exponential"}, "loss", "huber_schedule", "constant"),
+        ({"network_dropout": 0.3}, "method", "dropout", 0.3),
+        ({"rank_dropout": "0.1"}, "method", "rank_dropout", 0.1),
+        ({"module_dropout": 0.2}, "method", "module_dropout", 0.2),
+        ({"scale_weight_norms": 1}, "method", "scale_weight_norms", 1.0),
         ({"loss_type": "huber", "huber_c": 0.2}, "loss", "huber_delta", 0.2),
         ({"huber_c": 0.2}, "loss", "huber_delta", 0.1),
         ({"noise_offset": 0.05, "noise_offset_type": "Original"}, "noise", "offset", 0.05),
@@ -414,6 +428,13 @@ def test_what_sdtrain_does_not_train_is_refused(options: dict[str, Any], place: 
 def test_json_and_toml_with_the_same_options_mean_the_same() -> None:
     table = tomllib.loads(SCRIPT)
     assert meaning(json.loads(json.dumps(table))) == meaning(table)
+
+
+def test_learning_rates_of_blocks_are_told_to_be_written_as_weights_of_layers() -> None:
+    result = imported(GUI | {"down_lr_weight": "1,0.5", "up_lr_weight": ""})
+    assert sort_of(result, "down_lr_weight")[0] == "no counterpart"
+    assert "method.layer_weights" in sort_of(result, "down_lr_weight")[1]
+    assert sort_of(result, "up_lr_weight")[0] == "off"
 
 
 def test_every_setting_that_an_answer_names_exists() -> None:

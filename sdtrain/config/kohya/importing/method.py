@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, NotNeeded, direct, read_as, unread
 from sdtrain.config.kohya.importing.networks import has_training, is_full, is_sdxl, trained_networks
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option, Options
-from sdtrain.config.kohya.importing.values import flag, number, text, whole
+from sdtrain.config.kohya.importing.values import UnreadableError, flag, is_off, number, text, whole
+from sdtrain.config.kohya.known_network import LAYER_RATES
 from sdtrain.families.words import DENOISER
 
 ADAPTERS = {
@@ -42,6 +43,7 @@ PRESETS = {
 CONVOLUTIONS = "*conv*"
 DTYPES = {"float": "float32", "fp16": "float16", "bf16": "bfloat16"}
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+_DROPOUTS = ("network_dropout", "rank_dropout", "module_dropout")
 _DORA = ("dora_wd", "use_dora")
 _RANK_STABLE = ("rs_lora", "use_rslora")
 _KINDS = ("LoRA_type", "network_module", "algo", "lycoris_algo")
@@ -73,14 +75,16 @@ def translate_model(config: ForeignConfig) -> Iterator[Finding]:
 def translate_method(config: ForeignConfig) -> Iterator[Finding]:
     """Yield what becomes of the options about the network that is trained."""
     options = config.arguments
+    yield from _layers(options)
     if not has_training(options):
         yield Became("method.kind", "lora", note="not in the file: give the config of the training too, or choose here")
         return
     if is_full(options):
         yield Became("method.kind", "full", note="the file names no network to add, so all weights are trained")
-        for option in options.having("scale_weight_norms", *_DORA):
+        for option in options.having("scale_weight_norms", *_DROPOUTS, *_DORA):
             yield NotNeeded(option, "it is about adapters, and all weights are trained")
         return
+    yield from _restraints(options)
     yield from _adapter(options)
     yield from _targets(config)
     rank = options.find("network_dim", "dim")
@@ -91,6 +95,21 @@ def translate_method(config: ForeignConfig) -> Iterator[Finding]:
         yield Became("method.alpha", 1.0, note="network_alpha is not in the file; there it is 1 then")
     yield from direct(options, "method.alpha", _alpha(options), "network_alpha", "alpha")
     yield from direct(options, "method.init_from", text, "network_weights", "lora_network_weights")
+
+
+def _restraints(options: Options) -> Iterator[Finding]:
+    """Yield what holds adapters back: dropouts, and a limit of their norm."""
+    yield from direct(options, "method.dropout", _rate, "network_dropout", "dropout")
+    for name in ("rank_dropout", "module_dropout"):
+        yield from direct(options, f"method.{name}", _rate, name)
+    yield from direct(options, "method.scale_weight_norms", lambda value: number(value, least=0), "scale_weight_norms")
+
+
+def _layers(options: Options) -> Iterator[Finding]:
+    """Yield that learning rates of blocks have to be written as weights of layers."""
+    for option in options.having(*LAYER_RATES):
+        if not is_off(option.value):
+            yield Lost(option, "blocks are not numbered here; write it with patterns, method.layer_weights")
 
 
 def _adapter(options: Options) -> Iterator[Finding]:
@@ -184,6 +203,13 @@ def _precision(options: Options) -> Iterator[Finding]:
     if saved is not None and str(saved.value) in DTYPES:
         yield Became("export.dtype", DTYPES[str(saved.value)], (saved,))
     yield from unread(whole_bf16, flag)
+
+
+def _rate(value: object) -> float:
+    read = number(value, least=0, most=1)
+    if read == 1:
+        raise UnreadableError("a number below 1")
+    return read
 
 
 def _count(value: object) -> int:

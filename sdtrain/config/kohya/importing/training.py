@@ -11,7 +11,7 @@ from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, NotNe
 from sdtrain.config.kohya.importing.networks import has_training, is_full, trained_networks
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option, Options
 from sdtrain.config.kohya.importing.values import flag, is_off, number, text, whole
-from sdtrain.diffusion.words import LossKind
+from sdtrain.diffusion.words import HuberSchedule, LossKind
 from sdtrain.families.words import DENOISER
 
 STEPS = 1600
@@ -156,26 +156,44 @@ def _loss(options: Options) -> Iterator[Finding]:
     word = "" if kind is None else str(kind.value).strip().lower()
     if kind is not None and word in get_args(LossKind):
         yield Became("loss.kind", word, (kind,))
-    elif kind is not None and word == "smooth_l1":
-        yield Became("loss.kind", "huber", (kind,), "the same but for a factor, which the optimizer does not feel")
     elif kind is not None:
         yield Lost(kind, f"allowed are {', '.join(get_args(LossKind))}; l2 stands in")
-    is_robust = word in ("huber", "smooth_l1")
-    if is_robust:
+    if word in ("huber", "smooth_l1"):
         yield from direct(options, "loss.huber_delta", _positive, "huber_c")
-    for option in options.having("huber_c", "huber_schedule", "huber_scale"):
-        if not is_robust:
+        yield from _huber_schedule(options)
+    else:
+        for option in options.having("huber_c", "huber_schedule", "huber_scale"):
             yield NotNeeded(option, "the loss is not Huber's")
-    snr, debiased = _on(options, "min_snr_gamma"), _on(options, "debiased_estimation_loss")
-    if snr is not None:
-        yield from unread(snr, _positive)
-        if gamma := read_as(snr, _positive, 0.0):
-            yield Became("loss.weighting", "min_snr", (snr,))
-            yield Became("loss.min_snr_gamma", gamma, (snr,))
-    if debiased is not None and snr is not None:
-        yield Lost(debiased, "one weighting at a time, and min_snr_gamma is set too")
-    elif debiased is not None:
-        yield Became("loss.weighting", "debiased", (debiased,))
+    yield from _weighting(options)
+
+
+def _huber_schedule(options: Options) -> Iterator[Finding]:
+    option = options.find("huber_schedule")
+    if option is None:
+        yield Became("loss.huber_schedule", "snr", note="huber_schedule is not in the file; there it is snr then")
+    elif str(option.value) in get_args(HuberSchedule):
+        yield Became("loss.huber_schedule", str(option.value), (option,))
+    else:
+        yield Lost(option, f"allowed are {', '.join(get_args(HuberSchedule))}; constant stands in")
+
+
+def _weighting(options: Options) -> Iterator[Finding]:
+    """Yield the weighting of timesteps: one, where there several can be multiplied."""
+    snr = _on(options, "min_snr_gamma")
+    yield from unread(snr, _positive)
+    gamma = read_as(snr, _positive, 0.0)
+    there = {
+        "min_snr": snr if gamma else None,
+        "debiased_kohya": _on(options, "debiased_estimation_loss"),
+        "scale_v_like_noise": _on(options, "scale_v_pred_loss_like_noise_pred"),
+    }
+    given = [(weighting, option) for weighting, option in there.items() if option is not None]
+    for weighting, option in given[:1]:
+        yield Became("loss.weighting", weighting, (option,))
+    for _, option in given[1:]:
+        yield Lost(option, f"one weighting at a time, and {given[0][1].name} is set too")
+    if snr is not None and gamma:
+        yield Became("loss.min_snr_gamma", gamma, (snr,))
 
 
 def _noise(options: Options) -> Iterator[Finding]:

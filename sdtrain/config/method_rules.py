@@ -1,0 +1,83 @@
+"""Rules about what adapters can and cannot do; `rules.py` lists them with the settings that they look at."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdtrain.config.paths import path_text
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.errors import Problem
+
+NO_PRODUCT = ("dora", "oft")
+"""The kinds whose change dW is not a multiple of one product of their tensors."""
+
+
+def names_of_oft(config: Config) -> Iterator[Problem]:
+    """OFT exports under diffusers' names only."""
+    if isinstance(config.method, LoraConfig) and config.method.adapter == "oft" and config.export.names == "sd-scripts":
+        yield Problem("method.adapter", 'oft has no words in sd-scripts names; set export.names = "diffusers"')
+
+
+def dropout_needs_ranks(config: Config) -> Iterator[Problem]:
+    """Neurons and ranks are dropped between a LoRA's two matrices."""
+    method = config.method
+    if not isinstance(method, LoraConfig) or method.adapter in ("lora", "rslora"):
+        return
+    for name, rate in (("dropout", method.dropout), ("rank_dropout", method.rank_dropout)):
+        if rate:
+            what = f"{rate:g}, but {method.adapter} has no place for it; it is for lora and rslora"
+            yield Problem(f"method.{name}", what if method.adapter in NO_PRODUCT else f"{what}, or use module_dropout")
+
+
+def module_dropout_needs_a_product(config: Config) -> Iterator[Problem]:
+    """Only a dW with a factor in front can be dropped such that its mean stays right."""
+    method = config.method
+    if isinstance(method, LoraConfig) and method.module_dropout and method.adapter in NO_PRODUCT:
+        yield Problem("method.module_dropout", f"{method.module_dropout:g}, but {_no_factor(method)}; leave it out")
+
+
+def norm_limit_needs_a_product(config: Config) -> Iterator[Problem]:
+    """Only a dW with a factor in front can be scaled by scaling its tensors."""
+    method = config.method
+    if isinstance(method, LoraConfig) and method.scale_weight_norms and method.adapter in NO_PRODUCT:
+        what = f"{method.scale_weight_norms:g}, but {_no_factor(method)}; leave it out"
+        yield Problem("method.scale_weight_norms", what)
+
+
+def layer_weights_need_a_product(config: Config) -> Iterator[Problem]:
+    """A weight other than 0 and 1 scales dW."""
+    method = config.method
+    if not isinstance(method, LoraConfig) or method.adapter not in NO_PRODUCT:
+        return
+    for pattern, weight in method.layer_weights.items():
+        if weight not in (0, 1):
+            yield Problem(_weight_of(pattern), f"{weight:g}, but {_no_factor(method)}; use 0 or 1")
+
+
+def layer_weights_of_full(config: Config) -> Iterator[Problem]:
+    """A full fine-tune has no factor beside its weights that could hold another pace."""
+    if not isinstance(config.method, FullConfig):
+        return
+    for pattern, weight in config.method.layer_weights.items():
+        if weight not in (0, 1):
+            what = f"{weight:g}, but all layers of a full fine-tune move at one pace; 0 freezes a layer, and "
+            yield Problem(_weight_of(pattern), what + 'method.kind = "lora" can weigh layers')
+
+
+def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
+    """Every step drops something else, which compiled blocks would be compiled anew for."""
+    method = config.method
+    if not isinstance(method, LoraConfig) or not config.memory.compile:
+        return
+    rates = {"dropout": method.dropout, "rank_dropout": method.rank_dropout, "module_dropout": method.module_dropout}
+    if used := [f"method.{name}" for name, rate in rates.items() if rate]:
+        what = f"compiles each block once, but {' and '.join(used)} would change it every step: choose one"
+        yield Problem("memory.compile", what)
+
+
+def _weight_of(pattern: str) -> str:
+    return path_text(("method", "layer_weights", pattern))
+
+
+def _no_factor(method: LoraConfig) -> str:
+    return f"{method.adapter} changes weights by no product that could be scaled"
