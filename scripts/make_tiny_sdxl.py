@@ -74,7 +74,7 @@ def pictures(num: int = NUM_PICTURES) -> None:
         scene = world.random_scene(rng, seen_size(rng))
         target.with_suffix(".txt").write_text(world.random_caption(scene, rng) + "\n")
         world.draw(scene).save(target, compress_level=1)
-    write_folder(parts.make_pipeline(WORK), WORK / "untrained", WORK / "tokenizer")
+    write_folder(parts.make_pipeline(WORK), WORK / "untrained")
 
 
 def seen_size(rng: np.random.Generator) -> tuple[int, int]:
@@ -122,22 +122,24 @@ def release(
     subprocess.run(export, check=True, cwd=ROOT)
     pipeline = StableDiffusionXLPipeline.from_pretrained(rest) if rest else parts.make_pipeline(WORK)
     pipeline.unet = type(pipeline.unet).from_pretrained(exported / "unet", torch_dtype=torch.float32)
-    tokenizer = rest / "tokenizer" if rest else WORK / "tokenizer"
-    write_folder(pipeline.to(torch.float16), folder, tokenizer)
+    write_folder(pipeline.to(torch.float16), folder, rest)
     print(f"{folder}: {sum(f.stat().st_size for f in folder.rglob('*')) / 1e6:.1f} MB")
 
 
-def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path, tokenizer: Path) -> None:
-    """Writes a diffusers folder in the pipeline's precision, in place of what is there."""
+def write_folder(pipeline: StableDiffusionXLPipeline, folder: Path, rest: Path | None = None) -> None:
+    """Writes a diffusers folder in the pipeline's precision, in place of what is there; its tokenizers are `rest`'s."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     pipeline.save_pretrained(new)
     for name in ("tokenizer", "tokenizer_2"):  # transformers 5 writes only tokenizer.json, which older readers ignore
-        for file in tokenizer.iterdir():
+        for file in (rest / name if rest else WORK / "tokenizer").iterdir():
             shutil.copy(file, new / name)
     for name in ("text_encoder", "text_encoder_2"):  # so that a pipeline without a dtype gets one type throughout
         config = new / name / "config.json"
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for file in new.rglob("*.json"):  # where a network was read from is nobody's business
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if '"_name_or_path"' not in line))
     for file in new.rglob("*.safetensors"):
         file.chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
