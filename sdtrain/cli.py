@@ -194,6 +194,23 @@ def resize(
     say(Console(), f"wrote {out}")
 
 
+@app.command(name="import-kohya")
+def import_kohya(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Configs of sd-scripts or kohya_ss.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The config to write; default: it is printed.")] = None,
+) -> None:
+    """Make a config of ours of FILEs of kohya, TOML or JSON, with a comment on every option."""
+    from sdtrain.commands.import_kohya import import_kohya as run_import
+    from sdtrain.commands.import_kohya import summary
+
+    imported = run_import(files, out)
+    if out is None:
+        typer.echo(imported.text, nl=False)
+        typer.echo(summary(imported), err=True)
+    else:
+        typer.echo(f"wrote {out}: {summary(imported)}")
+
+
 @app.command()
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE_OR_RUN", help="A .safetensors file or a run folder.")],
