@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdtrain.commands.compare import Trained, compare, strengthened
+from sdtrain.commands.pages.compare import Trained, compare, strengthened
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import open_model

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sdtrain.commands.report import write_report
+from sdtrain.commands.pages.report import write_report
 from sdtrain.training.watching.report.comparison import Comparison, Row
 from sdtrain.training.watching.report.comparison import page as compared
 from tests.conftest import small_run

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from sdtrain.commands.report import write_report
+from sdtrain.commands.pages.report import write_report
 from sdtrain.errors import UserError
 from sdtrain.training.watching.grid import labelled_grid, save_picture
 from sdtrain.training.watching.records import EndRecord, PictureRecord, RunRecord, StepRecord

@@ -27,7 +27,18 @@ class About:
     notes: list[str] = field(default_factory=list)
 
 
-def about_now(device: str, dtype: str, pictures: list[str], notes: list[str]) -> About:
+@dataclass(frozen=True)
+class Told:
+    """What the user was told before the run began: of the pictures, and what was worth a look; a line each."""
+
+    pictures: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+NOTHING = Told()
+
+
+def about_now(device: str, dtype: str, told: Told) -> About:
     """Return what is so on this machine now. device: what is computed on, in words. No torch is imported."""
     machine = {
         "device": device,
@@ -41,7 +52,7 @@ def about_now(device: str, dtype: str, pictures: list[str], notes: list[str]) ->
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return About(machine, versions, pictures, notes)
+    return About(machine, versions, list(told.pictures), list(told.notes))
 
 
 def write_about(folder: Path, about: About) -> None:
