@@ -18,7 +18,7 @@ from PIL import Image
 
 from sdtrain.commands.pages.report import write_report
 from sdtrain.errors import UserError
-from sdtrain.training.watching.grid import labelled_grid, save_picture
+from sdtrain.training.watching.grid import Compared, labelled_grid, save_picture
 from sdtrain.training.watching.records import EndRecord, PictureRecord, RunRecord, StepRecord
 from sdtrain.training.watching.report import page as pages
 from sdtrain.training.watching.report import pictures
@@ -162,7 +162,8 @@ def test_any_numbers_make_a_chart(values: list[float], logarithmic: bool) -> Non
 def test_the_pictures_are_cut_out_of_the_grids(tmp_path: Path) -> None:
     colours = [["red", "lime"], ["blue", "white"]]
     rows = [[Image.new("RGB", (64, 64), colour) for colour in row] for row in colours]
-    save_picture(labelled_grid(rows, ["a", "b"], [7, 8], "title"), tmp_path / "step-000003.png")
+    beside = Compared([[Image.new("RGB", (64, 64), "grey")] * 2] * 2, "base", "now")
+    save_picture(labelled_grid(rows, ["a", "b"], [7, 8], "title", beside), tmp_path / "step-000003.png")
     strips = Shelf().strips(tmp_path).strips
     assert [(strip.prompt, strip.seed) for strip in strips] == [("a", "7"), ("a", "8"), ("b", "7"), ("b", "8")]
     for strip, colour in zip(strips, ["red", "lime", "blue", "white"], strict=True):

@@ -12,6 +12,8 @@ WIDTH, HEIGHT = 420, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 26
 MOST_POINTS = 400
 """The most points of a line; a longer one keeps the lowest and the highest of each stretch."""
+SMALLEST = 1e-100
+"""Of differences that are drawn as such; smaller ones cannot be divided by."""
 DASHES = ("", "7 4", "2 3", "9 3 2 3")
 """How lines are dashed, in their order; they start anew after the last."""
 
@@ -105,12 +107,13 @@ def _scale(chart: Chart) -> _Scale:
     for line in chart.lines:
         for (_, value), error in zip(line.points, line.errors or (), strict=False):
             values += [value - error, value + error]
-    logarithmic = chart.logarithmic and min(values) > 0
+    logarithmic = chart.logarithmic and min(values) > SMALLEST
     low, high = min(values), max(values)
     if logarithmic:
         low, high = (low / 1.3, high * 1.3) if high / low < 1.7 else (low / 1.05, high * 1.05)
     else:
-        margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+        margin = 0.05 * (high - low) or 0.1 * abs(high)
+        margin = margin if margin > SMALLEST else 1.0
         low, high = low - margin, high + margin
         if min(values) >= 0:
             low = max(0.0, low)
