@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
-What = Literal["make", "write", "cut", "flush", "rename", "remove", "make folder", "remove folder"]
+What = Literal["make", "write", "cut", "flush", "rename", "remove", "make folder", "remove folder", "nothing"]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call to the operating system. Paths are absolute; `to` is the new name of a rename; `cut` shortens a file."""
+    """One call to the operating system. Paths are absolute; `to` is the new name of a rename; `cut` shortens a file.
+
+    No call that is made is `nothing`: it stands for one that was left out.
+    """
 
     what: What
     path: str

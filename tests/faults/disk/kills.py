@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -64,16 +64,16 @@ class Sat:
     """How long each step took."""
 
 
-def sit(table: Mapping[str, Any], kill: Kill | None = None, broken: str = "") -> Sat:
+def sit(table: Mapping[str, Any], kill: Kill | None = None, broken: str = "", *, with_data: bool = False) -> Sat:
     """Train what a table says in a fresh process, going on where there is something to go on from.
 
-    broken: a fault of the program, by its name in BROKEN.
+    broken: a fault of the program, by its name in BROKEN. with_data: whether the calls hold what was written.
     """
     context = multiprocessing.get_context("forkserver")
     with mock.patch.dict(os.environ, ENVIRONMENT):
         context.set_forkserver_preload([f"{__package__}.warm"])
         here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_train, args=(table, kill, broken, there))
+        process = context.Process(target=_train, args=(table, kill, broken, with_data, there))
         process.start()
     there.close()
     try:
@@ -86,7 +86,7 @@ def sit(table: Mapping[str, Any], kill: Kill | None = None, broken: str = "") ->
     return sat
 
 
-def _train(table: Mapping[str, Any], kill: Kill | None, broken: str, connection: Connection) -> None:
+def _train(table: Mapping[str, Any], kill: Kill | None, broken: str, with_data: bool, connection: Connection) -> None:
     """Train, as a process of its own."""
     import torch
     from rich.console import Console
@@ -100,9 +100,10 @@ def _train(table: Mapping[str, Any], kill: Kill | None, broken: str, connection:
     seconds: list[float] = []
 
     def around(call: Call, perform: Perform) -> Any:
-        calls.append(Call(call.what, call.path, call.to))
         if kill is None or sort_of(call) != kill.sort:
-            return perform(call.data)
+            result = perform(call.data)
+            calls.append(call if with_data else replace(call, data=b""))
+            return result
         numbers[kill.sort] += 1
         if numbers[kill.sort] != kill.nth:
             return perform(call.data)

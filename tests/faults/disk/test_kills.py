@@ -69,7 +69,7 @@ def place_of(pictures: Path, folder: Path, changes: dict[str, Any]) -> Place:
     sit(merged(table, {"output": str(folder / "before" / "runs")}))  # fills the cache
     straight = sit(table)
     assert (straight.exit_code, straight.error) == (0, "")
-    assert len(straight.seconds) == table["steps"] and len(straight.calls) > 200
+    assert len(straight.seconds) == table["steps"] and len(straight.calls) > 100
     return Place(table, folder, straight)
 
 
