@@ -221,6 +221,18 @@ def test_whatever_a_power_cut_leaves_a_run_goes_on_from_the_newest_state_that_wa
     assert num_trees > 150 and num_ended > 50
 
 
+def test_a_log_that_was_flushed_is_on_the_disk_with_its_name(tmp_path: Path) -> None:
+    """Also in a folder that nobody else flushes any more."""
+    calls: list[Call] = []
+    with recording(calls, tmp_path):
+        log = Log(tmp_path / "log.jsonl", 0)
+        log.see(StepRecord(1, 0.5, 1, 1.0, ()))
+        log.flush()
+        log.close()
+    disk = Disk(str(tmp_path), calls)
+    assert disk.changes and disk.pending(disk.num_calls) == []
+
+
 @pytest.mark.parametrize("left_out", FLUSHES)
 def test_each_flush_that_is_left_out_is_noticed(tmp_path: Path, unflushed: None, left_out: str) -> None:
     """Else the test above would prove nothing of it."""
