@@ -106,9 +106,11 @@ def _occupied(config: Config, folder: Path) -> list[Problem]:
     """Return the problem that a run that begins has with another run in its folder, if there is one."""
     if not (folder / "config.toml").exists():
         return _left_behind(folder)
-    if not (folder / "weights" / f"{config.name}.safetensors").exists():
-        return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
     steps = stored_config(folder).steps
+    states = state_folders(folder / "checkpoints")
+    stands_before = bool(states) and states[-1][0] < steps  # weights may be of before it was given more steps
+    if stands_before or not (folder / "weights" / f"{config.name}.safetensors").exists():
+        return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
     what = f"{folder} holds a finished run; add --resume --set steps=N to train it beyond {steps} steps, {ANOTHER_NAME}"
     return [_at_name(what)]
 
