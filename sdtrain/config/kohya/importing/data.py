@@ -232,17 +232,21 @@ def _aspects(options: Options) -> Iterator[Finding]:
     if enabled is not None:
         yield NotNeeded(enabled, "buckets are always on")
     for side in sides:
-        yield from unread(side, lambda value: number(value, least=0))
+        yield from unread(side, _side)
     area = float(read_as(options.find("resolution", "max_resolution"), _resolution, 1024)) ** 2
-    longest = read_as(highest, lambda value: number(value, above=0), 0.0)
-    shortest = read_as(lowest, lambda value: number(value, above=0), 0.0)
-    limits = [longest**2 / area] if longest else []
-    limits += [area / shortest**2] if shortest else []
+    longest, shortest = read_as(highest, _side, 0.0), read_as(lowest, _side, 0.0)
+    limits = [longest**2 / area] if longest >= 1 else []
+    limits += [area / shortest**2] if shortest >= 1 else []
     if limits and min(limits) >= 1.5:
         yield Became("data.max_aspect", float(f"{min(limits):.3g}"), sides, "longest over shortest side of a bucket")
     else:
         for side in sides:
             yield NotNeeded(side, "buckets have the area of the resolution; data.max_aspect limits their shape")
+
+
+def _side(value: object) -> float:
+    """Return the side of a bucket in pixels. Raises UnreadableError."""
+    return number(value, least=0, most=2**20)
 
 
 def _square(options: Options) -> str:
