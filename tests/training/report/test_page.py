@@ -138,14 +138,14 @@ def test_of_many_steps_the_first_and_the_last_are_shown(steps: set[int], most: i
     assert chosen == sorted(set(chosen))
 
 
-@given(st.lists(st.tuples(st.integers(0, 9999), st.floats(-1e6, 1e6)), min_size=1, max_size=900), st.integers(6, 99))
-def test_a_thinned_line_keeps_its_ends_and_its_extremes(points: list[tuple[float, float]], most: int) -> None:
-    points = sorted(dict(points).items())
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.integers(6, 12))
+def test_a_thinned_line_keeps_its_ends_and_its_extremes(values: list[float], most: int) -> None:
+    points = list(enumerate(values))
     kept = thinned(points, most)
-    assert len(kept) <= max(most, 6)
-    assert {kept[0], kept[-1]} == {points[0], points[-1]}
-    values = [value for _, value in kept]
-    assert (min(values), max(values)) == (min(v for _, v in points), max(v for _, v in points))
+    assert len(kept) <= most
+    assert (kept[0], kept[-1]) == (points[0], points[-1])
+    found = [value for _, value in kept]
+    assert (min(found), max(found)) == (min(values), max(values))
 
 
 @given(
