@@ -1,0 +1,106 @@
+"""DoRA beside a frozen layer: every output of W + dW is given a length of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdtrain.adapters.lean.inputs import Remade, kept_of
+from sdtrain.adapters.lean.lora import low_rank_gradients
+from sdtrain.adapters.lean.products import POINT, Window, product
+
+PIECE = 2**20
+"""Numbers of a weight that are computed at once where it is not needed whole: 4 MiB in float32."""
+
+
+class Dora(torch.autograd.Function):
+    """y = bias + magnitude / |V| * (W x + scale * up(down(x))), V = W + scale * up @ down (arXiv 2402.09353, eq. 5).
+
+    |V| is a constant in backward, as section 4.3 of the paper has it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        inputs: Tensor,
+        down: Tensor,
+        up: Tensor,
+        magnitude: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        window: Window | None,
+        how: Remade | None,
+    ) -> Tensor:
+        """Return y, from what the frozen layer of this weight and bias gives; a length of |V| gives exactly `base`.
+
+        base: (..., out) or (n, out, h, w). magnitude: as many numbers as outputs, in any shape.
+        """
+        ctx.scale, ctx.window = scale, window
+        ctx.compute, kept = kept_of(inputs, how)
+        lengths = lengths_with(weight, down, up, scale)
+        ctx.save_for_backward(down, up, magnitude, lengths, weight, *kept)
+        factor = _by_output(magnitude.reshape(-1) / lengths, window)
+        hidden = product(inputs, down.to(inputs.dtype), window)
+        change = product(hidden, (up * scale).to(inputs.dtype), window and POINT)
+        bare = base if bias is None else base - _by_output(bias, window)
+        total = (factor - 1) * bare
+        return total.add_(factor * change).add_(base).to(base.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of base, inputs, down, up and magnitude."""
+        down, up, magnitude, lengths, weight, *kept = ctx.saved_tensors
+        inputs, scale, window, wanted = ctx.compute(*kept), ctx.scale, ctx.window, ctx.needs_input_grad
+        hidden = product(inputs, down.to(inputs.dtype), window)
+        direction = product(hidden, (up * scale).to(inputs.dtype), window and POINT)
+        direction += product(inputs, weight, window)
+        of_magnitude = _sums_by_output(gradient, direction, window) / lengths
+        gradient = (gradient * _by_output(magnitude.reshape(-1) / lengths, window)).to(gradient.dtype)
+        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, inputs_too=wanted[1])
+        of_base = gradient if wanted[0] else None
+        return of_base, *found, of_magnitude.view(magnitude.shape), None, None, None, None, None
+
+
+@torch.no_grad()
+def lengths_with(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """Return |W + scale * up @ down| by output, (out,) float32 or wider, of a weight (out, in) or (out, in, kh, kw)."""
+    down = down.flatten(1)
+    pieces = []
+    for rows in pieces_of(weight.shape[0], weight[0].numel()):
+        change = (up[rows].flatten(1) @ down).view_as(weight[rows]) * scale
+        pieces.append(lengths_of(change.add_(weight[rows])))
+    return torch.cat(pieces)
+
+
+def lengths_of(weight: Tensor) -> Tensor:
+    """Return the norms over everything but the outputs, summed up as peft does: the quotient must be exactly 1."""
+    dims = tuple(range(1, weight.dim()))
+    lengths: Tensor = torch.linalg.norm(weight, dim=1) if len(dims) == 1 else weight.norm(p=2, dim=dims)
+    return lengths
+
+
+def pieces_of(num: int, width: int) -> Iterator[slice]:
+    """Yield slices of `num` rows with `width` numbers each: few enough rows for a piece, and never one alone."""
+    rows = max(2, PIECE // width)
+    num_pieces = max(1, num // rows)
+    edges = [num * index // num_pieces for index in range(num_pieces + 1)]
+    yield from (slice(first, last) for first, last in pairwise(edges))
+
+
+def _by_output(values: Tensor, window: Window | None) -> Tensor:
+    return values if window is None else values.view(1, -1, 1, 1)
+
+
+def _sums_by_output(one: Tensor, other: Tensor, window: Window | None) -> Tensor:
+    """Sums of products by output, (out,), in float32 or wider."""
+    wide = torch.promote_types(one.dtype, torch.float32)
+    dims = tuple(range(one.dim() - 1)) if window is None else (0, 2, 3)
+    return (one.to(wide) * other).sum(dims)
