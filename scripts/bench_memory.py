@@ -131,7 +131,10 @@ def print_memory(px: int, batch: int, rank: int, kinds: list[AdapterKind]) -> No
 
 
 def print_times(rank: int, rounds: int, kinds: list[AdapterKind], dtypes: list[torch.dtype]) -> None:
-    """Print the seconds of a forward and backward of the U-Net of 121 M, batch 4, 128 px, medians of pairs in turns."""
+    """Print the seconds of a forward and backward of the U-Net of 121 M, batch 4, 128 px, medians of pairs in turns.
+
+    They are of processor time: on a machine that does other things as well, those do not count.
+    """
     for dtype in dtypes:
         for kind in kinds:
             sides = {}
@@ -143,10 +146,10 @@ def print_times(rank: int, rounds: int, kinds: list[AdapterKind], dtypes: list[t
             seconds: dict[bool, list[float]] = {False: [], True: []}
             for turn in range(rounds + 1):
                 for lean in (False, True) if turn % 2 else (True, False):
-                    begun = time.perf_counter()
+                    begun = time.process_time()
                     loss_of(sides[lean], MID_UNET, 128, 4, dtype).backward()  # type: ignore[no-untyped-call]
                     if turn:  # the first warms up
-                        seconds[lean].append(time.perf_counter() - begun)
+                        seconds[lean].append(time.process_time() - begun)
             ratio = statistics.median(plain / lean for plain, lean in zip(*seconds.values(), strict=True))
             plain, lean_s = (statistics.median(found) for found in seconds.values())
             print(

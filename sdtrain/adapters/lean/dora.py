@@ -1,4 +1,4 @@
-"""DoRA beside a frozen layer: every output of W + dW is given a length of its own."""
+"""DoRA on a frozen layer: every output of W + dW is given a length of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from sdtrain.adapters.lean.inputs import Remade, kept_of
 from sdtrain.adapters.lean.lora import low_rank_gradients
-from sdtrain.adapters.lean.products import POINT, Window, product
+from sdtrain.adapters.lean.products import POINT, Window, add_product, input_gradient, product
 
 PIECE = 2**20
 """Numbers of a weight that are computed at once where it is not needed whole: 4 MiB in float32."""
@@ -27,7 +27,6 @@ class Dora(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        base: Tensor,
         inputs: Tensor,
         down: Tensor,
         up: Tensor,
@@ -38,9 +37,9 @@ class Dora(torch.autograd.Function):
         window: Window | None,
         how: Remade | None,
     ) -> Tensor:
-        """Return y, from what the frozen layer of this weight and bias gives; a length of |V| gives exactly `base`.
+        """Return y, (..., out) or (n, out, h, w); exactly W x + bias where the magnitude is |V| and up is zero.
 
-        base: (..., out) or (n, out, h, w). magnitude: as many numbers as outputs, in any shape.
+        magnitude: as many numbers as outputs, in any shape. The rest is as in `LowRank`.
         """
         ctx.scale, ctx.window = scale, window
         ctx.compute, kept = kept_of(inputs, how)
@@ -49,24 +48,24 @@ class Dora(torch.autograd.Function):
         factor = _by_output(magnitude.reshape(-1) / lengths, window)
         hidden = product(inputs, down.to(inputs.dtype), window)
         change = product(hidden, (up * scale).to(inputs.dtype), window and POINT)
-        bare = base if bias is None else base - _by_output(bias, window)
-        total = (factor - 1) * bare
+        base = product(inputs, weight, window, bias)
+        total = (factor - 1) * (base if bias is None else base - _by_output(bias, window))
         return total.add_(factor * change).add_(base).to(base.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of base, inputs, down, up and magnitude."""
+        """Return the gradients of inputs, down, up and magnitude."""
         down, up, magnitude, lengths, weight, *kept = ctx.saved_tensors
-        inputs, scale, window, wanted = ctx.compute(*kept), ctx.scale, ctx.window, ctx.needs_input_grad
+        inputs, scale, window = ctx.compute(*kept), ctx.scale, ctx.window
         hidden = product(inputs, down.to(inputs.dtype), window)
-        direction = product(hidden, (up * scale).to(inputs.dtype), window and POINT)
-        direction += product(inputs, weight, window)
-        of_magnitude = _sums_by_output(gradient, direction, window) / lengths
+        direction = product(inputs, weight, window)
+        add_product(direction, hidden, (up * scale).to(inputs.dtype), window and POINT)
+        of_magnitude = (_sums_by_output(gradient, direction, window) / lengths).view(magnitude.shape)
         gradient = (gradient * _by_output(magnitude.reshape(-1) / lengths, window)).to(gradient.dtype)
-        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, inputs_too=wanted[1])
-        of_base = gradient if wanted[0] else None
-        return of_base, *found, of_magnitude.view(magnitude.shape), None, None, None, None, None
+        of_inputs = input_gradient(gradient, inputs, weight, window) if ctx.needs_input_grad[0] else None
+        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, of_inputs)
+        return of_inputs, *found, of_magnitude, None, None, None, None, None
 
 
 @torch.no_grad()

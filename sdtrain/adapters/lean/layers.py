@@ -86,18 +86,18 @@ class DownOfPixels(nn.Conv2d):
 
 
 def _lora(layer: Any, inputs: Tensor) -> Tensor:
-    base, down, up = layer.base_layer(inputs), layer.lora_A[NAME], layer.lora_B[NAME].weight
-    scale, window = layer.scaling[NAME], _window(layer.base_layer)
+    frozen, down, up, scale = layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME].weight, layer.scaling[NAME]
+    window = _window(frozen)
     if down._forward_hooks:  # dropout wants to see what is inside, which then has to be kept; it is small
-        return _tensor(base + _applied(Product, down(inputs), up * scale, window and POINT, None))
-    return _applied(LowRank, base, inputs, down.weight, up, scale, window, remade(inputs))
+        return _tensor(frozen(inputs) + _applied(Product, down(inputs), up * scale, window and POINT, None))
+    return _applied(LowRank, inputs, down.weight, up, frozen.weight, frozen.bias, scale, window, remade(inputs))
 
 
 def _dora(layer: Any, inputs: Tensor) -> Tensor:
     frozen, magnitude = layer.base_layer, layer.lora_magnitude_vector[NAME].weight
-    base, down, up = frozen(inputs), layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    rest = (frozen.weight, frozen.bias, layer.scaling[NAME], _window(layer.base_layer), remade(inputs))
-    return _applied(Dora, base, inputs, down, up, magnitude, *rest)
+    down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
+    rest = (frozen.weight, frozen.bias, layer.scaling[NAME], _window(frozen), remade(inputs))
+    return _applied(Dora, inputs, down, up, magnitude, *rest)
 
 
 def _loha(layer: Any, inputs: Tensor) -> Tensor:

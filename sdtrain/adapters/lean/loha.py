@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from sdtrain.adapters.lean.dora import pieces_of
 from sdtrain.adapters.lean.inputs import Remade, kept_of
-from sdtrain.adapters.lean.products import Window, input_gradient, plus_product, weight_gradient
+from sdtrain.adapters.lean.products import Window, add_product, input_gradient, weight_gradient
 
 
 class Hadamard(torch.autograd.Function):
@@ -37,12 +37,11 @@ class Hadamard(torch.autograd.Function):
         ctx.scale, ctx.shape, ctx.window = scale, shape, window
         ctx.compute, kept = kept_of(inputs, how)
         ctx.save_for_backward(w1_a, w1_b, w2_a, w2_b, *kept)
-        total, axis = torch.empty_like(base), -1 if window is None else 1
+        total, axis = base.clone(), -1 if window is None else 1
         for rows in pieces_of(shape[0], w1_b.shape[1]):
             change = ((w1_a[rows] @ w1_b) * (w2_a[rows] @ w2_b)).mul_(scale).to(inputs.dtype)
-            place = (axis, rows.start, rows.stop - rows.start)
-            block = plus_product(base.narrow(*place), inputs, change.view(-1, *shape[1:]), window)
-            total.narrow(*place).copy_(block)
+            block = total.narrow(axis, rows.start, rows.stop - rows.start)
+            block.copy_(add_product(block.contiguous(), inputs, change.view(-1, *shape[1:]), window))
         return total
 
     @staticmethod

@@ -26,18 +26,18 @@ POINT = Window()
 """A convolution that looks at one pixel."""
 
 
-def product(inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
+def product(inputs: Tensor, weight: Tensor, window: Window | None, bias: Tensor | None = None) -> Tensor:
     """Return inputs (..., in) times a weight (out, in), or convolved: (n, in, h, w) and (out, in, kh, kw)."""
     if window is None:
-        return functional.linear(inputs, weight)
-    return functional.conv2d(inputs, weight, None, window.stride, window.padding, window.dilation)
+        return functional.linear(inputs, weight, bias)
+    return functional.conv2d(inputs, weight, bias, window.stride, window.padding, window.dilation)
 
 
-def plus_product(base: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
-    """Return base + product(inputs, weight), a new tensor; of a linear layer rounded once."""
+def add_product(total: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
+    """Add product(inputs, weight) to `total`, in place, and return it; of a linear layer rounded once."""
     if window is None:
-        return torch.addmm(_rows(base), _rows(inputs), weight.T).view(base.shape)
-    return base + product(inputs, weight, window)
+        return _add_matrices(total, inputs, weight.T)
+    return total.add_(product(inputs, weight, window))
 
 
 def input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
@@ -45,6 +45,14 @@ def input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Win
     if window is None:
         return gradient @ weight
     return _convolution_gradients(gradient, inputs, weight, window, inputs_too=True)[0]
+
+
+def add_input_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> None:
+    """Add the gradient of the inputs to `total`, in place; of a linear layer rounded once."""
+    if window is None:
+        _add_matrices(total, gradient, weight)
+    else:
+        total.add_(input_gradient(gradient, inputs, weight, window))
 
 
 def weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
@@ -57,6 +65,14 @@ def weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Wi
 
 def _rows(activations: Tensor) -> Tensor:
     return activations.reshape(-1, activations.shape[-1])
+
+
+def _add_matrices(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add left @ right in place."""
+    if total.is_contiguous():  # only then a matrix of it is the same memory
+        total.view(-1, total.shape[-1]).addmm_(_rows(left), right)
+        return total
+    return total.add_(left @ right)
 
 
 def _convolution_gradients(
