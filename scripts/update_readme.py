@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sdtrain.config import schema
-from sdtrain.config.write import _value as toml_value
+from sdtrain.config.write import toml_value
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
