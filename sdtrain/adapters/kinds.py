@@ -126,12 +126,35 @@ class OftWeights:
         return float(self.block_size)
 
 
-AdapterWeights = LoraWeights | DoraWeights | LohaWeights | LokrWeights | OftWeights
+@dataclass(frozen=True)
+class DiffWeights:
+    """The change itself, as LyCORIS names it `diff`: nothing trains as such, but it is exact, and every UI reads it.
+
+    change: dW, shaped like the layer's weight.
+    """
+
+    change: Tensor
+
+    @property
+    def rank(self) -> int:
+        """No rank limits it; 1, so that alpha / rank is 1."""
+        return 1
+
+    @property
+    def alpha(self) -> float:
+        """It has no scale."""
+        return 1.0
+
+
+AdapterWeights = LoraWeights | DoraWeights | LohaWeights | LokrWeights | OftWeights | DiffWeights
 Adapters = Mapping[str, Mapping[str, AdapterWeights]]
 """component -> module -> weights."""
 
 
-def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", "oft"]:
+FileKind = Literal["lora", "dora", "loha", "lokr", "oft", "diff"]
+
+
+def kind_of(weights: AdapterWeights) -> FileKind:
     """Return the kind of an adapter; a rank-stabilised LoRA is a LoRA with a larger alpha."""
     match weights:
         case LoraWeights():
@@ -144,6 +167,8 @@ def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", 
             return "lokr"
         case OftWeights():
             return "oft"
+        case DiffWeights():
+            return "diff"
         case _:
             assert_never(weights)
 
@@ -168,6 +193,8 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
             flat = base.float().flatten(1)
             rotated: Tensor = flat @ _rotation(weights).to(base.device).T
             return rotated.view(base.shape) - base.float()
+        case DiffWeights():
+            return weights.change.float().view(base.shape)
         case _:
             assert_never(weights)
 
@@ -190,6 +217,8 @@ def _is_zero(weights: AdapterWeights) -> bool:
             return not (bool(whole(weights.w1).any()) and bool(whole(weights.w2).any()))
         case OftWeights():
             return not bool(weights.vectors.any())
+        case DiffWeights():
+            return not bool(weights.change.any())
         case _:
             assert_never(weights)
 
@@ -209,6 +238,8 @@ def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> Adapt
             return LokrWeights(_mapped_factor(weights.w1, change), _mapped_factor(weights.w2, change), weights.alpha)
         case OftWeights():
             return OftWeights(change(weights.vectors), weights.block_size)
+        case DiffWeights():
+            return DiffWeights(change(weights.change))
         case _:
             assert_never(weights)
 

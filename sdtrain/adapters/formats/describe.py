@@ -25,7 +25,14 @@ RANK_AXIS = {
     "lokr_w1_b": 0,
 }
 """The tensors whose shape tells the rank, and the axis that has its length."""
-KINDS = {"dora_scale": "dora", "lora_magnitude": "dora", "hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
+KINDS = {
+    "dora_scale": "dora",
+    "lora_magnitude": "dora",
+    "hada_": "loha",
+    "lokr_": "lokr",
+    "oft_": "oft",
+    ".diff": "diff",
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +113,7 @@ def _prefixes() -> dict[str, str]:
 
 
 def _diffusers_layer(key: str) -> str:
-    for part in (".lora", ".hada_", ".lokr_", ".oft_"):
+    for part in (".lora", ".hada_", ".lokr_", ".oft_", ".diff"):
         if part in key:
             return key[: key.index(part)]
     return key

@@ -9,9 +9,9 @@ there were several the difference is multiplied into the up matrices.
 again bit for bit, it is, and every reader computes the same dW. Where it cannot, the matrices stay as they are and
 alpha stands in the `lora_adapter_metadata` of the header, which diffusers reads since 0.35.
 
-Readers do not agree on DoRA in sd-scripts names. `dora_scale` is what LyCORIS means by it, the length of the rows of
-the sum; ComfyUI divides by the length of the base's rows instead (its dW is 4 to 11 % off, for changes of 1 to 20 % of
-a layer), and diffusers leaves it out with a warning. In diffusers names diffusers and peft read DoRA exactly.
+Who computes the trained change from which kind and names is the table of `sdtrain/families/readers.py`. A DoRA's
+`dora_scale` is what LyCORIS means by it, the length of the rows of the sum; in diffusers names, where diffusers and
+peft read it exactly, transformers wants `.weight` after its name in text encoders and diffusers none in the U-Net.
 
 `sdtrain.alpha` in the header keeps the alphas that were multiplied in, so that reading gives the same bits back.
 """
@@ -38,7 +38,7 @@ from sdtrain.adapters.formats.alphas import (
 from sdtrain.adapters.formats.layer_names import diffusers_names, family_of, sd_scripts_names
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, FileFacts, Shape, header_metadata
 from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata
-from sdtrain.adapters.formats.tensor_names import Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.formats.tensor_names import SUFFIXES, Names, decode, encode, expressible, shape_problem
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
@@ -130,11 +130,20 @@ def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names
     """Return every tensor of a file by its name in it."""
     table = sd_scripts_names(networks) if names == "sd-scripts" else diffusers_names(networks)
     return {
-        f"{table[component][module]}.{part}": tensor.detach().cpu().contiguous()
+        f"{table[component][module]}.{_key(part, component, names)}": tensor.detach().cpu().contiguous()
         for component, modules in adapters.items()
         for module, weights in modules.items()
         for part, tensor in encode(weights, names).items()
     }
+
+
+def _key(part: str, component: str, names: Names) -> str:
+    """Return what a part is called: in text encoders transformers, which loads them, wants a magnitude's `.weight`.
+
+    diffusers, which loads the U-Net, wants it without.
+    """
+    is_magnitude = names == "diffusers" and part == SUFFIXES["diffusers"]["magnitude"]
+    return f"{part}.weight" if is_magnitude and component != DENOISER else part
 
 
 def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdtrain.adapters.kinds import (
     AdapterWeights,
+    DiffWeights,
     DoraWeights,
     LohaWeights,
     LokrWeights,
@@ -46,18 +47,21 @@ TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
 
 def expressible(weights: AdapterWeights, names: Names) -> bool:
     """Return whether a family of names has words for this kind of adapter."""
-    return names == "diffusers" or not isinstance(weights, OftWeights)
+    return not isinstance(weights, OftWeights if names == "sd-scripts" else DiffWeights)
 
 
 def encode(weights: AdapterWeights, names: Names) -> dict[str, Tensor]:
-    """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it."""
+    """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it.
+
+    A `diff` has none in either: readers would divide it by a rank.
+    """
     parts = _parts(weights)
     found = {SUFFIXES[names].get(part, part): tensor for part, tensor in parts.items()}
     if isinstance(weights, DoraWeights):
         dimensions = weights.direction.down.dim()
         key = SUFFIXES[names]["magnitude"]
         found[key] = _magnitude_shape(weights.magnitude, dimensions, names)
-    if names == "sd-scripts":
+    if names == "sd-scripts" and not isinstance(weights, DiffWeights):
         found["alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
     return found
 
@@ -75,6 +79,8 @@ def _parts(weights: AdapterWeights) -> dict[str, Tensor]:
             return _factor("lokr_w1", weights.w1) | _factor("lokr_w2", weights.w2)
         case OftWeights():
             return {"oft_R.weight": weights.vectors}
+        case DiffWeights():
+            return {"diff": weights.change}
         case _:
             assert_never(weights)
 
@@ -120,6 +126,8 @@ def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None
     if "oft_R.weight" in parts:
         vectors = _take(parts, "oft_R.weight")
         return _nothing_left(OftWeights(vectors, (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2), parts)
+    if "diff" in parts:
+        return _nothing_left(DiffWeights(_take(parts, "diff")), parts)
     raise ValueError(f"has `{next(iter(parts), 'alpha')}`, which belongs to no kind of adapter known here")
 
 
@@ -194,6 +202,8 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
             flat = (out1 * second[0], in1 * math.prod(second[1:]))
         case OftWeights():
             flat = (wanted[0], weights.vectors.shape[0] * weights.block_size)
+        case DiffWeights():
+            return tuple(weights.change.shape)
         case _:
             assert_never(weights)
     return wanted if flat == (wanted[0], math.prod(wanted[1:])) else flat
