@@ -25,6 +25,14 @@ def words_for_the_form(config: Config) -> Iterator[Problem]:
         yield Problem("export.form", what)
 
 
+def oft_rotates_no_convolutions(config: Config) -> Iterator[Problem]:
+    """A rotation of the inputs has no meaning for a layer that looks at several pixels."""
+    method = config.method
+    if isinstance(method, LoraConfig) and method.adapter == "oft" and method.targets == "all":
+        what = 'all, but its convolutions look at several pixels, which oft cannot rotate; use "all-linear"'
+        yield Problem("method.targets", what)
+
+
 def dropout_needs_ranks(config: Config) -> Iterator[Problem]:
     """Neurons and ranks are dropped between a LoRA's two matrices."""
     method = config.method

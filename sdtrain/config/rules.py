@@ -200,6 +200,7 @@ RULES = (
     Rule(("method.train",), _repeated_networks),
     Rule(("method.lr", "method.train"), _weights_of_untrained),
     Rule(("method.adapter", "method.kind", "export.names", "export.form"), method_rules.words_for_the_form),
+    Rule(("method.targets", "method.adapter"), method_rules.oft_rotates_no_convolutions),
     Rule(("method.dropout", "method.rank_dropout", "method.adapter"), method_rules.dropout_needs_ranks),
     Rule(("method.module_dropout", "method.adapter"), method_rules.module_dropout_needs_a_product),
     Rule(("method.scale_weight_norms", "method.adapter"), method_rules.norm_limit_needs_a_product),

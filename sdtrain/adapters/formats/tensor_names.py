@@ -53,7 +53,7 @@ def expressible(weights: AdapterWeights, names: Names) -> bool:
 def encode(weights: AdapterWeights, names: Names) -> dict[str, Tensor]:
     """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it.
 
-    A `diff` has none in either: readers would divide it by a rank.
+    A `diff` has none in either, for nothing scales it.
     """
     parts = _parts(weights)
     found = {SUFFIXES[names].get(part, part): tensor for part, tensor in parts.items()}
