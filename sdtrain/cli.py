@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
-from sdtrain.errors import Interrupted, UserError, user_error
+from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.watching.text import say
 
 app = typer.Typer(
@@ -38,6 +39,9 @@ Rank = Annotated[int, typer.Option("--rank", min=1, help="The highest rank a lay
 Step = Annotated[int | None, typer.Option("--step", help="Which training state of a run; default the newest.")]
 Energy = Annotated[
     float, typer.Option("--energy", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW.")
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
 ]
 ComponentsFolder = Annotated[str, typer.Option("--components", help="See model.components.")]
 
@@ -126,6 +130,7 @@ def merge(
     weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each LoRA in turn; default 1.")] = None,
     layout: Annotated[CheckpointLayout, typer.Option("--layout", help="What to write.")] = "single-file",
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Put LoRAs into a base model."""
     weights = weight or [1.0] * len(files)
@@ -134,8 +139,8 @@ def merge(
     quiet_libraries()
     from sdtrain.commands.files.merge import merge as run_merge
 
-    changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
-    say(Console(), f"wrote {out}: {changed} layers of {base} changed")
+    done = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components, partial=partial)
+    say(Console(), *left_out_lines(done.left_out), f"wrote {out}: {done.changed} layers of {base} changed")
 
 
 @app.command()
@@ -165,14 +170,15 @@ def resize(
     rank: Rank = 16,
     energy: Energy = 1.0,
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
     from sdtrain.commands.files.extract import resize_lora
 
-    resize_lora(file, base, RankRule(rank, energy), out, components)
-    say(Console(), f"wrote {out}")
+    read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial)
+    say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
 
 
 @app.command()
@@ -211,6 +217,11 @@ def verify_resume(
 
     if not run_verify_resume(config, set_ or [], Console(), steps=steps):
         raise typer.Exit(1)
+
+
+def left_out_lines(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each layer of a file that was left out."""
+    return [f"left out: {problem.where} {problem.what}" for problem in problems]
 
 
 def show_version(wanted: bool) -> None:

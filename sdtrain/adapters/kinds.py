@@ -43,11 +43,13 @@ class LoraWeights:
 class DoraWeights:
     """A direction and a length for each output: W + dW = magnitude * V / |V|, V = W + direction.delta().
 
-    magnitude: (out,); |V| is the norm over everything but the output axis.
+    magnitude: (out,); |V| is the norm over everything but the output axis. on_inputs: whether it is (in,), a length for
+    each input instead, as LyCORIS writes it where asked to; such are read, never trained.
     """
 
     direction: LoraWeights
     magnitude: Tensor
+    on_inputs: bool = False
 
     @property
     def alpha(self) -> float:
@@ -180,9 +182,10 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
             return weights.delta()
         case DoraWeights():
             direction = base.float() + weights.direction.delta().to(base.device)
-            length: Tensor = direction.flatten(1).norm(dim=1)
+            axis = 1 if weights.on_inputs else 0
+            length: Tensor = direction.transpose(0, axis).flatten(1).norm(dim=1)
             factor = weights.magnitude.float().to(base.device) / length
-            return direction * factor.view(-1, *[1] * (base.dim() - 1)) - base.float()
+            return direction * factor.view(*[1] * axis, -1, *[1] * (base.dim() - 1 - axis)) - base.float()
         case LohaWeights():
             left = weights.w1_a.float() @ weights.w1_b.float()
             right = weights.w2_a.float() @ weights.w2_b.float()
@@ -230,7 +233,7 @@ def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> Adapt
             return LoraWeights(change(weights.down), change(weights.up), weights.alpha)
         case DoraWeights():
             direction = LoraWeights(change(weights.direction.down), change(weights.direction.up), weights.alpha)
-            return DoraWeights(direction, change(weights.magnitude))
+            return DoraWeights(direction, change(weights.magnitude), weights.on_inputs)
         case LohaWeights():
             w1_a, w1_b, w2_a, w2_b = map(change, (weights.w1_a, weights.w1_b, weights.w2_a, weights.w2_b))
             return LohaWeights(w1_a, w1_b, w2_a, w2_b, weights.alpha)
