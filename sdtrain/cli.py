@@ -32,6 +32,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; can be given repeatedly.")
 ]
 ExportFormat = Literal["sd-scripts", "diffusers", "single-file", "folder"]
+Form = Literal["auto", "native", "lora", "diff"]
+StoredType = Literal["auto", "float32", "float16", "bfloat16"]
+MOST_STRENGTH = 1000
 CheckpointLayout = Literal["single-file", "folder"]
 BaseModel = Annotated[str, typer.Argument(help="The base model: a file, a folder, a hub id or builtin:NAME.")]
 OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
@@ -114,12 +117,19 @@ def export(
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
+    form: Annotated[Form | None, typer.Option("--form", help="See export.form; default as the run says.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
+    dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.commands.files.export import export_run
+    from sdtrain.commands.files.export import ExportOptions, export_run
 
-    say(Console(), f"wrote {export_run(run, format_, step, out)}")
+    if not abs(strength) < MOST_STRENGTH or strength == 0:
+        raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
+    done = export_run(run, format_, step, out, ExportOptions(form, dtype, strength, force))
+    say(Console(), f"wrote {done.path}", *([f"note: {done.note}"] if done.note else []))
 
 
 @app.command()

@@ -335,11 +335,16 @@ class ExportConfig(Settings):
     form: Literal["auto", "native", "lora", "diff"] = Field(
         default="auto",
         description="How adapters are written: `native` as they were trained, `lora` as an ordinary LoRA (the nearest "
-        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` for "
-        "`dora` and `oft`, which no web interface reads right, else `native`. What was trained is then kept beside it, "
-        "as `NAME-native`.",
+        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` where "
+        "no tool reads the adapters themselves right, as of `dora` and `oft`, else `native`. What was trained is then "
+        "kept beside it, as `NAME-native`.",
     )
     rank: Count = Field(default=64, description="Highest rank of a layer in the form `lora`.")
+    every: Whole = Field(
+        default=0,
+        description="Steps between files of averaged weights along the way, `NAME-step-000250.safetensors`; 0: none.",
+    )
+    keep: Count = Field(default=4, description="How many of those stay, the newest ones.")
     energy: Share = Field(
         default=0.9999, description="In the form `lora`: the fewest ranks that hold this share of each |dW|^2 are kept."
     )

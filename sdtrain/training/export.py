@@ -46,12 +46,14 @@ def export_weights(
     examples: Sequence[Example],
     groups: Sequence[GroupMetrics],
     form: Form = "native",
+    strength: float = 1.0,
 ) -> float:
     """Write the weights that the networks hold now to `path`, whole or not at all.
 
     Call it inside `averaged(optimizer)`. A whole checkpoint of a LoRA run has the adapters merged in. form: of
-    adapters. Returns the share of the change that is lost in it, |dW - written| / |dW|. Raises UserError for a full
-    disk, for weights that are not finite, and for adapter names of a run that has no adapters.
+    adapters. strength: how often the change is counted, written into the file. Returns the share of the change that is
+    lost in the form, |dW - written| / |dW|. Raises UserError for a full disk, for weights that are not finite, and for
+    adapter names of a run that has no adapters.
     """
     adapters = trained_adapters(model, config)
     match kind:
@@ -62,7 +64,7 @@ def export_weights(
             require_change(path, adapters)
             facts = file_facts(model, config, step, examples, groups)
             rule = RankRule(config.export.rank, config.export.energy)
-            found = converted(adapters, model.networks, form, rule)
+            found = converted(adapters, model.networks, form, rule, strength)
             write_lora(path, found.adapters, model.networks, names=kind, facts=facts, dtype=stored_dtype(config.export))
             return found.error
         case "single-file" | "folder":
@@ -75,8 +77,11 @@ def export_weights(
                     "ss_tag_frequency": json.dumps(tag_counts(examples)),
                 },
             )
+            if strength != 1 and not adapters:
+                what = f"{strength:g}, but this run trains all weights, which have no strength; leave it at 1"
+                raise user_error(str(path), "--strength", what)
             dtype = None if adapters else stored_dtype(config.export)
-            model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=merging(adapters))
+            model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=merging(adapters, strength))
             return 0.0
         case _:
             assert_never(kind)
@@ -141,14 +146,14 @@ def require_change(path: Path, adapters: Adapters) -> None:
         raise user_error(str(path), "adapters", what)
 
 
-def merging(adapters: Adapters) -> Change:
-    """Return a change of weights that adds each layer's dW, in float32, just before the weight is written."""
+def merging(adapters: Adapters, strength: float = 1.0) -> Change:
+    """Return a change of weights that adds each layer's dW times a strength, in float32, just before it is written."""
 
     def change(component: Component, name: str, weight: Tensor) -> Tensor:
         adapter = adapters.get(component, {}).get(name.removesuffix(".weight"))
         if adapter is None or not name.endswith(".weight"):
             return weight
-        return weight.float() + delta(adapter, weight).to(weight.device)
+        return weight.float() + strength * delta(adapter, weight).to(weight.device)
 
     return change
 

@@ -222,12 +222,35 @@ def _export_early(training: Training, watchers: Watchers) -> Path | None:
     run = training.run
     path = run.weights_path.with_name(f"{run.config.name}-step-{training.step:06d}.safetensors")
     export(training, watchers, path)
-    name = re.compile(re.escape(run.config.name) + r"-step-\d+\.safetensors")
-    early = sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
-    for file in early[: -run.config.checkpoint.keep]:
+    settings = run.config
+    _keep_newest(
+        path.parent, settings.name, settings.export.keep if settings.export.every else settings.checkpoint.keep
+    )
+    return path
+
+
+def _keep_newest(folder: Path, run: str, number: int) -> None:
+    name = re.compile(re.escape(run) + r"-step-\d+\.safetensors")
+    early = sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
+    for file in early[:-number]:
         for one in (file, file.with_name(f"{file.stem}{NATIVE}{file.suffix}")):
             one.unlink(missing_ok=True)
-    return path
+
+
+def export_along(training: Training, watchers: Watchers) -> None:
+    """Write the averaged weights of the way, as many of which stay as `export.keep` says.
+
+    Where that fails it is told, and the training goes on: they can be had from a training state, too.
+    """
+    if training.is_finished or not training.is_sound:
+        return
+    training.doing = f"finishing step {training.step}"
+    try:
+        _export_early(training, watchers)
+    except (UserError, OSError, MemoryError) as error:
+        release(error)
+        text = f"note: no weights of step {training.step} were written: {sentence(error)}; the training goes on"
+        watchers.tell(NoteRecord(training.step, text))
 
 
 def _newest(training: Training) -> Path | None:

@@ -11,8 +11,6 @@ from sdtrain.families.readers import Kind, Naming, Reader, readers_of
 
 NATIVE = "-native"
 """What the name of a file ends in that holds the adapters as they were trained, beside the form that others read."""
-NEED_ANOTHER_FORM = ("dora", "oft")
-"""The kinds that no web interface reads right: with `export.form = "auto"` they are written as a LoRA, too."""
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,17 @@ def native_file(method: LoraConfig, names: Naming, ending: str = "") -> WeightsF
 def weights_files(config: Config) -> list[WeightsFile]:
     """Return the adapter files of a run, the exact one first, for it is quickly written; empty for a full fine-tune.
 
-    Where the main file has another form, the adapters as they were trained stand beside it, in the names in which
-    most tools read them: a run can start from those only.
+    With `auto` the main file is an ordinary LoRA where no tool reads the adapters themselves right in these names: of
+    `dora` and `oft` in those of sd-scripts. Where the main file has another form, the adapters as they were trained
+    stand beside it, in the names in which most tools read them: a run can start from those only.
     """
     method, names = config.method, config.export.names
     if not isinstance(method, LoraConfig):
         return []
     form = config.export.form
-    if form == "auto":
-        form = "lora" if method.adapter in NEED_ANOTHER_FORM else "native"
     main = native_file(method, names)
+    if form == "auto":
+        form = "native" if main.readers else "lora"
     if form == "native" or (form == "lora" and main.kind == "lora"):
         return [main]
     native = native_file(method, "diffusers" if main.kind == "dora" else names, NATIVE)
