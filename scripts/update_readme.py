@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sdtrain.config import schema
-from sdtrain.config.write import _value as toml_value
+from sdtrain.config.write import toml_value
 from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
+from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import say
 
 app = typer.Typer(
@@ -64,19 +65,24 @@ def fit(
             help="Go on if this run was begun, start if not, and do nothing if it is finished: for job scripts.",
         ),
     ] = False,
+    gpus: Annotated[
+        int, typer.Option("--gpus", min=1, help="Train on so many cards of this machine, one process each.")
+    ] = 1,
 ) -> None:
     """Train what CONFIG says.
 
     Exit codes: 0 done; 2 something to mend first; 4 losses or gradients stayed not finite; 1 another error, with what
     was reached saved; 130, 143, 129, 138 stopped by Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, with what was reached saved.
     """
-    from sdtrain.commands.fit import fit_config
+    from sdtrain.commands.fit import fit_config, is_launched, launch_fit
 
+    if gpus > 1 and not is_launched():
+        raise typer.Exit(launch_fit(gpus, config, set_ or [], sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
         code = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data).exit_code
-    except Interrupted as stopped:  # which was told when it came
-        code = stopped.exit_code
+    except (Interrupted, ToldElsewhereError) as ended:  # which was told already
+        code = ended.exit_code
     raise typer.Exit(code)
 
 
@@ -86,6 +92,19 @@ def check(config: ConfigPath, set_: Overrides = None) -> None:
     from sdtrain.commands.check import check_config
 
     check_config(config, set_ or [], Console())
+
+
+@app.command()
+def view(
+    config: ConfigPath,
+    step: Annotated[int, typer.Option("--step", min=1, help="A step of the run, counted from 1 as in its log.")],
+    set_: Overrides = None,
+) -> None:
+    """Show what a step trains on: its pictures, their captions as drawn, crops and timesteps."""
+    quiet_libraries()
+    from sdtrain.commands.view import view_step
+
+    view_step(config, set_ or [], step, Console())
 
 
 @app.command()
@@ -189,6 +208,23 @@ def resize(
 
     read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial)
     say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
+
+
+@app.command(name="import-kohya")
+def import_kohya(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Configs of sd-scripts or kohya_ss.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The config to write; default: it is printed.")] = None,
+) -> None:
+    """Make a config of ours of FILEs of kohya, TOML or JSON, with a comment on every option."""
+    from sdtrain.commands.import_kohya import import_kohya as run_import
+    from sdtrain.commands.import_kohya import summary
+
+    imported = run_import(files, out)
+    if out is None:
+        typer.echo(imported.text, nl=False)
+        typer.echo(summary(imported), err=True)
+    else:
+        typer.echo(f"wrote {out}: {summary(imported)}")
 
 
 @app.command()

@@ -90,6 +90,13 @@ def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
         yield Problem("memory.compile", what)
 
 
+def only_adapters_have_a_base(config: Config) -> Iterator[Problem]:
+    """A full fine-tune changes the base itself, so that nothing is left to be asked."""
+    if config.preserve.weight and isinstance(config.method, FullConfig):
+        what = f"{config.preserve.weight:g}, but a full fine-tune changes the base that would teach; use 0, or a LoRA"
+        yield Problem("preserve.weight", what, ("preserve.weight", "method.kind"))
+
+
 def _weight_of(pattern: str) -> str:
     return path_text(("method", "layer_weights", pattern))
 

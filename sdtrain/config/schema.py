@@ -153,15 +153,45 @@ class FullConfig(Settings):
 
 
 class FolderConfig(Settings):
-    """One folder of pictures, each with a caption in a .txt file of the same name."""
+    """One folder of pictures, and where and how they are captioned."""
 
     path: PathText = Field(
         description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`."
     )
+    exclude: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description='Sub-folders and files that are left out, by name or pattern, e.g. `["masks", "*_old*"]`.',
+    )
     repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
+    folder_names: Literal["plain", "repeats_concept"] = Field(
+        default="plain",
+        description="`repeats_concept`: as in sd-scripts, pictures in `10_sks dog` are seen 10 times as often, and "
+        "`sks dog` is the caption of those that have none.",
+    )
+    captions: Literal["txt", "caption", "metadata", "meta_cap"] = Field(
+        default="txt",
+        description="Where captions stand: in `name.txt` or `name.caption` beside each picture, in `metadata.jsonl` or "
+        "`metadata.csv` (Hugging Face's `file_name` and `text`), or in `meta_cap.json` (sd-scripts).",
+    )
     missing_captions: Literal["error", "empty"] = Field(
         default="error", description="What a picture without a caption gets: an error, or the empty caption."
     )
+    caption_lines: Literal["joined", "drawn"] = Field(
+        default="joined", description="Lines of a caption file are one caption, or several of which one is drawn."
+    )
+    trigger: str = Field(
+        default="", description="Word for what is taught; put in front of those captions that do not hold it."
+    )
+    caption_prefix: str = Field(default="", description="Put in front of every caption.")
+    caption_suffix: str = Field(default="", description="Put behind every caption.")
+    shuffle_tags: bool = Field(default=False, description="Whether the tags of a caption change places.")
+    tag_dropout: Share = Field(default=0.0, description="Share of tags that are left out of a caption.")
+    tag_separator: str = Field(default=",", min_length=1, description="What stands between two tags.")
+    keep_tags: Whole = Field(default=0, description="This many first tags stay where they are.")
+    keep_separator: str = Field(
+        default="", description="Tags before this sign stay where they are, e.g. `|||`; the sign is taken out."
+    )
+    wildcards: bool = Field(default=False, description="Whether `{red|blue}` means that one of the two is drawn.")
 
 
 class DataConfig(Settings):
@@ -180,10 +210,20 @@ class DataConfig(Settings):
     )
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
     gradient_accumulation: Count = Field(default=1, description="Micro-batches in a step.")
+    ragged: Literal["keep", "merge"] = Field(
+        default="keep",
+        description="`merge`: a picture that is alone in its bucket joins the nearest one that has others, "
+        "and is cropped for it.",
+    )
     caption_chunks: Count = Field(
         default=1, description="Captions are read in this many chunks of 75 tokens; what is longer is cut."
     )
     caption_dropout: Share = Field(default=0.0, description="Share of captions that are left empty.")
+    caption_variants: Count = Field(
+        default=8,
+        description="How many wordings of a caption that varies are encoded ahead, of which each step draws one; "
+        "where text encoders are trained, each step draws anew.",
+    )
     cache: PathText = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
 
 
@@ -275,6 +315,22 @@ class LossConfig(Settings):
         "`debiased_kohya` give v's last timestep the weight 0.",
     )
     min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
+
+
+class PreserveConfig(Settings):
+    """Keeping what the model knew: the base without its adapters teaches the adapted model its own answers."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="0: off. How much a difference from the base counts beside the error of the pictures; 1 is a good "
+        "start. A step takes about 2.3 times as long.",
+    )
+    captions: list[str] = Field(
+        default=[""],
+        min_length=1,
+        description="What must be answered as before, drawn for each picture anew: captions near the new thing that do "
+        'not name it, "a photo of a dog" for a dog of yours. The empty one is no caption.',
+    )
 
 
 class PreviewConfig(Settings):
@@ -385,6 +441,7 @@ class Config(Settings):
     timesteps: TimestepConfig = TimestepConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
+    preserve: PreserveConfig = PreserveConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

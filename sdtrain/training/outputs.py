@@ -59,11 +59,20 @@ class Training:
     """What is done now, for the person who stops it."""
     try_again_at: int = 0
     """The step before which saving is not tried again, after it failed."""
+    first_is_finished: bool = False
+    """Whether the ranks agreed that the run is finished; the first one alone validates."""
+
+    def all_agree_to_end(self, stop: StopRequests) -> bool:
+        """Return whether the run ends here, finished or stopped: the same on all ranks, whoever was asked to stop."""
+        number, self.first_is_finished = self.run.ranks.agree(stop.number, self.is_finished)
+        if number:
+            stop.ask(number)
+        return bool(number) or self.first_is_finished
 
     @property
     def is_finished(self) -> bool:
         """Whether all planned steps are done, or as many as the validation found enough."""
-        return self.step >= self.run.config.steps or self.validator.is_enough
+        return self.first_is_finished or self.step >= self.run.config.steps or self.validator.is_enough
 
     def explain(self, error: Exception) -> UserError | None:
         """Return what a person is told instead of an error, where more can be said than the error does."""
@@ -78,7 +87,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     They are given up when the run is asked to end, and left out where they fail.
     """
     step, config, prompts = training.step, training.run.config, training.data.prompts
-    if not prompts.texts or not config.preview.every or stop.asked:
+    if not training.run.ranks.is_first or not prompts.texts or not config.preview.every or stop.asked:
         return
     training.doing = f"giving up the preview of step {step}"
     folder = training.run.folder / "previews"
@@ -111,6 +120,8 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
     A state of steps that were left out is not worth the place of one before them. Either way the run goes on, for to
     end it would lose what is in memory only.
     """
+    if not training.run.ranks.is_first:
+        return
     training.state_is_owed = True
     if not training.is_sound or training.step < training.try_again_at:
         return
@@ -137,7 +148,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
     """
     training.doing = f"finishing step {training.step}"
     step = training.step
-    if step == training.saved_step:
+    if step == training.saved_step or not training.run.ranks.is_first:
         return
     try:
         path = save_state(
@@ -167,6 +178,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     state comes last, so that a run which goes on from it has the weights too. It is given up when the run is asked to
     end. What fails here is no reason to end the training.
     """
+    if not training.run.ranks.is_first:
+        return
     step = training.step
     training.doing = f"giving up the validation of step {step}"
     try:
@@ -185,6 +198,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
 def export(training: Training, watchers: Watchers, path: Path) -> None:
     """Write the averaged weights to `path`."""
     run, optimizer, step = training.run, training.optimizer, training.step
+    if not run.ranks.is_first:
+        return
     with averaged(optimizer):
         written = export_files(
             training.model, run.config, path, step=step, examples=training.data.examples, groups=optimizer.metrics()
@@ -200,6 +215,8 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> lis
 
     cause: the error that ends it, or the name of the signal.
     """
+    if not training.run.ranks.is_first:
+        return []
     failed = isinstance(cause, Exception)
     saving = Saving(
         state=lambda: save(training, watchers, keep_all=failed),
@@ -242,7 +259,7 @@ def export_along(training: Training, watchers: Watchers) -> None:
 
     Where that fails it is told, and the training goes on: they can be had from a training state, too.
     """
-    if training.is_finished or not training.is_sound:
+    if training.is_finished or not training.is_sound or not training.run.ranks.is_first:
         return
     training.doing = f"finishing step {training.step}"
     try:

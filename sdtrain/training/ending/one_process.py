@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -104,14 +104,3 @@ def _held(folder: Path) -> str:
         f"{folder} is being trained by {_holder_text(folder)}; wait for it, stop it (Ctrl-C there, or `kill` its "
         "number, saves its state), or choose another `name` (--set name=...)"
     )
-
-
-def refuse_several_ranks(environment: Mapping[str, str]) -> None:
-    """Raise UserError where a launcher started several processes for one run, which would all train the same."""
-    ranks = environment.get("WORLD_SIZE", "1")
-    if ranks.isdigit() and int(ranks) > 1:
-        what = (
-            f"is {ranks}, so a launcher such as torchrun started {ranks} processes; a run trains in one process, on "
-            "one device: start it as `sdtrain fit CONFIG`"
-        )
-        raise user_error("the environment", "WORLD_SIZE", what)

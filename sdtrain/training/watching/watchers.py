@@ -75,8 +75,16 @@ def name_of(watcher: Watcher) -> str:
 
 
 @contextmanager
-def watching(run: RunRecord, console: Console, others: Sequence[Watcher]) -> Iterator[Watchers]:
-    """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too."""
+def watching(
+    run: RunRecord, console: Console, others: Sequence[Watcher], *, somebody_else: bool = False
+) -> Iterator[Watchers]:
+    """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too.
+
+    somebody_else: whether another process of the run tells and writes; here nobody watches then.
+    """
+    if somebody_else:
+        yield Watchers(None, ())
+        return
     with log_to(run.folder / "log.jsonl", run.first_step) as log, Screen(console, run) as screen:
         watchers = Watchers(log, [screen.see, *others])
         watchers.tell(run)
