@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradient
 from sdtrain.training.ending.memory import Room, explained_while
 from sdtrain.training.ending.rescue import kept_on_errors
 from sdtrain.training.ending.signals import StopRequests
+from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.keeping.room import require_room
 from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
@@ -197,6 +199,8 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
     if standing.state is None:
         return
     training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    with contextlib.suppress(OSError):  # which a kill may have kept the last save from
+        remove_superfluous(standing.state.folder.parent, training.step, training.run.config.checkpoint)
     training.is_sound = standing.state.loss_was_finite
     training.validator.go_on_from(training.step)
     if thawed := training.optimizer.thaw():

@@ -150,6 +150,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
     step = training.step
     if step == training.saved_step or not training.run.ranks.is_first:
         return
+    watchers.keep_log()
     try:
         path = save_state(
             training.run.folder / "checkpoints",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from sdtrain.config.kohya.importing.findings import (
@@ -34,13 +34,15 @@ _GUI_MARKS = ("LoRA_type", "max_resolution", "num_cpu_threads_per_process", "mod
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of pictures: its path, the option that names it, and how often each picture is seen in an epoch."""
+    """A folder of pictures: its path, the option that names it, how often each picture is seen in an epoch, and the
+    options that count for its captions."""
 
     path: str
     option: Option
     repeats: int
     told: tuple[Option, ...]
     note: str = ""
+    options: Options = field(default_factory=lambda: Options(()))
 
 
 def is_of_gui(options: Options) -> bool:
@@ -65,9 +67,9 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
             yield Became("data.caption_chunks", math.ceil(_count(length.value) / _TOKENS), (length,), "chunks of 75")
         except UnreadableError as error:
             yield Unreadable(length, str(error))
-    for option in config.everything:
-        if option.name in ("caption_extension", "caption_extention") and option.value != ".txt" and option.is_set:
-            yield Lost(option, "captions are read from .txt files; rename them, or write what the folder's name said")
+    yield from direct(options, "validation.share", _share, "validation_split")
+    yield from direct(options, "validation.seed", whole, "validation_seed")
+    yield from direct(options, "validation.every", whole, "validate_every_n_steps")
 
 
 def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
@@ -83,6 +85,7 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
             seen.add(folder.path)
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
+            yield from _wording(f"data.folder[{index}]", folder.options)
             index += 1
     for subset in config.subsets:
         yield from unread(subset.options.find("num_repeats"), _count)
@@ -90,6 +93,34 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
         for option in config.arguments.having(*_DATA_DIRS):
             if option.is_set:
                 yield NotNeeded(option, "the folders of the dataset config count")
+
+
+def _wording(folder: str, options: Options) -> Iterator[Finding]:
+    """Yield what becomes of the options that say where captions stand and how they vary."""
+    yield from direct(options, f"{folder}.captions", _extension, "caption_extension", "caption_extention")
+    yield from direct(options, f"{folder}.caption_prefix", text, "caption_prefix")
+    yield from direct(options, f"{folder}.caption_suffix", text, "caption_suffix")
+    yield from direct(options, f"{folder}.shuffle_tags", flag, "shuffle_caption")
+    separator, kept = options.find("keep_tokens_separator"), options.find("keep_tokens")
+    yield from direct(options, f"{folder}.keep_separator", text, "keep_tokens_separator")
+    if separator is None or is_off(separator.value):
+        yield from direct(options, f"{folder}.keep_tags", whole, "keep_tokens")
+    elif kept is not None:
+        yield NotNeeded(kept, "keep_tokens_separator counts, there too")
+    yield from direct(options, f"{folder}.tag_separator", text, "caption_separator")
+    yield from direct(options, f"{folder}.tag_dropout", _share, "caption_tag_dropout_rate")
+    yield from direct(options, f"{folder}.wildcards", flag, "enable_wildcard")
+
+
+def _extension(value: object) -> str:
+    """Return the setting for a suffix of caption files; "" for the default. Raises UnreadableError for others."""
+    match text(value).strip().lower().removeprefix("."):
+        case "txt" | "":
+            return ""
+        case "caption":
+            return "caption"
+        case _:
+            raise UnreadableError('".txt" or ".caption"; rename the files')
 
 
 def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
@@ -124,7 +155,8 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
         for subset in config.subsets:
             path = subset.options.find("image_dir")
             if path is not None and isinstance(path.value, str):
-                yield _subset_folder(path, subset.options)
+                scope = Options((*config.arguments.all, *subset.options.all))
+                yield replace(_subset_folder(path, subset.options), options=scope)
         return
     option = config.arguments.find(*_DATA_DIRS)
     if option is None or not isinstance(option.value, str):
@@ -133,12 +165,14 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
     folder = Path(root).expanduser()
     inside = _repeated(folder)
     for name, times in inside:
-        yield _Folder(f"{root.rstrip('/')}/{name}", option, times, (option,), "repeats by the folder's name")
+        inner = f"{root.rstrip('/')}/{name}"
+        yield _Folder(inner, option, times, (option,), "repeats by the folder's name", config.arguments)
     if not inside:
         repeats = config.arguments.find("dataset_repeats")
         away = "not here: folders in it such as `10_name` are entries of their own, repeats = 10"
         note = "" if folder.is_dir() else away
-        yield _Folder(root, option, read_as(repeats, _count, 1), (repeats,) if repeats else (), note)
+        told = (repeats,) if repeats else ()
+        yield _Folder(root, option, read_as(repeats, _count, 1), told, note, config.arguments)
 
 
 def _subset_folder(path: Option, options: Options) -> _Folder:
@@ -198,17 +232,21 @@ def _aspects(options: Options) -> Iterator[Finding]:
     if enabled is not None:
         yield NotNeeded(enabled, "buckets are always on")
     for side in sides:
-        yield from unread(side, lambda value: number(value, least=0))
+        yield from unread(side, _side)
     area = float(read_as(options.find("resolution", "max_resolution"), _resolution, 1024)) ** 2
-    longest = read_as(highest, lambda value: number(value, above=0), 0.0)
-    shortest = read_as(lowest, lambda value: number(value, above=0), 0.0)
-    limits = [longest**2 / area] if longest else []
-    limits += [area / shortest**2] if shortest else []
+    longest, shortest = read_as(highest, _side, 0.0), read_as(lowest, _side, 0.0)
+    limits = [longest**2 / area] if longest >= 1 else []
+    limits += [area / shortest**2] if shortest >= 1 else []
     if limits and min(limits) >= 1.5:
         yield Became("data.max_aspect", float(f"{min(limits):.3g}"), sides, "longest over shortest side of a bucket")
     else:
         for side in sides:
             yield NotNeeded(side, "buckets have the area of the resolution; data.max_aspect limits their shape")
+
+
+def _side(value: object) -> float:
+    """Return the side of a bucket in pixels. Raises UnreadableError."""
+    return number(value, least=0, most=2**20)
 
 
 def _square(options: Options) -> str:
