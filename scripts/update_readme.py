@@ -14,9 +14,11 @@ from pydantic.fields import FieldInfo
 
 from sdtrain.config import schema
 from sdtrain.config.write import toml_value
+from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
+READERS_BEGIN, READERS_END = "<!-- readers: written by scripts/update_readme.py -->", "<!-- end of readers -->"
 LARGEST = 1_000_000_000
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("", schema.Config),
@@ -109,10 +111,13 @@ def _bounds(metadata: Any) -> str:
 
 
 def with_settings(text: str) -> str:
-    """Return the README's text with fresh tables."""
-    return re.sub(
-        re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{settings_text()}\n\n{END}", text, flags=re.S
-    )
+    """Return the README's text with fresh tables: of the settings, and of who reads which file."""
+    text = _between(text, READERS_BEGIN, READERS_END, table_text())
+    return _between(text, BEGIN, END, settings_text())
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n\n{new}\n\n{end}", text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,7 +15,7 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_libraries, versions
-from sdtrain.errors import Interrupted, UserError, user_error
+from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import say
 
@@ -32,6 +33,9 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; can be given repeatedly.")
 ]
 ExportFormat = Literal["sd-scripts", "diffusers", "single-file", "folder"]
+Form = Literal["auto", "native", "lora", "diff"]
+StoredType = Literal["auto", "float32", "float16", "bfloat16"]
+MOST_STRENGTH = 1000
 CheckpointLayout = Literal["single-file", "folder"]
 BaseModel = Annotated[str, typer.Argument(help="The base model: a file, a folder, a hub id or builtin:NAME.")]
 OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
@@ -39,6 +43,9 @@ Rank = Annotated[int, typer.Option("--rank", min=1, help="The highest rank a lay
 Step = Annotated[int | None, typer.Option("--step", help="Which training state of a run; default the newest.")]
 Energy = Annotated[
     float, typer.Option("--energy", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW.")
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
 ]
 ComponentsFolder = Annotated[str, typer.Option("--components", help="See model.components.")]
 
@@ -129,12 +136,19 @@ def export(
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
+    form: Annotated[Form | None, typer.Option("--form", help="See export.form; default as the run says.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
+    dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.commands.files.export import export_run
+    from sdtrain.commands.files.export import ExportOptions, export_run
 
-    say(Console(), f"wrote {export_run(run, format_, step, out)}")
+    if not abs(strength) < MOST_STRENGTH or strength == 0:
+        raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
+    done = export_run(run, format_, step, out, ExportOptions(form, dtype, strength, force))
+    say(Console(), f"wrote {done.path}", *([f"note: {done.note}"] if done.note else []))
 
 
 @app.command()
@@ -145,6 +159,7 @@ def merge(
     weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each LoRA in turn; default 1.")] = None,
     layout: Annotated[CheckpointLayout, typer.Option("--layout", help="What to write.")] = "single-file",
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Put LoRAs into a base model."""
     weights = weight or [1.0] * len(files)
@@ -153,8 +168,8 @@ def merge(
     quiet_libraries()
     from sdtrain.commands.files.merge import merge as run_merge
 
-    changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
-    say(Console(), f"wrote {out}: {changed} layers of {base} changed")
+    done = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components, partial=partial)
+    say(Console(), *left_out_lines(done.left_out), f"wrote {out}: {done.changed} layers of {base} changed")
 
 
 @app.command()
@@ -184,14 +199,15 @@ def resize(
     rank: Rank = 16,
     energy: Energy = 1.0,
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
     from sdtrain.commands.files.extract import resize_lora
 
-    resize_lora(file, base, RankRule(rank, energy), out, components)
-    say(Console(), f"wrote {out}")
+    read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial)
+    say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
 
 
 @app.command(name="import-kohya")
@@ -247,6 +263,11 @@ def verify_resume(
 
     if not run_verify_resume(config, set_ or [], Console(), steps=steps):
         raise typer.Exit(1)
+
+
+def left_out_lines(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each layer of a file that was left out."""
+    return [f"left out: {problem.where} {problem.what}" for problem in problems]
 
 
 def show_version(wanted: bool) -> None:
