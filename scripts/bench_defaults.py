@@ -368,9 +368,12 @@ def table(
     contestants: str = "ours;prodigyopt schedule=constant;prodigyopt schedule=cosine;prodigy-plus",
     everything: Annotated[bool, typer.Option("--all", help="and every contestant's losses")] = False,
     unet: Annotated[str, typer.Option(help="only results of the U-Net with this digest")] = "",
+    seeds: Annotated[str, typer.Option(help="only contestants that have all of these")] = "",
 ) -> None:
     """Print regret against the best of the AdamW sweep, ranks, and whether we are within one standard error of it."""
     found = results.read_results(file, unet or tasks.unet_hash())
+    if seeds:
+        found = results.with_all_seeds(found, [int(seed) for seed in listed(seeds)])
     print(results.table(found, contestants.split(";")))
     if everything:
         for task, steps in results.cells(found):
