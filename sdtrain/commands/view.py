@@ -60,6 +60,9 @@ def _batch_lines(config: Config, batch: Sequence[Planned], timesteps: Sequence[i
         yield f"    {shown_text(str(one.example.path))}"
         yield f"      timestep {timestep}; {_crop(one)}"
         yield f"      {_caption(config, one)}"
+        if mask := one.example.mask:
+            floor = f", and at least {mask.floor:g} counts everywhere" if mask.floor else ""
+            yield f"      mask: {'its alpha channel' if mask.is_alpha else shown_text(str(mask.path))}{floor}"
 
 
 def _crop(one: Planned) -> str:

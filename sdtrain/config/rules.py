@@ -130,6 +130,23 @@ def _tags_that_stay(config: Config) -> Iterator[Problem]:
             yield Problem(where + kept[1], "is set, and keep_tags too: both say which tags stay; choose one")
 
 
+def _masks(config: Config) -> Iterator[Problem]:
+    folders = {"data.folder": config.data.folder, "validation.folder": config.validation.folder}
+    for setting, index, folder in (
+        (setting, index, one) for setting, those in folders.items() for index, one in enumerate(those)
+    ):
+        where = f"{setting}[{index}]."
+        if folder.masks == "folder" and not folder.mask_path:
+            yield Problem(where + "masks", "folder, but mask_path does not say which; set it")
+        elif folder.mask_path and folder.masks != "folder":
+            what = f'is set, but masks = "{folder.masks}"; set masks = "folder", or leave it out'
+            yield Problem(where + "mask_path", what)
+        if folder.mask_floor and folder.masks == "none":
+            yield Problem(where + "mask_floor", f"{folder.mask_floor:g}, but there are no masks; set masks")
+        elif folder.mask_floor == 1:
+            yield Problem(where + "mask_floor", "1, so that all counts whatever the masks say; set a smaller one")
+
+
 def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
     prodigy_steps = config.optimizer.prodigy_steps
     if isinstance(prodigy_steps, int) and prodigy_steps > config.steps:
@@ -229,6 +246,7 @@ RULES = (
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("data.folder",), _tags_that_stay),
+    Rule(("data.folder", "validation.folder"), _masks),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),

@@ -192,6 +192,14 @@ class FolderConfig(Settings):
         default="", description="Tags before this sign stay where they are, e.g. `|||`; the sign is taken out."
     )
     wildcards: bool = Field(default=False, description="Whether `{red|blue}` means that one of the two is drawn.")
+    masks: Literal["none", "beside", "folder", "alpha"] = Field(
+        default="none",
+        description="What says which part of a picture counts: `name.mask.png` beside it, `name.png` in the folder "
+        "`mask_path`, or its own alpha channel. White counts, black does not; a picture without a mask counts as a "
+        "whole.",
+    )
+    mask_path: PathText = Field(default="", description='Folder of the masks, for masks = "folder".')
+    mask_floor: Share = Field(default=0.0, description="What counts at least where a mask says less; 0: nothing.")
 
 
 class DataConfig(Settings):

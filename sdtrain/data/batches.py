@@ -16,6 +16,8 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
 from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
+from sdtrain.data.identity.digests import picture_digests
+from sdtrain.data.masks.encoding import encode_masks, mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
 from sdtrain.data.placing import placements_of
 
@@ -48,6 +50,7 @@ class Batch:
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
     sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
+    counts: Tensor | None = None  # (n, h, w) float32, how much each place counts in the loss; None: everywhere 1
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class _Row:
     example: Example
     placement: Placement
     latents: Path
+    mask: Path | None = None
 
 
 class Batches:
@@ -78,7 +82,7 @@ class Batches:
         """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
-        paths = [*(row.latents for row in rows), *(captions or {}).values()]
+        paths = [*(row.latents for row in rows), *(row.mask for row in rows if row.mask), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
     @property
@@ -135,6 +139,20 @@ class Batches:
             text=self._text(captions),
             sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
             examples=tuple(row.example for row in rows),
+            counts=self._counts(rows, (latents[0].shape[-2], latents[0].shape[-1])),
+        )
+
+    def _counts(self, rows: Sequence[_Row], size: tuple[int, int]) -> Tensor | None:
+        """How much each place of the pictures counts, by their masks; None where none has one."""
+        if not any(row.mask for row in rows):
+            return None
+        return torch.stack(
+            [
+                mask_at(self._entries.get(row.mask)["mask"], row.example.mask.floor, size)
+                if row.mask and row.example.mask
+                else torch.ones(size)
+                for row in rows
+            ]
         )
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor] | None:
@@ -174,13 +192,15 @@ def prepare_batches(
         start=plan.start,
     )
     captions, drawing = None, Drawing(seed, config.caption_dropout)
+    digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
     with torch.no_grad():
+        masks, wrong = encode_masks(pictures, digests, cache, on_progress)
         paths = encode_pictures(
-            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
+            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests, wrong=wrong
         )
         if encoders.captions is not None:
             drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
             needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
             captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
-    rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
+    rows = [_Row(*picture, path, mask) for picture, path, mask in zip(pictures, paths, masks, strict=True)]
     return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)

@@ -57,7 +57,13 @@ class Objective:
             text = model.encode_captions(batch.captions) if batch.text is None else batch.text
             prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
         deltas = huber_deltas(model.schedule, timesteps, kind=config.loss.huber_schedule, delta=config.loss.huber_delta)
-        errors = error_per_image(prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=deltas)
+        errors = error_per_image(
+            prediction,
+            target.to(prediction.device),
+            kind=config.loss.kind,
+            huber_delta=deltas,
+            counts=None if batch.counts is None else batch.counts.to(prediction.device),
+        )
         weights = timestep_weights(
             model.schedule.snr(timesteps),
             prediction=model.prediction,

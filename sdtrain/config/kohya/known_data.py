@@ -10,7 +10,7 @@ _TAGS = "captions are trained as they are written, without shuffling or dropping
 _WORDS = "captions are trained as they are written; put the words into the .txt files"
 _AUGMENT = "pictures are encoded once and trained as they are; put changed copies into the folder instead"
 _REGULAR = "there are no regularisation pictures; list the folder among the others if it is to be trained on too"
-_MASKS = "the whole picture counts, there are no masks"
+_MASKS = "masks say so folder by folder; the mean is over the whole picture, as there"
 _JSON = "captions are read from .txt files beside the pictures; write them from the .json file first"
 _HELD_OUT = "no pictures are held out while training"
 _MADE_ELSEWHERE = "pictures and captions are read as they lie in the folder, nothing is prepared before"
@@ -24,6 +24,9 @@ DATA: Answers = {
     **becomes("data.bucket_step_px", "bucket_reso_steps"),
     **becomes("data.max_aspect", "enable_bucket", why="buckets are always on, and max_aspect = 1 crops to the square"),
     **becomes("data.max_aspect", "min_bucket_reso", "max_bucket_reso", why="longest over shortest side of a bucket"),
+    **becomes("data.folder[0].masks", "masked_loss", why=_MASKS),
+    **becomes("data.folder[0].masks", "alpha_mask", why='masks = "alpha"'),
+    **becomes("data.folder[0].mask_path", "conditioning_data_dir", why='with masks = "folder"; grey PNGs'),
     **becomes("data.caption_dropout", "caption_dropout_rate"),
     **becomes("data.caption_chunks", "max_token_length", why="in chunks of 75 tokens, so 225 is 3"),
     **needless("captions are read from .txt files", "caption_extension", "caption_extention"),
@@ -59,7 +62,6 @@ DATA: Answers = {
         "bucket_no_upscale",
     ),
     **missing(_REGULAR, "reg_data_dir", "is_reg", "prior_loss_weight"),
-    **missing(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
     **missing(_JSON, "in_json", "metadata_file", "caption_metadata_filename", "prefer_json_caption"),
     **missing("small pictures are not left out; move them out of the folder", "skip_image_resolution"),
     **missing("pictures come from folders only", "dataset_class"),

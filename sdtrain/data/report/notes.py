@@ -15,6 +15,8 @@ from sdtrain.data.report.summary import DataReport, summarise
 
 HARD_CROP = 0.15
 """The share of a picture from which on its crop is told."""
+LITTLE = 0.01
+"""The share of a picture below which what a mask lets count is told."""
 _WORTH = 1.1  # how much fuller batches must get for a setting to be advised
 
 
@@ -55,9 +57,34 @@ def picture_notes(examples: Sequence[Example], report: DataReport) -> list[str]:
         notes.append(
             f"enlarged: {counted(len(report.upscales))}: {names_of([one for _, one in report.upscales], factors)}"
         )
-    clear = [example for example in examples if example.look and example.look.has_clear_parts]
+    notes += _masks(examples)
+    clear = [
+        example
+        for example in examples
+        if example.look and example.look.has_clear_parts and not (example.mask and example.mask.is_alpha)
+    ]
     if clear:
         notes.append(f"on white: {counted(len(clear))} with transparent parts, which become white: {names_of(clear)}")
+    return notes
+
+
+def _masks(examples: Sequence[Example]) -> list[str]:
+    """How many pictures have a mask, how much these leave, and which have none or nearly nothing left."""
+    masked = [example for example in examples if example.mask]
+    if not masked:
+        return []
+    shares = sorted([(one.masked_share, one) for one in masked if one.masked_share is not None], key=lambda one: one[0])
+    text = f"masks: {len(masked):,} of {counted(len(examples))}"
+    if shares:
+        mean = sum(share for share, _ in shares) / len(shares)
+        text += f", which let {mean:.0%} of them count on average, at least {shares[0][0]:.1%}"
+        text += f" ({shown_name(shares[0][1].path)})"
+    bare = [example for example in examples if not example.mask]
+    notes = [text + (f"; without, so that all of it counts: {names_of(bare)}" if bare else "")]
+    little = [(share, one) for share, one in shares if share < LITTLE]
+    if little:
+        percents = [f"{share:.2%}" for share, _ in little]
+        notes.append(f"nearly all masked: {counted(len(little))}: {names_of([one for _, one in little], percents)}")
     return notes
 
 

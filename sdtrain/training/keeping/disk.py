@@ -12,6 +12,7 @@ from sdtrain.errors import user_error
 
 LATENT_BYTES_PER_PIXEL = 4 * 4 / 64
 """Four channels in float32, one latent for 8 x 8 pixels."""
+MASK_BYTES_PER_PIXEL = 4 / 64
 CONDITIONING_BYTES = 77 * 2048 * 4
 """Of one chunk of a caption, in float32: the most that a family has."""
 
@@ -40,9 +41,11 @@ def require_cache_room(cache: Path, config: Config, examples: Sequence[Example])
     """
     captions = {example.caption for example in examples}
     pictures = _missing(cache / "latents", len(examples))
+    masks = _missing(cache / "masks", sum(example.mask is not None for example in examples))
     area = config.data.resolution_px**2
     needed = {
         f"the latents of {pictures} pictures": int(pictures * area * LATENT_BYTES_PER_PIXEL),
+        f"{masks} masks": int(masks * area * MASK_BYTES_PER_PIXEL),
         "captions": _missing(cache / "captions", len(captions)) * config.data.caption_chunks * CONDITIONING_BYTES,
     }
     require(cache, "data.cache", needed)

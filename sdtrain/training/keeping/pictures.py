@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 from sdtrain.data.examples import Example
@@ -22,7 +23,7 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as it was trained on. digest: of its file. caption: the digest of its caption."""
+    """One picture as it was trained on. digest: of its file. caption: the digest of its caption. mask: of its mask."""
 
     name: str
     digest: str
@@ -30,6 +31,7 @@ class Picture:
     width_px: int
     height_px: int
     repeats: int
+    mask: str = ""  # states of before there were masks do not say
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Changes:
     """What has become of the pictures of a state.
 
     before: for each picture of now its number then, None for one that was added. removed: the numbers then of those
-    that are gone. changed: the numbers now of those with other pixels, another caption or other repeats.
+    that are gone. changed: the numbers now of those with other pixels, another caption, another mask or other repeats.
     """
 
     before: tuple[int | None, ...]
@@ -54,8 +56,10 @@ class Changes:
         return bool(self.added or self.removed or self.changed)
 
 
-def pictures_of(examples: Sequence[Example], digests: Sequence[bytes]) -> tuple[Picture, ...]:
-    """Return the register of examples, whose files have these digests."""
+def pictures_of(
+    examples: Sequence[Example], digests: Sequence[bytes], masks: Mapping[Path, bytes]
+) -> tuple[Picture, ...]:
+    """Return the register of examples, whose files have these digests; masks: those of the files of their masks."""
     return tuple(
         Picture(
             name=str(example.path),
@@ -64,9 +68,16 @@ def pictures_of(examples: Sequence[Example], digests: Sequence[bytes]) -> tuple[
             width_px=example.width_px,
             height_px=example.height_px,
             repeats=example.repeats,
+            mask=_mask(example, masks),
         )
         for example, digest in zip(examples, digests, strict=True)
     )
+
+
+def _mask(example: Example, masks: Mapping[Path, bytes]) -> str:
+    if example.mask is None:
+        return ""
+    return "alpha" if example.mask.is_alpha else masks[example.mask.path].hex()[:DIGEST_DIGITS]
 
 
 def _said(example: Example) -> str:
@@ -115,7 +126,8 @@ def compare(before: Sequence[Picture], now: Sequence[Picture]) -> Changes:
 
 
 def _differ(one: Picture, other: Picture) -> bool:
-    return (one.digest, one.caption, one.repeats) != (other.digest, other.caption, other.repeats)
+    told = ((picture.digest, picture.caption, picture.repeats, picture.mask) for picture in (one, other))
+    return len(set(told)) > 1
 
 
 def told(changes: Changes, before: Sequence[Picture], now: Sequence[Picture]) -> str:

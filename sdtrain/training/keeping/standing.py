@@ -9,7 +9,7 @@ from pathlib import Path
 from sdtrain.config.schema import Config
 from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
-from sdtrain.data.identity.digests import picture_digests
+from sdtrain.data.identity.digests import mask_digests, picture_digests
 from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
 from sdtrain.errors import Problem, UserError
@@ -89,12 +89,13 @@ def find_standing(
     trained = training_examples(examples)
     remembered = RememberedDigests(cache_folder(config) / "digests.json")
     digests = picture_digests([example.path for example in trained], remembered, on_progress)
+    masks = mask_digests([example.mask for example in trained if example.mask], remembered)
     standing = Standing(
         newest=Newest(None, ()),
         examples=trained,
         digests=digests,
         plan=Plan(config.data.batch_size, config.data.gradient_accumulation),
-        register=pictures.pictures_of(trained, digests),
+        register=pictures.pictures_of(trained, digests, masks),
         base=base_digest(opened, remembered),
         held_out=tuple(held_out_examples(examples)),
     )

@@ -324,6 +324,13 @@ def test_a_folder_that_switches_off_what_the_others_do_is_told() -> None:
     assert sort_of(result, "datasets[0].subsets[1].caption_dropout_rate")[0] == "no counterpart"
 
 
+def test_masks_there_are_masks_here() -> None:
+    subsets = [{"image_dir": "one", "conditioning_data_dir": "masks"}, {"image_dir": "two"}]
+    config = meaning({"masked_loss": True, "alpha_mask": True, "datasets": [{"subsets": subsets}]})
+    masks = [(folder.path, folder.masks, folder.mask_path) for folder in config.data.folder]
+    assert masks == [("one", "folder", "masks"), ("two", "alpha", "")]
+
+
 def test_a_dataset_config_alone_invents_no_training() -> None:
     config = meaning(DATASETS)
     assert config.method == LoraConfig(kind="lora")

@@ -28,6 +28,7 @@ CountPictures = Callable[[str], int | None]
 _REPEATED = re.compile(r"([0-9]+)_.*")
 _TOKENS = 75
 _LEAST_PX = 64
+_MOST_PX = 2**20
 _DATA_DIRS = ("train_data_dir", "image_folder")
 _GUI_MARKS = ("LoRA_type", "max_resolution", "num_cpu_threads_per_process", "model_list")
 
@@ -83,6 +84,7 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
             seen.add(folder.path)
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
+            yield from _masks(config, folder, f"data.folder[{index}]")
             index += 1
     for subset in config.subsets:
         yield from unread(subset.options.find("num_repeats"), _count)
@@ -169,6 +171,21 @@ def _regular(config: ForeignConfig, folder: _Folder) -> bool:
     return False
 
 
+def _masks(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
+    """Yield what says there which part of a folder's pictures counts: their alpha channel, or pictures of their own."""
+    own = next((subset.options for subset in config.subsets if folder.option in subset.options.all), Options(()))
+    options = Options((*config.arguments.all, *own.all))
+    masked, alpha = options.find("masked_loss"), options.find("alpha_mask")
+    for option in (masked, alpha):
+        yield from unread(option, flag)
+    path = own.find("conditioning_data_dir")
+    if path is not None and isinstance(path.value, str) and path.value:
+        yield Became(f"{setting}.masks", "folder", (masked,) if masked else (), "the red of masks there, grey here")
+        yield Became(f"{setting}.mask_path", text(path.value), (path,), "masks must be PNG files")
+    elif alpha is not None and read_as(alpha, flag, False):
+        yield Became(f"{setting}.masks", "alpha", (alpha, *((masked,) if masked else ())))
+
+
 def _bucket_step(options: Options) -> Iterator[Finding]:
     step = options.find("bucket_reso_steps")
     if step is not None and not is_off(step.value):
@@ -198,10 +215,9 @@ def _aspects(options: Options) -> Iterator[Finding]:
     if enabled is not None:
         yield NotNeeded(enabled, "buckets are always on")
     for side in sides:
-        yield from unread(side, lambda value: number(value, least=0))
+        yield from unread(side, _side)
     area = float(read_as(options.find("resolution", "max_resolution"), _resolution, 1024)) ** 2
-    longest = read_as(highest, lambda value: number(value, above=0), 0.0)
-    shortest = read_as(lowest, lambda value: number(value, above=0), 0.0)
+    longest, shortest = read_as(highest, _side, 0.0), read_as(lowest, _side, 0.0)
     limits = [longest**2 / area] if longest else []
     limits += [area / shortest**2] if shortest else []
     if limits and min(limits) >= 1.5:
@@ -220,11 +236,19 @@ def _square(options: Options) -> str:
 
 def _resolution(value: object) -> int:
     sides = numbers(value)
-    if len(sides) > 2 or min(sides) < 1 or max(sides) > 2**20:
+    if len(sides) > 2 or min(sides) < 1 or max(sides) > _MOST_PX:
         raise UnreadableError("one side or two, in pixels")
     side = round(math.sqrt(sides[0] * sides[-1]))
     if side < _LEAST_PX:
         raise UnreadableError(f"{_LEAST_PX} pixels or more")
+    return side
+
+
+def _side(value: object) -> float:
+    """The side of a bucket; 0: none is named."""
+    side = number(value, least=0, most=_MOST_PX)
+    if 0 < side < 1:
+        raise UnreadableError("a whole pixel or more")
     return side
 
 
