@@ -37,7 +37,7 @@ def view_step(path: Path, overrides: Sequence[str], step: int, console: Console)
     steps = Steps(config.data, examples, seed=config.seed, captions_are_encoded_ahead=not trains_text(config))
     batches = steps.at(step - 1)
     num_pictures = sum(len(batch) for batch in batches)
-    epoch = int((step - 1) / steps.per_epoch)
+    epoch = steps.epoch_of(step - 1)
     lines = [f"step {step} of {config.steps}, in epoch {epoch + 1}: {counted(num_pictures)}"]
     channels = int(opened.family.vae["latent_channels"])
     for index, batch in enumerate(batches):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sdtrain.config import method_rules
 from sdtrain.config.presets import LEAST_TRAVEL, first_useful_step, misfits
-from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.config.schema import Config, FolderConfig, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 from sdtrain.families.words import LATENT_FACTOR_PX
 
@@ -130,6 +130,18 @@ def _tags_that_stay(config: Config) -> Iterator[Problem]:
             yield Problem(where + kept[1], "is set, and keep_tags too: both say which tags stay; choose one")
 
 
+def _regularisation(config: Config) -> Iterator[Problem]:
+    folders = config.data.folder
+    if folders and all(folder.regularisation for folder in folders):
+        what = "true, and no other folder has pictures that are taught; set it to false in one"
+        yield Problem("data.folder[0].regularisation", what)
+    for index, folder in enumerate(config.validation.folder):
+        for name in ("regularisation", "loss_weight"):
+            if folder.model_dump()[name] != FolderConfig.model_fields[name].default:
+                what = "is set, but these pictures are not trained on; leave it out"
+                yield Problem(f"validation.folder[{index}].{name}", what)
+
+
 def _masks(config: Config) -> Iterator[Problem]:
     folders = {"data.folder": config.data.folder, "validation.folder": config.validation.folder}
     for setting, index, folder in (
@@ -247,6 +259,7 @@ RULES = (
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("data.folder",), _tags_that_stay),
     Rule(("data.folder", "validation.folder"), _masks),
+    Rule(("data.folder", "validation.folder"), _regularisation),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),

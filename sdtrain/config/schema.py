@@ -162,7 +162,19 @@ class FolderConfig(Settings):
         default=[],
         description='Sub-folders and files that are left out, by name or pattern, e.g. `["masks", "*_old*"]`.',
     )
-    repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
+    repeats: Annotated[float, Field(ge=0.001, le=100_000)] = Field(
+        default=1,
+        description="How often each picture is seen in an epoch. 0.2: an epoch has a fifth of them, drawn anew each "
+        "time; 2.5: twice, and half of them once more.",
+    )
+    loss_weight: Annotated[float, Field(gt=0, le=1000.0)] = Field(
+        default=1.0, description="How much the error of each picture counts against that of others."
+    )
+    regularisation: bool = Field(
+        default=False,
+        description="Pictures of what the model knows already, such as other dogs: their `repeats` are scaled so that "
+        "an epoch has as many of them as of all others.",
+    )
     folder_names: Literal["plain", "repeats_concept"] = Field(
         default="plain",
         description="`repeats_concept`: as in sd-scripts, pictures in `10_sks dog` are seen 10 times as often, and "

@@ -50,6 +50,7 @@ class Batch:
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
     sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
+    weights: Tensor | None = None  # (n,) float32, factors on the pictures' errors in training; None: 1
     counts: Tensor | None = None  # (n, h, w) float32, how much each place counts in the loss; None: everywhere 1
 
 
@@ -91,8 +92,8 @@ class Batches:
         return self._order.steps_per_epoch
 
     @property
-    def num_examples(self) -> int:
-        """The number of pictures in an epoch, repeats counted."""
+    def num_examples(self) -> float:
+        """The number of pictures in an epoch, repeats counted; a mean where parts of repeats are drawn."""
         return self._order.num_images
 
     def examples_at(self, step: int) -> list[Example]:
@@ -139,6 +140,7 @@ class Batches:
             text=self._text(captions),
             sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
             examples=tuple(row.example for row in rows),
+            weights=_weights([row.example.loss_weight for row in rows]),
             counts=self._counts(rows, (latents[0].shape[-2], latents[0].shape[-1])),
         )
 
@@ -160,6 +162,10 @@ class Batches:
             return None
         encoded = [self._entries.get(self._captions[caption]) for caption in captions]
         return {name: torch.stack([one[name] for one in encoded]).to(torch.float32) for name in sorted(encoded[0])}
+
+
+def _weights(weights: Sequence[float]) -> Tensor | None:
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
 
 
 def prepare_batches(

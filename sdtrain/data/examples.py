@@ -34,10 +34,11 @@ class Example:
     caption: str
     width_px: int  # of the upright picture
     height_px: int
-    repeats: int
+    repeats: float
     varied: Varied | None = None  # how the caption varies from step to step; None: it is the same every time
     held_out: bool = False  # only validated on, never trained on
     folder: int = 0  # its place in data.folder, or in validation.folder
+    loss_weight: float = 1.0  # factor on its error in training
     mask: Mask | None = None  # which part of it counts; None: all
     beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
     concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
@@ -160,6 +161,7 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         width_px=size[0],
         height_px=size[1],
         repeats=pair.repeats,
+        loss_weight=pair.folder.loss_weight,
         varied=varied,
         folder=index,
         beside=pair.beside,

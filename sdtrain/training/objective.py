@@ -28,12 +28,15 @@ class Objective:
     preservation: Preservation | None = None
 
     def __call__(self, batch: Batch, generator: Callable[[int], Generator]) -> Tensor:
-        """Return the mean loss () of a batch; gradients flow through it.
+        """Return the mean loss () of a batch: of its pictures' errors times their weights; gradients flow through it.
 
         generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
         """
         noise, seen, timesteps, chosen = self._drawn(batch, generator)
-        loss = self.errors(batch, noise, seen, timesteps).mean()
+        errors = self.errors(batch, noise, seen, timesteps)
+        if batch.weights is not None:
+            errors = errors * batch.weights.to(errors.device)
+        loss = errors.mean()
         if self.preservation is None:
             return loss
         noisy = self.model.schedule.add_noise(batch.latents, seen, timesteps)

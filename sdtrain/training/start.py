@@ -12,6 +12,7 @@ from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig, LoraConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
+from sdtrain.data.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
@@ -170,7 +171,8 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     apart, more = _scan(draft, "validation.folder", validation.folder, decode, on_progress)
     if problems or more or not draft.knows("validation", "data.folder"):
         return [*examples, *apart], [*problems, *more]
-    return hold_out(examples, apart, validation)
+    marked, problems = hold_out(examples, apart, validation)
+    return with_regularisation(marked, draft.config.data.folder), problems
 
 
 def _scan(

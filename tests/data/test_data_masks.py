@@ -16,7 +16,7 @@ from PIL import Image
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.batches import Batches
-from sdtrain.data.buckets import bucket_sizes, place
+from sdtrain.data.buckets import Placement, bucket_sizes, place
 from sdtrain.data.examples import scan_folders
 from sdtrain.data.masks.area import at_latent_size
 from sdtrain.data.report.notes import picture_notes
@@ -79,6 +79,17 @@ def test_a_mask_at_latent_size_is_the_mean_over_the_area(width: int, height: int
     if levels == "half":
         columns = left + np.arange(across) / across * (right - left)
         assert (got[:, columns >= width // 2] == 0).all(), "exactly: nothing is learnt there"
+
+
+@pytest.mark.parametrize("width", [58, 116, 122, 230, 244])
+def test_rounding_lets_no_part_of_a_pixel_in(width: int) -> None:
+    """These widths are cut into 14 where a float misses the whole number in the middle by its last bit."""
+    placement = Placement((width, width), (112, 112), (112, 112), 0, 0)
+    for flip in (1, -1):
+        levels = np.asarray(half((width, width)))[:, ::flip]
+        got = at_latent_size(np.ascontiguousarray(levels), placement).numpy()[:, ::flip]
+        assert (got[:, :7] == 1).all() and (got[:, 7:] == 0).all()
+        assert (at_latent_size(np.ascontiguousarray(levels.T), placement).numpy()[::flip] == got.T).all()
 
 
 def test_masks_stand_beside_pictures_or_in_a_folder_of_their_own(
@@ -276,6 +287,31 @@ def test_settings_of_masks_that_cannot_be_meant_are_refused(settings: dict[str, 
         "data": {"folder": [{"path": "p", **settings}]},
     }
     assert [problem.where for problem in draft_of(Written("a", table, table)).problems] == [f"data.folder[0].{where}"]
+
+
+@pytest.mark.parametrize(
+    ("data", "validation", "where"),
+    [
+        ({"repeats": 0}, [], "data.folder[0].repeats"),
+        ({"loss_weight": 0.0}, [], "data.folder[0].loss_weight"),
+        ({"loss_weight": -1.0}, [], "data.folder[0].loss_weight"),
+        ({"regularisation": True}, [], "data.folder[0].regularisation"),
+        ({}, [{"path": "v", "loss_weight": 2.0}], "validation.folder[0].loss_weight"),
+        ({}, [{"path": "v", "regularisation": True}], "validation.folder[0].regularisation"),
+    ],
+)
+def test_weights_of_folders_that_cannot_be_meant_are_refused(
+    data: dict[str, Any], validation: list[dict[str, Any]], where: str
+) -> None:
+    table = {
+        "name": "a",
+        "steps": 1000,
+        "model": {"path": "m"},
+        "method": {"kind": "lora"},
+        "data": {"folder": [{"path": "p", **data}]},
+        "validation": {"folder": validation},
+    }
+    assert [problem.where for problem in draft_of(Written("a", table, table)).problems] == [where]
 
 
 def test_check_says_how_much_masks_leave(config: MakeConfig, picture: Callable[..., None], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ _THREADS = "pictures are read ahead by threads, without processes to count"
 _TAGS = "captions are trained as they are written, without shuffling or dropping tags"
 _WORDS = "captions are trained as they are written; put the words into the .txt files"
 _AUGMENT = "pictures are encoded once and trained as they are; put changed copies into the folder instead"
-_REGULAR = "there are no regularisation pictures; list the folder among the others if it is to be trained on too"
+_REGULAR = "as many of these pictures as of all others are seen"
 _MASKS = "masks say so folder by folder; the mean is over the whole picture, as there"
 _JSON = "captions are read from .txt files beside the pictures; write them from the .json file first"
 _HELD_OUT = "no pictures are held out while training"
@@ -24,6 +24,8 @@ DATA: Answers = {
     **becomes("data.bucket_step_px", "bucket_reso_steps"),
     **becomes("data.max_aspect", "enable_bucket", why="buckets are always on, and max_aspect = 1 crops to the square"),
     **becomes("data.max_aspect", "min_bucket_reso", "max_bucket_reso", why="longest over shortest side of a bucket"),
+    **becomes("data.folder[0].regularisation", "reg_data_dir", "is_reg", why=_REGULAR),
+    **becomes("data.folder[0].loss_weight", "prior_loss_weight", why="in the folder with regularisation = true"),
     **becomes("data.folder[0].masks", "masked_loss", why=_MASKS),
     **becomes("data.folder[0].masks", "alpha_mask", why='masks = "alpha"'),
     **becomes("data.folder[0].mask_path", "conditioning_data_dir", why='with masks = "folder"; grey PNGs'),
@@ -61,7 +63,6 @@ DATA: Answers = {
         "pictures smaller than their bucket are enlarged; `sdtrain check` says how many and how much",
         "bucket_no_upscale",
     ),
-    **missing(_REGULAR, "reg_data_dir", "is_reg", "prior_loss_weight"),
     **missing(_JSON, "in_json", "metadata_file", "caption_metadata_filename", "prefer_json_caption"),
     **missing("small pictures are not left out; move them out of the folder", "skip_image_resolution"),
     **missing("pictures come from folders only", "dataset_class"),

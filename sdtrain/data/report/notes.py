@@ -10,7 +10,7 @@ from sdtrain.data.captions.literal import has_words, literal_signs
 from sdtrain.data.captions.wording import wording_of
 from sdtrain.data.examples import Example
 from sdtrain.data.report.alike import find_alike
-from sdtrain.data.report.names import counted, names_of, shown_name, shown_text
+from sdtrain.data.report.names import about, counted, names_of, shown_name, shown_text
 from sdtrain.data.report.summary import DataReport, summarise
 
 HARD_CROP = 0.15
@@ -26,12 +26,13 @@ def caption_notes(examples: Sequence[Example], config: DataConfig) -> list[str]:
 
 
 def batch_notes(examples: Sequence[Example], config: DataConfig, report: DataReport) -> list[str]:
-    """Return what is worth a look in batches: that they are small, what would help, and pictures that were moved."""
-    notes = []
+    """Return what is worth a look in batches: folders that count otherwise than others, batches that are small, what
+    would help, and pictures that were moved."""
+    notes = _folders(examples, config)
     if report.mean_batch * _WORTH < config.batch_size:
         alone = f"; alone: {names_of(report.alone)}" if report.alone else ""
         notes.append(
-            f"batches: {report.num_batches:,}, of {report.mean_batch:.1f} pictures on average where "
+            f"batches: {about(report.num_batches)}, of {report.mean_batch:.1f} pictures on average where "
             f"{config.batch_size} were asked for, because a batch holds pictures of one size{alone}"
             + _fuller(examples, config, report)
         )
@@ -65,6 +66,20 @@ def picture_notes(examples: Sequence[Example], report: DataReport) -> list[str]:
     ]
     if clear:
         notes.append(f"on white: {counted(len(clear))} with transparent parts, which become white: {names_of(clear)}")
+    return notes
+
+
+def _folders(examples: Sequence[Example], config: DataConfig) -> list[str]:
+    """How often pictures of folders are seen that are drawn or weighed, or that stand for what the model knows."""
+    notes = []
+    for index, folder in enumerate(config.folder):
+        own = [example for example in examples if example.folder == index]
+        is_plain = folder.repeats == round(folder.repeats) and folder.loss_weight == 1
+        if own and (folder.regularisation or not is_plain):
+            kind = ", regularisation" if folder.regularisation else ""
+            weight = f", each counting {folder.loss_weight:g}" if folder.loss_weight != 1 else ""
+            num = about(sum(example.repeats for example in own))
+            notes.append(f"data.folder[{index}]{kind}: {counted(len(own))}, {num} of them an epoch{weight}")
     return notes
 
 
@@ -102,7 +117,7 @@ def _fuller(examples: Sequence[Example], config: DataConfig, report: DataReport)
             best = changed.mean_batch * _WORTH
             settings = " and ".join(f"data.{name} = {_toml(value)}" for name, value in change.items())
             worst = f", cropping {changed.crops[0][0]:.0%} at most" if changed.crops else ""
-            advice.append(f"{settings} makes {changed.num_batches:,} of {changed.mean_batch:.1f}{worst}")
+            advice.append(f"{settings} makes {about(changed.num_batches)} of {changed.mean_batch:.1f}{worst}")
     return "; " + ", or ".join(advice) if advice else ""
 
 

@@ -39,10 +39,9 @@ class Steps:
         variants = variants_of(examples, config.caption_variants) if captions_are_encoded_ahead else {}
         self._drawing = Drawing(seed, config.caption_dropout, variants)
 
-    @property
-    def per_epoch(self) -> float:
-        """Steps in an epoch."""
-        return self._order.steps_per_epoch
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that a step begins in, both counted from 0."""
+        return self._order.epoch_of(step)
 
     def at(self, step: int) -> list[list[Planned]]:
         """Return the planned micro-batches of a step, counted from 0."""

@@ -18,10 +18,10 @@ class DataReport:
     """Counts and extremes of a set of pictures. Sizes are (width, height) in pixels, shares 0 to 1."""
 
     num_pictures: int
-    num_images: int  # in an epoch: pictures times repeats
+    num_images: float  # in an epoch, on average: pictures times repeats
     num_captioned: int
     num_uncaptioned: int
-    num_batches: int  # micro-batches in an epoch
+    num_batches: float  # micro-batches in an epoch, on average
     steps_per_epoch: float
     buckets: tuple[tuple[tuple[int, int], int], ...]  # (size, pictures in it), sorted by size; empty buckets left out
     upscales: tuple[tuple[float, Example], ...]  # factors above 1, the largest first
@@ -65,7 +65,7 @@ def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
         upscales=_sorted([(factor, example) for factor, example in upscales if factor > 1.0]),
         crops=_sorted([(share, example) for share, example in crops if share > 0.0]),
         mean_cropped_share=sum(share for share, _ in crops) / len(crops),
-        alone=tuple(one for one, placement in placed if buckets[placement.bucket] == 1 and one.repeats == 1),
+        alone=tuple(one for one, placement in placed if buckets[placement.bucket] == 1 and one.repeats <= 1),
         moved=tuple((one, new) for (one, new), old in zip(placed, own, strict=True) if new != old),
     )
 

@@ -24,7 +24,7 @@ class Pair:
     folder: FolderConfig
     caption: Path | None = None
     texts: tuple[str, ...] | None = None
-    repeats: int = 1
+    repeats: float = 1
     beside: str = ""
     concept: str = ""
     mask: Mask | None = None

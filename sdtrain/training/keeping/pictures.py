@@ -30,7 +30,7 @@ class Picture:
     caption: str
     width_px: int
     height_px: int
-    repeats: int
+    repeats: float
     mask: str = ""  # states of before there were masks do not say
 
 
@@ -147,15 +147,23 @@ def _some(names: Sequence[str]) -> str:
 
 
 def left_now(
-    changes: Changes, before: Sequence[Picture], now: Sequence[Picture], left_before: Sequence[int]
+    changes: Changes,
+    before: Sequence[Picture],
+    now: Sequence[Picture],
+    left_before: Sequence[int],
+    counts: tuple[Sequence[int], Sequence[int]],
 ) -> tuple[int, ...]:
     """Return how often each picture of now is still seen in the epoch that was begun with those of before.
 
-    left_before: the same of the pictures of then. What a picture was seen belongs to it, so none is lost or doubled;
-    one that was added is seen as often as its folder says. Below 0: see `Start`.
+    left_before: the same of the pictures of then. counts: how often a whole one has the pictures of then, and those of
+    now. What a picture was seen belongs to it, and so does whether it was drawn, so none is lost or doubled; one that
+    was added is seen as often as its folder says. Below 0: see `Start`.
     """
     left = []
-    for picture, number in zip(now, changes.before, strict=True):
-        seen = 0 if number is None else before[number].repeats - left_before[number]
-        left.append(picture.repeats - seen)
+    for picture, number, count in zip(now, changes.before, counts[1], strict=True):
+        if number is None:
+            left.append(count)
+        else:
+            more = 0 if picture.repeats == before[number].repeats else count - counts[0][number]
+            left.append(left_before[number] + more)
     return tuple(left)

@@ -172,8 +172,10 @@ def _with_pictures_of(
     if not accept_data:
         what = f"{since}; undo it, or add --accept-data to go on with the pictures as they are now"
         return standing, [Problem("data.folder", what)]
-    epoch, left_before = _order(config, before, plan).left(state.step)
-    left = pictures.left_now(changes, before, now, left_before)
+    then = _order(config, before, plan)
+    epoch, left_before = then.left(state.step)
+    counts = then.counts(epoch), _order(config, now, replace(plan, start=None)).counts(epoch)
+    left = pictures.left_now(changes, before, now, left_before, counts)
     standing = replace(standing, plan=replace(plan, start=Start(state.step, epoch, left)))
     return _with_note(
         standing, f"{since}; {sum(max(0, times) for times in left)} are still to be seen in the epoch that was begun"

@@ -301,7 +301,13 @@ DATASETS = {
 def test_a_dataset_config_counts_before_the_training_beside_it() -> None:
     result = imported(script(train_data_dir="unused"), DATASETS)
     data = resolve(tomllib.loads(result.text), "test").data
-    assert [(folder.path, folder.repeats) for folder in data.folder] == [("one", 2), ("two", 5), ("three", 1)]
+    assert [(folder.path, folder.repeats) for folder in data.folder] == [
+        ("one", 2),
+        ("two", 5),
+        ("regular", 2),
+        ("three", 1),
+    ]
+    assert [folder.regularisation for folder in data.folder] == [False, False, True, False]
     assert (data.resolution_px, data.batch_size) == (768, 3)
     assert sort_of(result, "file0.json: more.train_data_dir")[0] == "not needed"
     counts = ("not needed", "file1.json: datasets[0].batch_size counts, there too")
@@ -311,8 +317,6 @@ def test_a_dataset_config_counts_before_the_training_beside_it() -> None:
         "file1.json: general.flip_aug",
         "file1.json: general.keep_tokens",
         "file1.json: datasets[0].subsets[0].class_tokens",
-        "file1.json: datasets[0].subsets[2].image_dir",
-        "file1.json: datasets[0].subsets[2].is_reg",
         "file1.json: datasets[1].resolution",
         "file1.json: datasets[1].subsets[0].image_dir",
     }

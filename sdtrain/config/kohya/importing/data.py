@@ -76,15 +76,18 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
     seen: set[str] = set()
     index = 0
     for folder in _folders(config):
-        if _regular(config, folder):
-            yield Lost(folder.option, "there are no regularisation pictures; the folder is left out")
-        elif folder.path in seen:
+        if folder.path in seen:
             yield Lost(folder.option, "named before: a folder is trained at one resolution, data.resolution_px")
         else:
             seen.add(folder.path)
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
             yield from _masks(config, folder, f"data.folder[{index}]")
+            if regular := _regular(config, folder):
+                weight = config.arguments.find("prior_loss_weight")
+                yield Became(f"data.folder[{index}].regularisation", True, (regular,))
+                yield from direct(config.arguments, f"data.folder[{index}].loss_weight", _weight, "prior_loss_weight")
+                yield from unread(weight, _weight)
             index += 1
     for subset in config.subsets:
         yield from unread(subset.options.find("num_repeats"), _count)
@@ -163,12 +166,13 @@ def _repeated(folder: Path) -> list[tuple[str, int]]:
     return [(name, int(match[1][:9])) for name, match in found if match and int(match[1][:9]) > 0]
 
 
-def _regular(config: ForeignConfig, folder: _Folder) -> bool:
-    """Return whether a folder holds regularisation pictures."""
+def _regular(config: ForeignConfig, folder: _Folder) -> Option | None:
+    """Return the option that says that a folder holds regularisation pictures; None where it does not."""
     for subset in config.subsets:
         if folder.option in subset.options.all:
-            return read_as(subset.options.find("is_reg"), flag, False)
-    return False
+            option = subset.options.find("is_reg")
+            return option if read_as(option, flag, False) else None
+    return None
 
 
 def _masks(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
@@ -254,6 +258,10 @@ def _side(value: object) -> float:
 
 def _count(value: object) -> int:
     return whole(value, least=1)
+
+
+def _weight(value: object) -> float:
+    return number(value, above=0, most=1000)
 
 
 def _share(value: object) -> float:
