@@ -71,6 +71,8 @@ def _crop(one: Planned) -> str:
     text = f"{width}x{height} scaled to {scaled_width}x{scaled_height}"
     if placement.upscale > 1:
         text += f" (enlarged {placement.upscale:.2f}x)"
+    if placement.flipped:
+        text += ", flipped"
     if not placement.cropped_share:
         return text + ", whole"
     return f"{text}, from {placement.crop_left},{placement.crop_top}: {placement.cropped_share:.1%} cropped away"

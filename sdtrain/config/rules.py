@@ -130,6 +130,26 @@ def _tags_that_stay(config: Config) -> Iterator[Problem]:
             yield Problem(where + kept[1], "is set, and keep_tags too: both say which tags stay; choose one")
 
 
+def _resolutions(config: Config) -> Iterator[Problem]:
+    folders = {"data.folder": config.data.folder, "validation.folder": config.validation.folder}
+    for setting, those in folders.items():
+        for index, folder in enumerate(those):
+            where = f"{setting}[{index}].resolutions_px"
+            for low in (one for one in folder.resolutions_px if one < config.data.bucket_step_px):
+                yield Problem(where, f"{low} is below data.bucket_step_px = {config.data.bucket_step_px}")
+            if len(set(folder.resolutions_px)) < len(folder.resolutions_px):
+                yield Problem(
+                    where, f"{folder.resolutions_px} names one twice; use `repeats` to see pictures more often"
+                )
+    for index, folder in enumerate(config.validation.folder):
+        for name in ("flip", "crops"):
+            if folder.model_dump()[name] != FolderConfig.model_fields[name].default:
+                what = "is set, but pictures are validated on as they are; leave it out"
+                yield Problem(f"validation.folder[{index}].{name}", what)
+        if len(folder.resolutions_px) > 1:
+            yield Problem(f"validation.folder[{index}].resolutions_px", "names several; pictures are validated at one")
+
+
 def _regularisation(config: Config) -> Iterator[Problem]:
     folders = config.data.folder
     if folders and all(folder.regularisation for folder in folders):
@@ -260,6 +280,7 @@ RULES = (
     Rule(("data.folder",), _tags_that_stay),
     Rule(("data.folder", "validation.folder"), _masks),
     Rule(("data.folder", "validation.folder"), _regularisation),
+    Rule(("data.folder", "validation.folder", "data.bucket_step_px"), _resolutions),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),

@@ -204,6 +204,21 @@ class FolderConfig(Settings):
         default="", description="Tags before this sign stay where they are, e.g. `|||`; the sign is taken out."
     )
     wildcards: bool = Field(default=False, description="Whether `{red|blue}` means that one of the two is drawn.")
+    resolutions_px: list[Annotated[int, Field(ge=64, le=16384)]] = Field(
+        default=[],
+        description="Resolutions of this folder, instead of data.resolution_px; at each of several a picture is seen "
+        "`repeats` times.",
+    )
+    flip: bool = Field(
+        default=False,
+        description="Whether pictures are seen mirrored half of the time. Not where left and right matter: "
+        "writing, the face of one person.",
+    )
+    crops: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=1,
+        description="How many crops of a picture are encoded, of which each step draws one, from one end of what does "
+        "not fit to the other; 1: the middle.",
+    )
     masks: Literal["none", "beside", "folder", "alpha"] = Field(
         default="none",
         description="What says which part of a picture counts: `name.mask.png` beside it, `name.png` in the folder "
@@ -228,6 +243,11 @@ class DataConfig(Settings):
     max_aspect: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         default=2.5, description="Longest side over shortest side of the most extreme bucket."
     )
+    enlarge: bool = Field(
+        default=True,
+        description="Whether pictures smaller than their bucket are enlarged; `false`: they go into smaller buckets.",
+    )
+    min_side_px: Whole = Field(default=0, description="Pictures with a shorter side are refused; 0: 16 px, the least.")
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
     gradient_accumulation: Count = Field(default=1, description="Micro-batches in a step.")
     ragged: Literal["keep", "merge"] = Field(

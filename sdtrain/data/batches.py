@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.masks.encoding import encode_masks, mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
-from sdtrain.data.placing import placements_of
+from sdtrain.data.placing import drawn_view, placements_of, views_of
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,21 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One picture and where its latents lie, ready to be batched."""
+class _View:
+    """One view of a picture, and where its latents and its mask lie."""
 
     example: Example
     placement: Placement
     latents: Path
-    mask: Path | None = None
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One picture in all its views, ready to be batched."""
+
+    example: Example
+    views: tuple[_View, ...]
 
 
 class Batches:
@@ -83,7 +92,8 @@ class Batches:
         """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
-        paths = [*(row.latents for row in rows), *(row.mask for row in rows if row.mask), *(captions or {}).values()]
+        views = [view for row in rows for view in row.views]
+        paths = [*(one.latents for one in views), *(one.mask for one in views if one.mask), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
     @property
@@ -126,11 +136,15 @@ class Batches:
         for index in deal(costs, hands)[hand]:
             pieces = parts[index]
             places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
-            rows = [self._rows[planned[batch][place]] for batch, place in places]
-            batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])
-            yield batch, len(rows) / sum(sizes)
+            views = [self._view(step, batch, place, planned[batch][place]) for batch, place in places]
+            batch = self._batch(index, pieces, views, [captions[batch][place] for batch, place in places])
+            yield batch, len(views) / sum(sizes)
 
-    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], captions: Sequence[str]) -> Batch:
+    def _view(self, step: int, index: int, place: int, number: int) -> _View:
+        views = self._rows[number].views
+        return views[drawn_view(self._drawing.seed, step, index, place, len(views))]
+
+    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_View], captions: Sequence[str]) -> Batch:
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
@@ -144,7 +158,7 @@ class Batches:
             counts=self._counts(rows, (latents[0].shape[-2], latents[0].shape[-1])),
         )
 
-    def _counts(self, rows: Sequence[_Row], size: tuple[int, int]) -> Tensor | None:
+    def _counts(self, rows: Sequence[_View], size: tuple[int, int]) -> Tensor | None:
         """How much each place of the pictures counts, by their masks; None where none has one."""
         if not any(row.mask for row in rows):
             return None
@@ -187,10 +201,11 @@ def prepare_batches(
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    pictures = list(zip(examples, placements_of(examples, config), strict=True))
+    views = [views_of(*one) for one in zip(examples, placements_of(examples, config), strict=True)]
+    pictures = [(example, view) for example, those in zip(examples, views, strict=True) for view in those]
     plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
-        [placement.bucket for _, placement in pictures],
+        [those[0].bucket for those in views],
         [example.repeats for example in examples],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,
@@ -199,6 +214,7 @@ def prepare_batches(
     )
     captions, drawing = None, Drawing(seed, config.caption_dropout)
     digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
+    digests = [digest for digest, those in zip(digests, views, strict=True) for _ in those]
     with torch.no_grad():
         masks, wrong = encode_masks(pictures, digests, cache, on_progress)
         paths = encode_pictures(
@@ -208,5 +224,6 @@ def prepare_batches(
             drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
             needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
             captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
-    rows = [_Row(*picture, path, mask) for picture, path, mask in zip(pictures, paths, masks, strict=True)]
+    found = iter([_View(*one, path, mask) for one, path, mask in zip(pictures, paths, masks, strict=True)])
+    rows = [_Row(example, tuple(islice(found, len(those)))) for example, those in zip(examples, views, strict=True)]
     return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)

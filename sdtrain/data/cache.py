@@ -116,7 +116,8 @@ def _read_for_use(path: Path) -> dict[str, Tensor]:
 
 
 def _geometry(placement: Placement) -> str:
-    return repr((placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top))
+    sizes = (placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top)
+    return repr((*sizes, "flipped") if placement.flipped else sizes)
 
 
 def _path(cache: Path, kind: str, *fields: str | bytes) -> Path:

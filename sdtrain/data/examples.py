@@ -39,6 +39,9 @@ class Example:
     held_out: bool = False  # only validated on, never trained on
     folder: int = 0  # its place in data.folder, or in validation.folder
     loss_weight: float = 1.0  # factor on its error in training
+    resolution_px: int = 0  # what it is trained at; 0: data.resolution_px
+    flip: bool = False  # whether it is also seen with left and right exchanged
+    crops: int = 1  # how many crops of it are seen in turn
     mask: Mask | None = None  # which part of it counts; None: all
     beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
     concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
@@ -72,7 +75,7 @@ def scan_folders(
         found, wrong = _scan(f"{setting}[{index}]", folder)
         pairs += [(index, pair) for pair in found]
         findings += wrong + read_twice(setting, index, found, owners)
-    examples, wrong = _read(pairs, decode=decode, on_progress=on_progress)
+    examples, wrong = _read(pairs, config.min_side_px, decode=decode, on_progress=on_progress)
     return examples, shortened(findings + wrong)
 
 
@@ -110,12 +113,12 @@ def _unusable(folder: FolderConfig, root: Path) -> str:
 
 
 def _read(
-    pairs: Sequence[tuple[int, Pair]], *, decode: bool, on_progress: Progress | None
+    pairs: Sequence[tuple[int, Pair]], least_px: int, *, decode: bool, on_progress: Progress | None
 ) -> tuple[list[Example], list[Finding]]:
     """Opens all pictures and captions, several at a time; results keep the order of the pairs."""
 
     def read(pair: tuple[int, Pair]) -> tuple[Example | None, list[Finding]]:
-        return _read_one(*pair, decode=decode)
+        return _read_one(*pair, least_px, decode=decode)
 
     examples: list[Example] = []
     findings: list[Finding] = []
@@ -127,7 +130,7 @@ def _read(
     return examples, findings
 
 
-def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, list[Finding]]:
+def _read_one(index: int, pair: Pair, least_px: int, *, decode: bool) -> tuple[Example | None, list[Finding]]:
     findings: list[Finding] = []
     size, look, masked_share = (0, 0), None, None
     try:
@@ -151,6 +154,11 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
     else:
         if not texts and pair.folder.missing_captions == "error":
             findings.append(Finding("picture without a caption", _uncaptioned(pair)))
+    if not findings and min(size) < least_px:
+        what = (
+            f"is {size[0]} x {size[1]} px, and data.min_side_px = {least_px}; replace it, or leave it out (`exclude`)"
+        )
+        findings.append(Finding("picture that is too small", Problem(str(pair.picture), what)))
     if findings:
         return None, findings
     wording = wording_of(pair.folder)
@@ -162,6 +170,9 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         height_px=size[1],
         repeats=pair.repeats,
         loss_weight=pair.folder.loss_weight,
+        resolution_px=next(iter(pair.folder.resolutions_px), 0),
+        flip=pair.folder.flip,
+        crops=pair.folder.crops,
         varied=varied,
         folder=index,
         beside=pair.beside,

@@ -34,10 +34,11 @@ def load_pixels(example: Example, placement: Placement) -> Tensor:
 
 
 def _resize(picture: Image.Image, placement: Placement) -> Image.Image:
-    """Scales to cover and crops in one go: only what lies in the bucket is computed."""
-    return picture.resize(
+    """Scales to cover and crops in one go, then flips: only what lies in the bucket is computed."""
+    scaled = picture.resize(
         placement.bucket, Image.Resampling.LANCZOS, box=placement.source_box, reducing_gap=_REDUCING_GAP
     )
+    return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if placement.flipped else scaled
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:

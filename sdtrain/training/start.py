@@ -12,6 +12,7 @@ from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig, LoraConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
+from sdtrain.data.placing import at_resolutions
 from sdtrain.data.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.files.header import explain, read_header
@@ -172,7 +173,9 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     if problems or more or not draft.knows("validation", "data.folder"):
         return [*examples, *apart], [*problems, *more]
     marked, problems = hold_out(examples, apart, validation)
-    return with_regularisation(marked, draft.config.data.folder), problems
+    folders = draft.config.data.folder
+    marked = at_resolutions(marked, [folder.resolutions_px for folder in folders])
+    return with_regularisation(marked, folders), problems
 
 
 def _scan(

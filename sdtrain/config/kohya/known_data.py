@@ -58,13 +58,12 @@ DATA: Answers = {
     ),
     **missing("(word:1.3) is trained as it is written", "weighted_captions"),
     **missing("captions are padded as the model was trained", "no_token_padding"),
-    **missing(_AUGMENT, "flip_aug", "color_aug", "random_crop", "face_crop_aug_range"),
-    **missing(
-        "pictures smaller than their bucket are enlarged; `sdtrain check` says how many and how much",
-        "bucket_no_upscale",
-    ),
+    **missing(_AUGMENT, "color_aug", "face_crop_aug_range"),
+    **becomes("data.folder[0].flip", "flip_aug"),
+    **becomes("data.folder[0].crops", "random_crop", why="so many crops are cached, of which one is drawn"),
+    **becomes("data.enlarge", "bucket_no_upscale", why="enlarge = false"),
     **missing(_JSON, "in_json", "metadata_file", "caption_metadata_filename", "prefer_json_caption"),
-    **missing("small pictures are not left out; move them out of the folder", "skip_image_resolution"),
+    **becomes("data.min_side_px", "skip_image_resolution", why="the shorter side; they are refused, not skipped"),
     **missing("pictures come from folders only", "dataset_class"),
     **missing("all pictures of a folder have the same weight", "network_multiplier", "custom_attributes"),
     **missing(

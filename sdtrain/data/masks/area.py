@@ -27,7 +27,8 @@ def at_latent_size(levels: np.ndarray, placement: Placement) -> Tensor:
     left, top, right, bottom = placement.source_box
     width, height = (side // LATENT_FACTOR_PX for side in placement.bucket)
     rows = _means(levels, top, bottom, height)
-    return torch.from_numpy((_means(rows.T, left, right, width).T / 255.0).astype(np.float32))
+    means = torch.from_numpy((_means(rows.T, left, right, width).T / 255.0).astype(np.float32))
+    return means.flip(1) if placement.flipped else means
 
 
 def _means(levels: np.ndarray, start: float, stop: float, num: int) -> np.ndarray:

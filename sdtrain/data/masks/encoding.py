@@ -67,5 +67,6 @@ def _encoded(wanted: _Wanted) -> Tensor | str:
         return "mask has changed while it was in use; start again"
     area = at_latent_size(levels, placement)
     if not area.any():
-        return f"leaves nothing of what is cropped to {placement.bucket[0]}x{placement.bucket[1]}; mend or remove it"
+        size, corner = "{}x{}".format(*placement.bucket), f"{placement.crop_left},{placement.crop_top}"
+        return f"leaves nothing of what is cropped to {size} from {corner}; mend or remove it, or crop the picture less"
     return torch.ones(1, 1) if bool((area == 1).all()) else area

@@ -10,7 +10,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, variants_of
 from sdtrain.data.examples import Example
 from sdtrain.data.order import Order
-from sdtrain.data.placing import placements_of
+from sdtrain.data.placing import drawn_view, placements_of, views_of
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Steps:
             seed=seed,
         )
         variants = variants_of(examples, config.caption_variants) if captions_are_encoded_ahead else {}
+        self._seed = seed
         self._drawing = Drawing(seed, config.caption_dropout, variants)
 
     def epoch_of(self, step: int) -> int:
@@ -48,7 +49,11 @@ class Steps:
         batches = []
         for index, numbers in enumerate(self._order.step(step)):
             examples = [self._examples[number] for number in numbers]
-            placements = [self._placements[number] for number in numbers]
+            placements = [self._view(step, index, place, number) for place, number in enumerate(numbers)]
             captions = self._drawing.captions(step, index, examples)
             batches.append([Planned(*one) for one in zip(examples, placements, captions, strict=True)])
         return batches
+
+    def _view(self, step: int, index: int, at: int, number: int) -> Placement:
+        views = views_of(self._examples[number], self._placements[number])
+        return views[drawn_view(self._seed, step, index, at, len(views))]

@@ -53,12 +53,13 @@ def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
     own = placements_of(examples, config.model_copy(update={"ragged": "keep"}))
     crops = [(placement.cropped_share, example) for example, placement in placed]
     upscales = [(placement.upscale, example) for example, placement in placed]
-    num_captioned = sum(bool(example.caption) for example in examples)
+    once = {example.path: example for example in examples}.values()  # of several resolutions
+    num_captioned = sum(bool(example.caption) for example in once)
     return DataReport(
-        num_pictures=len(examples),
+        num_pictures=len(once),
         num_images=order.num_images,
         num_captioned=num_captioned,
-        num_uncaptioned=len(examples) - num_captioned,
+        num_uncaptioned=len(once) - num_captioned,
         num_batches=order.batches_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
         buckets=tuple(sorted(buckets.items())),

@@ -32,6 +32,7 @@ class Picture:
     height_px: int
     repeats: float
     mask: str = ""  # states of before there were masks do not say
+    resolution_px: int = 0  # of its folder; 0: that of all
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ def pictures_of(
             height_px=example.height_px,
             repeats=example.repeats,
             mask=_mask(example, masks),
+            resolution_px=example.resolution_px,
         )
         for example, digest in zip(examples, digests, strict=True)
     )
@@ -103,8 +105,8 @@ def compare(before: Sequence[Picture], now: Sequence[Picture]) -> Changes:
     """Return what has become of the pictures of a state, each of which is found again at most once."""
     found: dict[int, int] = {}  # number now -> number then
     known_by: tuple[Callable[[Picture], Hashable], ...] = (
-        lambda picture: (picture.digest, picture.name),
-        lambda picture: (picture.digest, picture.caption, picture.repeats),
+        lambda picture: (picture.digest, picture.name, picture.resolution_px),
+        lambda picture: (picture.digest, picture.caption, picture.repeats, picture.resolution_px),
         lambda picture: picture.digest,
         lambda picture: picture.name,
     )
@@ -126,7 +128,10 @@ def compare(before: Sequence[Picture], now: Sequence[Picture]) -> Changes:
 
 
 def _differ(one: Picture, other: Picture) -> bool:
-    told = ((picture.digest, picture.caption, picture.repeats, picture.mask) for picture in (one, other))
+    told = (
+        (picture.digest, picture.caption, picture.repeats, picture.mask, picture.resolution_px)
+        for picture in (one, other)
+    )
     return len(set(told)) > 1
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdtrain.config.schema import Config
-from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import mask_digests, picture_digests
 from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
+from sdtrain.data.placing import placements_of
 from sdtrain.errors import Problem, UserError
 from sdtrain.files.remembered import RememberedDigests
 from sdtrain.models.checkpoints.inspect import OpenedModel
@@ -183,10 +183,8 @@ def _with_pictures_of(
 
 
 def _order(config: Config, register: Sequence[Picture], plan: Plan) -> Order:
-    data = config.data
-    sizes = bucket_sizes(data.resolution_px, data.bucket_step_px, data.max_aspect)
     return Order(
-        [place(picture.width_px, picture.height_px, sizes).bucket for picture in register],
+        [placement.bucket for placement in placements_of(register, config.data)],
         [picture.repeats for picture in register],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,

@@ -309,12 +309,12 @@ def test_a_dataset_config_counts_before_the_training_beside_it() -> None:
     ]
     assert [folder.regularisation for folder in data.folder] == [False, False, True, False]
     assert (data.resolution_px, data.batch_size) == (768, 3)
+    assert all(folder.flip for folder in data.folder)
     assert sort_of(result, "file0.json: more.train_data_dir")[0] == "not needed"
     counts = ("not needed", "file1.json: datasets[0].batch_size counts, there too")
     assert sort_of(result, "file0.json: training.train_batch_size") == counts
     lost = {one.option.place for one in result.outcomes if one.sort == "no counterpart"}
     assert lost == {
-        "file1.json: general.flip_aug",
         "file1.json: general.keep_tokens",
         "file1.json: datasets[0].subsets[0].class_tokens",
         "file1.json: datasets[1].resolution",

@@ -59,6 +59,10 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
     yield from direct(options, "data.gradient_accumulation", _count, "gradient_accumulation_steps")
     yield from _bucket_step(options)
     yield from _aspects(options)
+    small = options.find("bucket_no_upscale")
+    yield from unread(small, flag)
+    if small is not None and read_as(small, flag, False):
+        yield Became("data.enlarge", False, (small,))
     yield from direct(options, "data.caption_dropout", _share, "caption_dropout_rate")
     length = options.find("max_token_length")
     if length is not None and not is_off(length.value):
@@ -83,6 +87,7 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
             yield from _masks(config, folder, f"data.folder[{index}]")
+            yield from _flipped(config, folder, f"data.folder[{index}].flip")
             if regular := _regular(config, folder):
                 weight = config.arguments.find("prior_loss_weight")
                 yield Became(f"data.folder[{index}].regularisation", True, (regular,))
@@ -175,10 +180,22 @@ def _regular(config: ForeignConfig, folder: _Folder) -> Option | None:
     return None
 
 
+def _own(config: ForeignConfig, folder: _Folder) -> tuple[Options, Options]:
+    """Return the options of a folder's subset, and these above those of the training."""
+    own = next((subset.options for subset in config.subsets if folder.option in subset.options.all), Options(()))
+    return own, Options((*config.arguments.all, *own.all))
+
+
+def _flipped(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
+    option = _own(config, folder)[1].find("flip_aug")
+    yield from unread(option, flag)
+    if option is not None and read_as(option, flag, False):
+        yield Became(setting, True, (option,))
+
+
 def _masks(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
     """Yield what says there which part of a folder's pictures counts: their alpha channel, or pictures of their own."""
-    own = next((subset.options for subset in config.subsets if folder.option in subset.options.all), Options(()))
-    options = Options((*config.arguments.all, *own.all))
+    own, options = _own(config, folder)
     masked, alpha = options.find("masked_loss"), options.find("alpha_mask")
     for option in (masked, alpha):
         yield from unread(option, flag)
