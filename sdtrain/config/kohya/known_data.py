@@ -6,13 +6,12 @@ from sdtrain.config.kohya.answers import Answers, becomes, missing, needless
 
 _CACHED = "the encoded pictures, and the captions where no text encoder is trained, are always cached"
 _THREADS = "pictures are read ahead by threads, without processes to count"
-_TAGS = "captions are trained as they are written, without shuffling or dropping tags"
-_WORDS = "captions are trained as they are written; put the words into the .txt files"
+_TAGS = "tags are shuffled and left out alike from the first step to the last"
 _AUGMENT = "pictures are encoded once and trained as they are; put changed copies into the folder instead"
 _REGULAR = "as many of these pictures as of all others are seen"
 _MASKS = "masks say so folder by folder; the mean is over the whole picture, as there"
-_JSON = "captions are read from .txt files beside the pictures; write them from the .json file first"
-_HELD_OUT = "no pictures are held out while training"
+_JSON = 'captions = "meta_cap" reads it where it stands in the folder of pictures as meta_cap.json'
+_HELD_OUT = "validation counts in steps, validation.every, and looks at all pictures that are held out"
 _MADE_ELSEWHERE = "pictures and captions are read as they lie in the folder, nothing is prepared before"
 
 DATA: Answers = {
@@ -31,7 +30,18 @@ DATA: Answers = {
     **becomes("data.folder[0].mask_path", "conditioning_data_dir", why='with masks = "folder"; grey PNGs'),
     **becomes("data.caption_dropout", "caption_dropout_rate"),
     **becomes("data.caption_chunks", "max_token_length", why="in chunks of 75 tokens, so 225 is 3"),
-    **needless("captions are read from .txt files", "caption_extension", "caption_extention"),
+    **becomes("data.folder[0].captions", "caption_extension", "caption_extention", why="txt or caption"),
+    **becomes("data.folder[0].caption_prefix", "caption_prefix"),
+    **becomes("data.folder[0].caption_suffix", "caption_suffix"),
+    **becomes("data.folder[0].shuffle_tags", "shuffle_caption"),
+    **becomes("data.folder[0].keep_tags", "keep_tokens"),
+    **becomes("data.folder[0].keep_separator", "keep_tokens_separator"),
+    **becomes("data.folder[0].tag_separator", "caption_separator"),
+    **becomes("data.folder[0].tag_dropout", "caption_tag_dropout_rate"),
+    **becomes("data.folder[0].wildcards", "enable_wildcard"),
+    **becomes("validation.share", "validation_split"),
+    **becomes("validation.seed", "validation_seed"),
+    **becomes("validation.every", "validate_every_n_steps"),
     **needless(
         _CACHED,
         *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "cache_text_encoder_outputs_to_disk"),
@@ -47,12 +57,9 @@ DATA: Answers = {
         *("train_dir", "latent_metadata_filename"),
     ),
     **needless("the settings of the data stand in the same file", "dataset_config"),
-    **missing(
-        _TAGS,
-        *("shuffle_caption", "keep_tokens", "keep_tokens_separator", "secondary_separator", "caption_separator"),
-        *("caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step", "enable_wildcard"),
-    ),
-    **missing(_WORDS, "caption_prefix", "caption_suffix", "class_tokens"),
+    **missing(_TAGS, "token_warmup_min", "token_warmup_step"),
+    **missing("tags are separated by one sign, tag_separator", "secondary_separator"),
+    **missing("a picture without a caption gets none; write the words into a caption file", "class_tokens"),
     **missing(
         "captions are dropped at random (data.caption_dropout), not in whole epochs", "caption_dropout_every_n_epochs"
     ),
@@ -68,8 +75,7 @@ DATA: Answers = {
     **missing("all pictures of a folder have the same weight", "network_multiplier", "custom_attributes"),
     **missing(
         _HELD_OUT,
-        *("validation_split", "validation_seed", "validate_every_n_steps", "validate_every_n_epochs"),
-        "max_validation_steps",
+        *("validate_every_n_epochs", "max_validation_steps"),
     ),
     **missing("inpainting models are not trained", "train_inpainting"),
 }

@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdtrain.errors import user_error
-from sdtrain.files.writer import write_text
+from sdtrain.files.writer import make_folder, write_text
 
 PATIENCE_S = 1.0
 """How long a start waits for somebody who only looks who holds the lock, which takes a moment."""
@@ -41,7 +41,7 @@ def only_process(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder. Raises UserError when another process holds it, saying which."""
     lock = _lock_of(folder)
     try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(lock.lock_file).parent)
         lock.acquire(timeout=PATIENCE_S)
     except Timeout:
         raise user_error(str(folder), "name", _held(folder)) from None

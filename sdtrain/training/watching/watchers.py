@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import BuiltinFunctionType, FunctionType, MethodType
 
 from rich.console import Console
@@ -12,6 +12,7 @@ from sdtrain.training.watching.advice import Adviser
 from sdtrain.training.watching.log import Log, log_to
 from sdtrain.training.watching.records import EndRecord, NoteRecord, Record, RunRecord, Watcher
 from sdtrain.training.watching.screen import Screen
+from sdtrain.training.watching.tracking.watcher import TrackerWatcher
 
 
 class Watchers:
@@ -35,6 +36,12 @@ class Watchers:
         notes += [note for watcher in tuple(self._others) if (note := self._try(watcher, record))]
         for note in (*notes, *self._adviser.notes(record)):
             self.tell(note)
+
+    def keep_log(self) -> None:
+        """Make the log so far outlive a power cut: what a training state says was done is to stand there as well."""
+        if self._log is not None:
+            with suppress(OSError):  # who only looks ends no run, and no save either
+                self._log.flush()
 
     def _write(self, record: Record) -> list[NoteRecord]:
         if self._log is None:
@@ -67,6 +74,8 @@ class Watchers:
 def name_of(watcher: Watcher) -> str:
     """Return what a person would call a watcher: the name of a function or method, the class of anything else."""
     match watcher:
+        case TrackerWatcher():
+            name = str(watcher)
         case FunctionType() | MethodType() | BuiltinFunctionType():
             name = watcher.__qualname__
         case _:

@@ -335,6 +335,36 @@ def test_masks_there_are_masks_here() -> None:
     assert masks == [("one", "folder", "masks"), ("two", "alpha", "")]
 
 
+def test_captions_vary_as_they_did_folder_by_folder() -> None:
+    general = {"shuffle_caption": True, "keep_tokens": 2, "caption_extension": ".caption"}
+    folders = [
+        {"image_dir": "one", "caption_prefix": "by somebody, ", "enable_wildcard": True},
+        {"image_dir": "two", "shuffle_caption": False, "keep_tokens": 0, "caption_suffix": ", oil"},
+        {
+            "image_dir": "three",
+            "keep_tokens_separator": "|||",
+            "caption_tag_dropout_rate": 0.25,
+            "caption_separator": ";",
+        },
+    ]
+    one, two, three = meaning({"general": general, "datasets": [{"subsets": folders}]}).data.folder
+    assert {folder.captions for folder in (one, two, three)} == {"caption"}
+    assert (one.shuffle_tags, one.keep_tags, one.caption_prefix, one.wildcards) == (True, 2, "by somebody,", True)
+    assert (two.shuffle_tags, two.keep_tags, two.caption_suffix) == (False, 0, ", oil")
+    assert (three.keep_separator, three.tag_dropout, three.tag_separator) == ("|||", 0.25, ";")
+
+
+def test_pictures_that_were_held_out_are_held_out() -> None:
+    result = meaning(script(validation_split=0.1, validation_seed=7, validate_every_n_steps=50)).validation
+    assert (result.share, result.seed, result.every) == (0.1, 7, 50)
+
+
+def test_a_suffix_of_captions_that_is_not_read_is_told() -> None:
+    result = imported(script(train_data_dir="here", caption_extension=".tags"))
+    sort, why = sort_of(result, "more.caption_extension")
+    assert (sort, why) == ("unreadable", '".txt" or ".caption"; rename the files')
+
+
 def test_a_dataset_config_alone_invents_no_training() -> None:
     config = meaning(DATASETS)
     assert config.method == LoraConfig(kind="lora")

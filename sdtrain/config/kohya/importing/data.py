@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 
 from sdtrain.config.kohya.importing.findings import (
@@ -28,20 +28,21 @@ CountPictures = Callable[[str], int | None]
 _REPEATED = re.compile(r"([0-9]+)_.*")
 _TOKENS = 75
 _LEAST_PX = 64
-_MOST_PX = 2**20
 _DATA_DIRS = ("train_data_dir", "image_folder")
 _GUI_MARKS = ("LoRA_type", "max_resolution", "num_cpu_threads_per_process", "model_list")
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of pictures: its path, the option that names it, and how often each picture is seen in an epoch."""
+    """A folder of pictures: its path, the option that names it, how often each picture is seen in an epoch, and the
+    options that count for its captions."""
 
     path: str
     option: Option
     repeats: int
     told: tuple[Option, ...]
     note: str = ""
+    options: Options = field(default_factory=lambda: Options(()))
 
 
 def is_of_gui(options: Options) -> bool:
@@ -70,9 +71,9 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
             yield Became("data.caption_chunks", math.ceil(_count(length.value) / _TOKENS), (length,), "chunks of 75")
         except UnreadableError as error:
             yield Unreadable(length, str(error))
-    for option in config.everything:
-        if option.name in ("caption_extension", "caption_extention") and option.value != ".txt" and option.is_set:
-            yield Lost(option, "captions are read from .txt files; rename them, or write what the folder's name said")
+    yield from direct(options, "validation.share", _share, "validation_split")
+    yield from direct(options, "validation.seed", whole, "validation_seed")
+    yield from direct(options, "validation.every", whole, "validate_every_n_steps")
 
 
 def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
@@ -86,13 +87,14 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
             seen.add(folder.path)
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
-            yield from _masks(config, folder, f"data.folder[{index}]")
-            yield from _flipped(config, folder, f"data.folder[{index}].flip")
+            yield from _masks(folder, f"data.folder[{index}]")
+            yield from _flipped(folder, f"data.folder[{index}].flip")
             if regular := _regular(config, folder):
                 weight = config.arguments.find("prior_loss_weight")
                 yield Became(f"data.folder[{index}].regularisation", True, (regular,))
                 yield from direct(config.arguments, f"data.folder[{index}].loss_weight", _weight, "prior_loss_weight")
                 yield from unread(weight, _weight)
+            yield from _wording(f"data.folder[{index}]", folder.options)
             index += 1
     for subset in config.subsets:
         yield from unread(subset.options.find("num_repeats"), _count)
@@ -100,6 +102,34 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
         for option in config.arguments.having(*_DATA_DIRS):
             if option.is_set:
                 yield NotNeeded(option, "the folders of the dataset config count")
+
+
+def _wording(folder: str, options: Options) -> Iterator[Finding]:
+    """Yield what becomes of the options that say where captions stand and how they vary."""
+    yield from direct(options, f"{folder}.captions", _extension, "caption_extension", "caption_extention")
+    yield from direct(options, f"{folder}.caption_prefix", text, "caption_prefix")
+    yield from direct(options, f"{folder}.caption_suffix", text, "caption_suffix")
+    yield from direct(options, f"{folder}.shuffle_tags", flag, "shuffle_caption")
+    separator, kept = options.find("keep_tokens_separator"), options.find("keep_tokens")
+    yield from direct(options, f"{folder}.keep_separator", text, "keep_tokens_separator")
+    if separator is None or is_off(separator.value):
+        yield from direct(options, f"{folder}.keep_tags", whole, "keep_tokens")
+    elif kept is not None:
+        yield NotNeeded(kept, "keep_tokens_separator counts, there too")
+    yield from direct(options, f"{folder}.tag_separator", text, "caption_separator")
+    yield from direct(options, f"{folder}.tag_dropout", _share, "caption_tag_dropout_rate")
+    yield from direct(options, f"{folder}.wildcards", flag, "enable_wildcard")
+
+
+def _extension(value: object) -> str:
+    """Return the setting for a suffix of caption files; "" for the default. Raises UnreadableError for others."""
+    match text(value).strip().lower().removeprefix("."):
+        case "txt" | "":
+            return ""
+        case "caption":
+            return "caption"
+        case _:
+            raise UnreadableError('".txt" or ".caption"; rename the files')
 
 
 def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
@@ -113,6 +143,8 @@ def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
                 return None
             images += found * folder.repeats
             paths.add(folder.path)
+    if any(_regular(config, folder) for folder in _folders(config)):
+        images *= 2  # as many of these are seen, there and here
     return images or None
 
 
@@ -134,7 +166,8 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
         for subset in config.subsets:
             path = subset.options.find("image_dir")
             if path is not None and isinstance(path.value, str):
-                yield _subset_folder(path, subset.options)
+                scope = Options((*config.arguments.all, *subset.options.all))
+                yield replace(_subset_folder(path, subset.options), options=scope)
         return
     option = config.arguments.find(*_DATA_DIRS)
     if option is None or not isinstance(option.value, str):
@@ -143,12 +176,14 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
     folder = Path(root).expanduser()
     inside = _repeated(folder)
     for name, times in inside:
-        yield _Folder(f"{root.rstrip('/')}/{name}", option, times, (option,), "repeats by the folder's name")
+        inner = f"{root.rstrip('/')}/{name}"
+        yield _Folder(inner, option, times, (option,), "repeats by the folder's name", config.arguments)
     if not inside:
         repeats = config.arguments.find("dataset_repeats")
         away = "not here: folders in it such as `10_name` are entries of their own, repeats = 10"
         note = "" if folder.is_dir() else away
-        yield _Folder(root, option, read_as(repeats, _count, 1), (repeats,) if repeats else (), note)
+        told = (repeats,) if repeats else ()
+        yield _Folder(root, option, read_as(repeats, _count, 1), told, note, config.arguments)
 
 
 def _subset_folder(path: Option, options: Options) -> _Folder:
@@ -180,26 +215,20 @@ def _regular(config: ForeignConfig, folder: _Folder) -> Option | None:
     return None
 
 
-def _own(config: ForeignConfig, folder: _Folder) -> tuple[Options, Options]:
-    """Return the options of a folder's subset, and these above those of the training."""
-    own = next((subset.options for subset in config.subsets if folder.option in subset.options.all), Options(()))
-    return own, Options((*config.arguments.all, *own.all))
-
-
-def _flipped(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
-    option = _own(config, folder)[1].find("flip_aug")
+def _flipped(folder: _Folder, setting: str) -> Iterator[Finding]:
+    option = folder.options.find("flip_aug")
     yield from unread(option, flag)
     if option is not None and read_as(option, flag, False):
         yield Became(setting, True, (option,))
 
 
-def _masks(config: ForeignConfig, folder: _Folder, setting: str) -> Iterator[Finding]:
+def _masks(folder: _Folder, setting: str) -> Iterator[Finding]:
     """Yield what says there which part of a folder's pictures counts: their alpha channel, or pictures of their own."""
-    own, options = _own(config, folder)
+    options = folder.options
     masked, alpha = options.find("masked_loss"), options.find("alpha_mask")
     for option in (masked, alpha):
         yield from unread(option, flag)
-    path = own.find("conditioning_data_dir")
+    path = options.find("conditioning_data_dir")
     if path is not None and isinstance(path.value, str) and path.value:
         yield Became(f"{setting}.masks", "folder", (masked,) if masked else (), "the red of masks there, grey here")
         yield Became(f"{setting}.mask_path", text(path.value), (path,), "masks must be PNG files")
@@ -239,13 +268,18 @@ def _aspects(options: Options) -> Iterator[Finding]:
         yield from unread(side, _side)
     area = float(read_as(options.find("resolution", "max_resolution"), _resolution, 1024)) ** 2
     longest, shortest = read_as(highest, _side, 0.0), read_as(lowest, _side, 0.0)
-    limits = [longest**2 / area] if longest else []
-    limits += [area / shortest**2] if shortest else []
+    limits = [longest**2 / area] if longest >= 1 else []
+    limits += [area / shortest**2] if shortest >= 1 else []
     if limits and min(limits) >= 1.5:
         yield Became("data.max_aspect", float(f"{min(limits):.3g}"), sides, "longest over shortest side of a bucket")
     else:
         for side in sides:
             yield NotNeeded(side, "buckets have the area of the resolution; data.max_aspect limits their shape")
+
+
+def _side(value: object) -> float:
+    """Return the side of a bucket in pixels. Raises UnreadableError."""
+    return number(value, least=0, most=2**20)
 
 
 def _square(options: Options) -> str:
@@ -257,19 +291,11 @@ def _square(options: Options) -> str:
 
 def _resolution(value: object) -> int:
     sides = numbers(value)
-    if len(sides) > 2 or min(sides) < 1 or max(sides) > _MOST_PX:
+    if len(sides) > 2 or min(sides) < 1 or max(sides) > 2**20:
         raise UnreadableError("one side or two, in pixels")
     side = round(math.sqrt(sides[0] * sides[-1]))
     if side < _LEAST_PX:
         raise UnreadableError(f"{_LEAST_PX} pixels or more")
-    return side
-
-
-def _side(value: object) -> float:
-    """The side of a bucket; 0: none is named."""
-    side = number(value, least=0, most=_MOST_PX)
-    if 0 < side < 1:
-        raise UnreadableError("a whole pixel or more")
     return side
 
 
