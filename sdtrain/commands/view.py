@@ -37,7 +37,7 @@ def view_step(path: Path, overrides: Sequence[str], step: int, console: Console)
     steps = Steps(config.data, examples, seed=config.seed, captions_are_encoded_ahead=not trains_text(config))
     batches = steps.at(step - 1)
     num_pictures = sum(len(batch) for batch in batches)
-    epoch = int((step - 1) / steps.per_epoch)
+    epoch = steps.epoch_of(step - 1)
     lines = [f"step {step} of {config.steps}, in epoch {epoch + 1}: {counted(num_pictures)}"]
     channels = int(opened.family.vae["latent_channels"])
     for index, batch in enumerate(batches):
@@ -60,6 +60,9 @@ def _batch_lines(config: Config, batch: Sequence[Planned], timesteps: Sequence[i
         yield f"    {shown_text(str(one.example.path))}"
         yield f"      timestep {timestep}; {_crop(one)}"
         yield f"      {_caption(config, one)}"
+        if mask := one.example.mask:
+            floor = f", and at least {mask.floor:g} counts everywhere" if mask.floor else ""
+            yield f"      mask: {'its alpha channel' if mask.is_alpha else shown_text(str(mask.path))}{floor}"
 
 
 def _crop(one: Planned) -> str:
@@ -68,6 +71,8 @@ def _crop(one: Planned) -> str:
     text = f"{width}x{height} scaled to {scaled_width}x{scaled_height}"
     if placement.upscale > 1:
         text += f" (enlarged {placement.upscale:.2f}x)"
+    if placement.flipped:
+        text += ", flipped"
     if not placement.cropped_share:
         return text + ", whole"
     return f"{text}, from {placement.crop_left},{placement.crop_top}: {placement.cropped_share:.1%} cropped away"

@@ -34,17 +34,11 @@ def load_pixels(example: Example, placement: Placement) -> Tensor:
 
 
 def _resize(picture: Image.Image, placement: Placement) -> Image.Image:
-    """Scales to cover and crops in one go: only what lies in the bucket is computed."""
-    (width, height), (scaled_width, scaled_height) = placement.original, placement.scaled
-    left, top = placement.crop_left, placement.crop_top
-    right, bottom = left + placement.bucket[0], top + placement.bucket[1]
-    box = (
-        left * width / scaled_width,
-        top * height / scaled_height,
-        min(width, right * width / scaled_width),
-        min(height, bottom * height / scaled_height),
+    """Scales to cover and crops in one go, then flips: only what lies in the bucket is computed."""
+    scaled = picture.resize(
+        placement.bucket, Image.Resampling.LANCZOS, box=placement.source_box, reducing_gap=_REDUCING_GAP
     )
-    return picture.resize(placement.bucket, Image.Resampling.LANCZOS, box=box, reducing_gap=_REDUCING_GAP)
+    return scaled.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if placement.flipped else scaled
 
 
 def _to_srgb(picture: Image.Image) -> Image.Image:

@@ -28,12 +28,15 @@ class Objective:
     preservation: Preservation | None = None
 
     def __call__(self, batch: Batch, generator: Callable[[int], Generator]) -> Tensor:
-        """Return the mean loss () of a batch; gradients flow through it.
+        """Return the mean loss () of a batch: of its pictures' errors times their weights; gradients flow through it.
 
         generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
         """
         noise, seen, timesteps, chosen = self._drawn(batch, generator)
-        loss = self.errors(batch, noise, seen, timesteps).mean()
+        errors = self.errors(batch, noise, seen, timesteps)
+        if batch.weights is not None:
+            errors = errors * batch.weights.to(errors.device)
+        loss = errors.mean()
         if self.preservation is None:
             return loss
         noisy = self.model.schedule.add_noise(batch.latents, seen, timesteps)
@@ -57,7 +60,13 @@ class Objective:
             text = model.encode_captions(batch.captions) if batch.text is None else batch.text
             prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
         deltas = huber_deltas(model.schedule, timesteps, kind=config.loss.huber_schedule, delta=config.loss.huber_delta)
-        errors = error_per_image(prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=deltas)
+        errors = error_per_image(
+            prediction,
+            target.to(prediction.device),
+            kind=config.loss.kind,
+            huber_delta=deltas,
+            counts=None if batch.counts is None else batch.counts.to(prediction.device),
+        )
         weights = timestep_weights(
             model.schedule.snr(timesteps),
             prediction=model.prediction,
