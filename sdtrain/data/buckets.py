@@ -29,6 +29,18 @@ class Placement:
         """The share of the picture's area that lies outside of the bucket, from 0 to 1."""
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
+    @property
+    def source_box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what lies in the bucket, in pixels of the original, which may be parts."""
+        (width, height), (scaled_width, scaled_height) = self.original, self.scaled
+        right, bottom = self.crop_left + self.bucket[0], self.crop_top + self.bucket[1]
+        return (
+            self.crop_left * width / scaled_width,
+            self.crop_top * height / scaled_height,
+            min(width, right * width / scaled_width),
+            min(height, bottom * height / scaled_height),
+        )
+
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """Return the sizes in pixels that models are told.
 
