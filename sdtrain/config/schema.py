@@ -11,6 +11,7 @@ from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -83,7 +84,7 @@ class LoraConfig(Settings):
     kind: Literal["lora"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that get adapters.")
     adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
-        default="lora", description="Kind of adapter; `lora` loads everywhere."
+        default="lora", description="Kind of adapter; see `export.form` for who reads which."
     )
     rank: Count = Field(default=16, description="Rank of the adapters; for `oft` the size of the rotated blocks.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter counts alpha / rank.")
@@ -388,6 +389,22 @@ class ExportConfig(Settings):
         default="sd-scripts",
         description="Names of a LoRA's layers: `sd-scripts` loads everywhere, `diffusers` in diffusers and peft.",
     )
+    form: Literal["auto", "native", "lora", "diff"] = Field(
+        default="auto",
+        description="How adapters are written: `native` as they were trained, `lora` as an ordinary LoRA (the nearest "
+        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` where "
+        "no tool reads the adapters themselves right, as of `dora` and `oft`, else `native`. What was trained is then "
+        "kept beside it, as `NAME-native`.",
+    )
+    rank: Count = Field(default=64, description="Highest rank of a layer in the form `lora`.")
+    every: Whole = Field(
+        default=0,
+        description="Steps between files of averaged weights along the way, `NAME-step-000250.safetensors`; 0: none.",
+    )
+    keep: Count = Field(default=4, description="How many of those stay, the newest ones.")
+    energy: Share = Field(
+        default=0.9999, description="In the form `lora`: the fewest ranks that hold this share of each |dW|^2 are kept."
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="Type of the stored weights; `auto`: adapters float32, checkpoints as their base."
     )
@@ -405,6 +422,19 @@ class MemoryConfig(Settings):
         default="stop",
         description="Where a step finds too little memory: `stop` saves and says what would help; `adapt` goes on with "
         "recomputed activations, then with fewer pictures at once, and as many in a step.",
+    )
+
+
+class TrackingConfig(Settings):
+    """Experiment trackers that are told what `log.jsonl` tells, and shown the previews."""
+
+    to: list[TrackerName] = Field(
+        default=[],
+        description="Trackers, each an extra to install: `pip install sdtrain[tensorboard]`. `tensorboard` writes into "
+        "`<run>/tensorboard`; `WANDB_MODE=offline` keeps `wandb` off the network.",
+    )
+    project: str = Field(
+        default="sdtrain", min_length=1, max_length=100, description="Name of the project, for `wandb` and `trackio`."
     )
 
 
@@ -431,3 +461,4 @@ class Config(Settings):
     validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()
+    tracking: TrackingConfig = TrackingConfig()
