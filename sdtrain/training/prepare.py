@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import identity
 from sdtrain.data.order import Plan
-from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
@@ -21,6 +19,7 @@ from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
+from sdtrain.training.start import trains_text
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 from sdtrain.training.watching.progress import ProgressLines
@@ -115,8 +114,3 @@ def make_batches(
             plan=plan,
             digests=digests,
         )
-
-
-def trains_text(config: Config) -> bool:
-    """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
-    return any(network != DENOISER for network in config.method.train)
