@@ -15,6 +15,7 @@ from sdtrain.diffusion.noise import draw_noise, perturb_input
 from sdtrain.diffusion.prediction import training_target
 from sdtrain.diffusion.timesteps import draw_timesteps
 from sdtrain.models.model import Model
+from sdtrain.models.placing import sent
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,25 @@ class Objective:
             seen: the noise that the network sees, of that shape; another one than `noise` for perturbed inputs.
             timesteps: the noise level of each picture, (n,).
         """
-        config, model, latents = self.config, self.model, batch.latents
+        config, model, latents, device = self.config, self.model, batch.latents, self.device
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
-            text = model.encode_captions(batch.captions) if batch.text is None else batch.text
-            prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
         deltas = huber_deltas(model.schedule, timesteps, kind=config.loss.huber_schedule, delta=config.loss.huber_delta)
-        errors = error_per_image(prediction, target.to(prediction.device), kind=config.loss.kind, huber_delta=deltas)
         weights = timestep_weights(
             model.schedule.snr(timesteps),
             prediction=model.prediction,
             weighting=config.loss.weighting,
             min_snr_gamma=config.loss.min_snr_gamma,
         )
-        return errors * weights.to(errors.device)
+        # All of it is sent before anything is computed there: what is sent later would wait behind it.
+        noisy, target, weights, deltas = (sent(tensor, device) for tensor in (noisy, target, weights, deltas))
+        steps = sent(timesteps, device)
+        there = {name: sent(tensor, device) for name, tensor in {**(batch.text or {}), **batch.sizes}.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
+            text = model.encode_captions(batch.captions) if batch.text is None else {}
+            prediction = model.predict(noisy, steps, {**text, **there})
+        errors = error_per_image(prediction, target, kind=config.loss.kind, huber_delta=deltas)
+        return errors * weights
 
     def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor]:
         """Draw the noise, the noise that the network sees, both (n, c, h, w), and the timesteps, (n,).
