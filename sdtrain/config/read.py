@@ -51,8 +51,10 @@ def overridden(plain: Table, source: str, overrides: Sequence[str]) -> Written:
 
 def read_table(path: Path) -> Table:
     """Return the plain table in a TOML file. Raises UserError where there is no such file, or no TOML in it."""
+    content = ""
     try:
-        return read_toml(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        return read_toml(content)
     except FileNotFoundError:
         raise user_error(str(path), "file", "no such file") from None
     except IsADirectoryError:
@@ -62,6 +64,9 @@ def read_table(path: Path) -> Table:
     except OSError as error:
         raise user_error(str(path), "file", f"cannot be read: {error.strerror or error}") from None
     except ValueError as error:
+        if content.lstrip().startswith("{"):
+            what = "is JSON, but a config is TOML; `sdtrain import-kohya FILE` makes one of a file of kohya"
+            raise user_error(str(path), "syntax", what) from None
         raise user_error(
             str(path), "syntax", f"{error}; strings stand in quotes, `true` and `false` are lower case"
         ) from None

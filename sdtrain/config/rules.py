@@ -119,6 +119,17 @@ def _bucket_step_fits(config: Config) -> Iterator[Problem]:
         )
 
 
+def _tags_that_stay(config: Config) -> Iterator[Problem]:
+    for index, folder in enumerate(config.data.folder):
+        where = f"data.folder[{index}]."
+        kept = [name for name in ("keep_tags", "keep_separator") if folder.model_dump()[name]]
+        if kept and not folder.shuffle_tags and not folder.tag_dropout:
+            what = "is set, but neither shuffle_tags nor tag_dropout is: all tags stay; set one, or leave it out"
+            yield Problem(where + kept[0], what)
+        elif len(kept) > 1:
+            yield Problem(where + kept[1], "is set, and keep_tags too: both say which tags stay; choose one")
+
+
 def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
     prodigy_steps = config.optimizer.prodigy_steps
     if isinstance(prodigy_steps, int) and prodigy_steps > config.steps:
@@ -199,12 +210,14 @@ RULES = (
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
     Rule(("method.train",), _repeated_networks),
     Rule(("method.lr", "method.train"), _weights_of_untrained),
-    Rule(("method.adapter", "method.kind", "export.names"), method_rules.names_of_oft),
+    Rule(("method.adapter", "method.kind", "export.names", "export.form"), method_rules.words_for_the_form),
+    Rule(("method.targets", "method.adapter"), method_rules.oft_rotates_no_convolutions),
     Rule(("method.dropout", "method.rank_dropout", "method.adapter"), method_rules.dropout_needs_ranks),
     Rule(("method.module_dropout", "method.adapter"), method_rules.module_dropout_needs_a_product),
     Rule(("method.scale_weight_norms", "method.adapter"), method_rules.norm_limit_needs_a_product),
     Rule(("method.layer_weights", "method.adapter"), method_rules.layer_weights_need_a_product),
     Rule(("method.layer_weights", "method.kind"), method_rules.layer_weights_of_full),
+    Rule(("preserve.weight", "method.kind"), method_rules.only_adapters_have_a_base),
     Rule(
         ("memory.compile", "method.dropout", "method.rank_dropout", "method.module_dropout"),
         method_rules.dropout_is_not_compiled,
@@ -216,6 +229,7 @@ RULES = (
     Rule(("memory.fused_back_pass", "data.gradient_accumulation"), _fused_or_accumulated),
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
+    Rule(("data.folder",), _tags_that_stay),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),

@@ -83,7 +83,7 @@ class LoraConfig(Settings):
     kind: Literal["lora"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that get adapters.")
     adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
-        default="lora", description="Kind of adapter; `lora` loads everywhere."
+        default="lora", description="Kind of adapter; see `export.form` for who reads which."
     )
     rank: Count = Field(default=16, description="Rank of the adapters; for `oft` the size of the rotated blocks.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter counts alpha / rank.")
@@ -153,15 +153,45 @@ class FullConfig(Settings):
 
 
 class FolderConfig(Settings):
-    """One folder of pictures, each with a caption in a .txt file of the same name."""
+    """One folder of pictures, and where and how they are captioned."""
 
     path: PathText = Field(
         description="A folder, its sub-folders too; or `builtin:quickstart`, `builtin:quickstart-known`."
     )
+    exclude: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=[],
+        description='Sub-folders and files that are left out, by name or pattern, e.g. `["masks", "*_old*"]`.',
+    )
     repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
+    folder_names: Literal["plain", "repeats_concept"] = Field(
+        default="plain",
+        description="`repeats_concept`: as in sd-scripts, pictures in `10_sks dog` are seen 10 times as often, and "
+        "`sks dog` is the caption of those that have none.",
+    )
+    captions: Literal["txt", "caption", "metadata", "meta_cap"] = Field(
+        default="txt",
+        description="Where captions stand: in `name.txt` or `name.caption` beside each picture, in `metadata.jsonl` or "
+        "`metadata.csv` (Hugging Face's `file_name` and `text`), or in `meta_cap.json` (sd-scripts).",
+    )
     missing_captions: Literal["error", "empty"] = Field(
         default="error", description="What a picture without a caption gets: an error, or the empty caption."
     )
+    caption_lines: Literal["joined", "drawn"] = Field(
+        default="joined", description="Lines of a caption file are one caption, or several of which one is drawn."
+    )
+    trigger: str = Field(
+        default="", description="Word for what is taught; put in front of those captions that do not hold it."
+    )
+    caption_prefix: str = Field(default="", description="Put in front of every caption.")
+    caption_suffix: str = Field(default="", description="Put behind every caption.")
+    shuffle_tags: bool = Field(default=False, description="Whether the tags of a caption change places.")
+    tag_dropout: Share = Field(default=0.0, description="Share of tags that are left out of a caption.")
+    tag_separator: str = Field(default=",", min_length=1, description="What stands between two tags.")
+    keep_tags: Whole = Field(default=0, description="This many first tags stay where they are.")
+    keep_separator: str = Field(
+        default="", description="Tags before this sign stay where they are, e.g. `|||`; the sign is taken out."
+    )
+    wildcards: bool = Field(default=False, description="Whether `{red|blue}` means that one of the two is drawn.")
 
 
 class DataConfig(Settings):
@@ -180,10 +210,20 @@ class DataConfig(Settings):
     )
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
     gradient_accumulation: Count = Field(default=1, description="Micro-batches in a step.")
+    ragged: Literal["keep", "merge"] = Field(
+        default="keep",
+        description="`merge`: a picture that is alone in its bucket joins the nearest one that has others, "
+        "and is cropped for it.",
+    )
     caption_chunks: Count = Field(
         default=1, description="Captions are read in this many chunks of 75 tokens; what is longer is cut."
     )
     caption_dropout: Share = Field(default=0.0, description="Share of captions that are left empty.")
+    caption_variants: Count = Field(
+        default=8,
+        description="How many wordings of a caption that varies are encoded ahead, of which each step draws one; "
+        "where text encoders are trained, each step draws anew.",
+    )
     cache: PathText = Field(default="", description="Folder of encoded pictures and captions; empty: `<output>/cache`.")
 
 
@@ -277,6 +317,22 @@ class LossConfig(Settings):
     min_snr_gamma: Annotated[float, Field(gt=0)] = Field(default=5.0, description="Gamma of min-SNR weighting.")
 
 
+class PreserveConfig(Settings):
+    """Keeping what the model knew: the base without its adapters teaches the adapted model its own answers."""
+
+    weight: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="0: off. How much a difference from the base counts beside the error of the pictures; 1 is a good "
+        "start. A step takes about 2.3 times as long.",
+    )
+    captions: list[str] = Field(
+        default=[""],
+        min_length=1,
+        description="What must be answered as before, drawn for each picture anew: captions near the new thing that do "
+        'not name it, "a photo of a dog" for a dog of yours. The empty one is no caption.',
+    )
+
+
 class PreviewConfig(Settings):
     """Pictures made while training, with averaged weights."""
 
@@ -332,6 +388,22 @@ class ExportConfig(Settings):
         default="sd-scripts",
         description="Names of a LoRA's layers: `sd-scripts` loads everywhere, `diffusers` in diffusers and peft.",
     )
+    form: Literal["auto", "native", "lora", "diff"] = Field(
+        default="auto",
+        description="How adapters are written: `native` as they were trained, `lora` as an ordinary LoRA (the nearest "
+        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` where "
+        "no tool reads the adapters themselves right, as of `dora` and `oft`, else `native`. What was trained is then "
+        "kept beside it, as `NAME-native`.",
+    )
+    rank: Count = Field(default=64, description="Highest rank of a layer in the form `lora`.")
+    every: Whole = Field(
+        default=0,
+        description="Steps between files of averaged weights along the way, `NAME-step-000250.safetensors`; 0: none.",
+    )
+    keep: Count = Field(default=4, description="How many of those stay, the newest ones.")
+    energy: Share = Field(
+        default=0.9999, description="In the form `lora`: the fewest ranks that hold this share of each |dW|^2 are kept."
+    )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="Type of the stored weights; `auto`: adapters float32, checkpoints as their base."
     )
@@ -369,6 +441,7 @@ class Config(Settings):
     timesteps: TimestepConfig = TimestepConfig()
     noise: NoiseConfig = NoiseConfig()
     loss: LossConfig = LossConfig()
+    preserve: PreserveConfig = PreserveConfig()
     preview: PreviewConfig = PreviewConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()

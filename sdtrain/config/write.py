@@ -16,7 +16,7 @@ def config_to_toml(config: Config) -> str:
 
 def _table(table: Mapping[str, Any], path: str) -> list[str]:
     plain = {key: value for key, value in table.items() if not _is_table(value)}
-    lines = [f"{toml_key(key)} = {_value(value)}" for key, value in plain.items()]
+    lines = [f"{toml_key(key)} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in table.items():
         name = f"{path}{toml_key(key)}"
         if isinstance(value, Mapping):
@@ -33,11 +33,15 @@ def _is_table(value: Any) -> bool:
     )
 
 
-def _value(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """Return a value as TOML writes it in one line, tables inside braces."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
         return toml_string(value)
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{toml_key(key)} = {toml_value(entry)}" for key, entry in value.items())
+        return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, Sequence):
-        return "[" + ", ".join(_value(entry) for entry in value) + "]"
+        return "[" + ", ".join(toml_value(entry) for entry in value) + "]"
     return repr(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from sdtrain.config.schema import DataConfig
 from sdtrain.data import cache as store
-from sdtrain.data.buckets import Placement, bucket_sizes, place
-from sdtrain.data.encoding import Progress, encode_captions, encode_pictures
+from sdtrain.data.buckets import Placement
+from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
+from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
-from sdtrain.data.order import Order, Piece, Plan, dropped, split
+from sdtrain.data.order import Order, Piece, Plan, deal, split
+from sdtrain.data.placing import placements_of
 
 
 @dataclass(frozen=True)
@@ -69,14 +72,12 @@ class Batches:
         order: Order,
         *,
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
-        caption_dropout: float,
+        drawing: Drawing,
         batch_size: int,
-        seed: int,
     ) -> None:
         """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
-        self._encode_sizes, self._caption_dropout, self._seed = encode_sizes, caption_dropout, seed
-        self._batch_size = batch_size
+        self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
         paths = [*(row.latents for row in rows), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
@@ -90,26 +91,41 @@ class Batches:
         """The number of pictures in an epoch, repeats counted."""
         return self._order.num_images
 
-    def at(self, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
+    def examples_at(self, step: int) -> list[Example]:
+        """Return the pictures of a step, as often as each is in it."""
+        return [self._rows[number].example for numbers in self._order.step(step) for number in numbers]
+
+    def at(
+        self, step: int, batch_size: int | None = None, *, hand: int = 0, hands: int = 1
+    ) -> Iterator[tuple[Batch, float]]:
         """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
         Steps are counted from 0. batch_size: the most pictures in a micro-batch, None for the run's setting. Whatever
         it is, a step has the same pictures with the same captions, and each the same draws; only the sum of their
-        losses is rounded elsewhere. Raises UserError if a cache entry was damaged or removed during the run.
+        losses is rounded elsewhere. hand, hands: only what the process with this number computes, of so many that
+        share the step, by the number of pixels; it may be nothing. Raises UserError if a cache entry was damaged or
+        removed during the run.
         """
         planned = self._order.step(step)
         buckets = [self._order.buckets[numbers[0]] for numbers in planned]
         sizes = [len(numbers) for numbers in planned]
-        empty = [dropped(self._seed, step, index, size, self._caption_dropout) for index, size in enumerate(sizes)]
-        parts = split(sizes, buckets, self._order.batch_size, batch_size or self._batch_size)
-        for index, pieces in enumerate(parts):
+        captions = [
+            self._drawing.captions(step, index, [self._rows[number].example for number in numbers])
+            for index, numbers in enumerate(planned)
+        ]
+        most = batch_size or self._batch_size
+        if hands > 1:
+            most = min(most, -(-sum(sizes) // hands))
+        parts = split(sizes, buckets, self._order.batch_size, most)
+        costs = [sum((piece.stop - piece.start) * math.prod(buckets[piece.index]) for piece in part) for part in parts]
+        for index in deal(costs, hands)[hand]:
+            pieces = parts[index]
             places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
             rows = [self._rows[planned[batch][place]] for batch, place in places]
-            batch = self._batch(index, pieces, rows, [empty[batch][place] for batch, place in places])
+            batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])
             yield batch, len(rows) / sum(sizes)
 
-    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], empty: Sequence[bool]) -> Batch:
-        captions = ["" if is_empty else row.example.caption for row, is_empty in zip(rows, empty, strict=True)]
+    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], captions: Sequence[str]) -> Batch:
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
@@ -147,8 +163,7 @@ def prepare_batches(
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    buckets = bucket_sizes(config.resolution_px, config.bucket_step_px, config.max_aspect)
-    pictures = [(example, place(example.width_px, example.height_px, buckets)) for example in examples]
+    pictures = list(zip(examples, placements_of(examples, config), strict=True))
     plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
         [placement.bucket for _, placement in pictures],
@@ -158,27 +173,14 @@ def prepare_batches(
         seed=seed,
         start=plan.start,
     )
+    captions, drawing = None, Drawing(seed, config.caption_dropout)
     with torch.no_grad():
         paths = encode_pictures(
             pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
         )
-        captions = _encode_captions(config, examples, encoders, cache, on_progress)
+        if encoders.captions is not None:
+            drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
+            needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
+            captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
     rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
-    return Batches(
-        rows,
-        captions,
-        order,
-        encode_sizes=encoders.sizes,
-        caption_dropout=config.caption_dropout,
-        batch_size=config.batch_size,
-        seed=seed,
-    )
-
-
-def _encode_captions(
-    config: DataConfig, examples: Sequence[Example], encoders: Encoders, cache: Path, on_progress: Progress
-) -> dict[str, Path] | None:
-    if encoders.captions is None:
-        return None
-    needed = [example.caption for example in examples] + ([""] if config.caption_dropout > 0 else [])
-    return encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
+    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)

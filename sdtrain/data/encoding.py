@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.examples import Example, unreadable_problems
+from sdtrain.data.examples import Example, Progress, unreadable_problems
 from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.pictures import PictureError, measure
 from sdtrain.data.pixels import load_pixels
@@ -24,8 +24,8 @@ from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
 
 Picture = tuple[Example, Placement]
-Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
+_CHANGED = "picture has changed while it was in use; start again"
 
 
 def encode_pictures(
@@ -96,7 +96,7 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         except PictureError as error:
             return str(error)
         changed = size != (example.width_px, example.height_px)
-        return "picture has changed while it was in use; start again" if changed else ""
+        return _CHANGED if changed else ""
 
     wrong: list[tuple[Path, str]] = []
     for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
@@ -114,7 +114,7 @@ def _load(wanted: tuple[Picture, bytes]) -> Tensor:
     except PictureError as error:
         raise user_error("data", str(example.path), str(error)) from error
     if picture_digests([example.path]) != [digest]:  # its latents would stand in the cache under another picture's name
-        raise user_error("data", str(example.path), "picture has changed while it was in use; start again")
+        raise user_error("data", str(example.path), _CHANGED)
     return pixels
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from sdtrain.config.schema import DataConfig, FolderConfig
-from sdtrain.data.captions import CaptionError, read_caption
-from sdtrain.data.pictures import SUFFIXES, UNSUPPORTED_SUFFIXES, PictureError, measure
+from sdtrain.data.captions.text import CaptionError, read_text, texts_of
+from sdtrain.data.captions.wording import Varied, holds_word, worded, wording_of
+from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
+from sdtrain.data.scanning.files import files_below
+from sdtrain.data.scanning.findings import Finding, shortened
+from sdtrain.data.scanning.looks import Look
+from sdtrain.data.scanning.pair import Pair
+from sdtrain.data.scanning.pairs import foreign_pictures, pair_up, read_twice
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
 from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER
 
 BUILTIN_FOLDERS = {BUILTIN + name: BUILTIN_FOLDER / name for name in ("quickstart", "quickstart-known")}
-MAX_ALIKE = 12
+
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -28,78 +33,61 @@ class Example:
     width_px: int  # of the upright picture
     height_px: int
     repeats: int
+    varied: Varied | None = None  # how the caption varies from step to step; None: it is the same every time
     held_out: bool = False  # only validated on, never trained on
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """A problem and the sort it is of: a hundred of one sort must not hide the one of another."""
-
-    sort: str
-    problem: Problem
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """A picture and where its caption stands; None: it has none."""
-
-    picture: Path
-    caption: Path | None
-    folder: FolderConfig
+    folder: int = 0  # its place in data.folder, or in validation.folder
+    beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
+    concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
+    num_lines: int = field(default=1, compare=False)  # of the caption as it is written; 0: it has none of its own
+    has_trigger: bool = field(default=False, compare=False)  # whether the folder's trigger stood in the caption before
+    look: Look | None = field(default=None, compare=False)  # where every pixel was read
 
 
 def scan_folders(
-    config: DataConfig, *, decode: bool, skip: Collection[int] = (), setting: str = "data.folder"
+    config: DataConfig,
+    *,
+    decode: bool,
+    skip: Collection[int] = (),
+    setting: str = "data.folder",
+    on_progress: Progress | None = None,
 ) -> tuple[list[Example], list[Problem]]:
     """Return all examples of all folders in a stable order (by folder, then naturally by path), and all problems.
 
     With `decode`, every pixel is read, so that truncated files are found; without, only headers. Examples are
     complete only if there are no problems. Paths are relative to the working directory unless absolute. skip: places
     of folders that are left out. setting: where the folders stand in the config, for problems.
+    `on_progress(what, done, total)` is called from the calling thread.
     """
-    pairs: list[_Pair] = []
-    findings: list[_Finding] = []
+    pairs: list[tuple[int, Pair]] = []
+    findings: list[Finding] = []
     owners: dict[Path, int] = {}
     for index, folder in enumerate(config.folder):
         if index in skip:
             continue
-        where = f"{setting}[{index}].path"
-        root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
-        if reason := _unusable(folder, root):
-            findings.append(_Finding("folder", Problem(where, reason)))
-            continue
-        try:
-            files = _files(root)
-        except OSError as error:
-            findings.append(_Finding("folder", Problem(where, f"cannot be read: {error.filename}: {error.strerror}")))
-            continue
-        findings += _foreign(files)
-        found, wrong = _pair(files, folder)
-        if not found:
-            allowed = ", ".join(sorted(SUFFIXES))
-            findings.append(_Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
-        findings += wrong + _shared(where, setting, index, found, owners)
-        pairs += found
-    examples, wrong = _read(pairs, decode=decode)
-    return examples, _shorten(findings + wrong)
+        found, wrong = _scan(f"{setting}[{index}]", folder)
+        pairs += [(index, pair) for pair in found]
+        findings += wrong + read_twice(setting, index, found, owners)
+    examples, wrong = _read(pairs, decode=decode, on_progress=on_progress)
+    return examples, shortened(findings + wrong)
+
+
+def _scan(setting: str, folder: FolderConfig) -> tuple[list[Pair], list[Finding]]:
+    where = f"{setting}.path"
+    root = BUILTIN_FOLDERS.get(folder.path, Path(folder.path).expanduser())
+    if reason := _unusable(folder, root):
+        return [], [Finding("folder", Problem(where, reason))]
+    files, findings = files_below(root, folder.exclude)
+    findings += foreign_pictures(files)
+    pairs, wrong = pair_up(root, files, folder, f"{setting}.captions")
+    if not pairs and not findings and not wrong:
+        allowed = ", ".join(sorted(SUFFIXES))
+        findings.append(Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
+    return pairs, findings + wrong
 
 
 def unreadable_problems(reasons: Sequence[tuple[Path, str]]) -> list[Problem]:
     """Return a problem for each picture that cannot be read, with its reason; a long list is cut."""
-    return _shorten([_Finding("unreadable picture", Problem(str(path), reason)) for path, reason in reasons])
-
-
-def _shorten(findings: Sequence[_Finding]) -> list[Problem]:
-    """The problems in their order; of each sort at most MAX_ALIKE and a line that counts the others."""
-    by_sort: dict[str, list[Problem]] = defaultdict(list)
-    for finding in findings:
-        by_sort[finding.sort].append(finding.problem)
-    problems: list[Problem] = []
-    for sort, alike in by_sort.items():
-        problems += alike[:MAX_ALIKE]
-        if len(alike) > MAX_ALIKE:
-            problems.append(Problem("...", f"and {len(alike) - MAX_ALIKE} more like this: {sort}"))
-    return problems
+    return shortened([Finding("unreadable picture", Problem(str(path), reason)) for path, reason in reasons])
 
 
 def _unusable(folder: FolderConfig, root: Path) -> str:
@@ -112,113 +100,80 @@ def _unusable(folder: FolderConfig, root: Path) -> str:
     return ""
 
 
-def _files(root: Path) -> list[Path]:
-    """All files below root in natural order, through links but never twice; hidden ones are left out."""
-    seen: set[Path] = set()
-    waiting = [root]
-    files: list[Path] = []
-    while waiting:
-        folder = waiting.pop()
-        if (real := folder.resolve()) in seen:
-            continue
-        seen.add(real)
-        entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        waiting += sorted((entry for entry in entries if entry.is_dir()), reverse=True)
-        files += [entry for entry in entries if not entry.is_dir()]
-    return sorted(files, key=lambda path: ([_natural(part) for part in path.relative_to(root).parts], str(path)))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts `2.png` before `10.png`: digits count as numbers and come before letters."""
-    parts = re.split(r"([0-9]+)", name.casefold())
-    return [(int(part), "") if part[:1].isascii() and part.isdigit() else (-1, part) for part in parts]
-
-
-def _foreign(files: Sequence[Path]) -> list[_Finding]:
-    return [
-        _Finding(
-            "unsupported picture format",
-            Problem(str(path), f"{path.suffix} pictures are not read; convert it to PNG or JPEG, or remove it"),
-        )
-        for path in files
-        if path.suffix.lower() in UNSUPPORTED_SUFFIXES
-    ]
-
-
-def _pair(files: Sequence[Path], folder: FolderConfig) -> tuple[list[_Pair], list[_Finding]]:
-    """Pictures and captions of the same name in the same folder, and all that do not go together."""
-    pictures: dict[Path, list[Path]] = defaultdict(list)
-    captions: dict[Path, list[Path]] = defaultdict(list)
-    for path in files:
-        if path.suffix.lower() in SUFFIXES:
-            pictures[path.with_suffix("")].append(path)
-        elif path.suffix.lower() == ".txt":
-            captions[path.with_suffix("")].append(path)
-    findings: list[_Finding] = []
-    pairs = [
-        _Pair(picture, captions[stem][0] if stem in captions else None, folder)
-        for stem, alike in pictures.items()
-        for picture in alike
-    ]
-    for stem, texts in captions.items():
-        if stem not in pictures:
-            what = "caption without a picture of the same name; add the picture, or remove or rename the .txt file"
-            findings.append(_Finding("caption without a picture", Problem(str(texts[0]), what)))
-        elif len(pictures[stem]) > 1:
-            names = " and ".join(path.name for path in pictures[stem])
-            what = f"is the caption of {names}; rename one of them and give it a caption of its own"
-            findings.append(_Finding("pictures that share a caption", Problem(str(texts[0]), what)))
-        elif len(texts) > 1:
-            names = " and ".join(path.name for path in texts)
-            findings.append(_Finding("two captions", Problem(str(pictures[stem][0]), f"has two captions: {names}")))
-    return pairs, findings
-
-
-def _shared(where: str, setting: str, index: int, pairs: Sequence[_Pair], owners: dict[Path, int]) -> list[_Finding]:
-    """One finding if an earlier folder reads some of these pictures too; notes in `owners` who reads what."""
-    twice: list[int] = []
-    for pair in pairs:
-        owner = owners.setdefault(pair.picture.resolve(), index)
-        if owner != index:
-            twice.append(owner)
-    if not twice:
-        return []
-    what = f"{len(twice)} of its pictures are read by {setting}[{min(twice)}] too; use `repeats` to see some more often"
-    return [_Finding("folder", Problem(where, what))]
-
-
-def _read(pairs: Sequence[_Pair], *, decode: bool) -> tuple[list[Example], list[_Finding]]:
+def _read(
+    pairs: Sequence[tuple[int, Pair]], *, decode: bool, on_progress: Progress | None
+) -> tuple[list[Example], list[Finding]]:
     """Opens all pictures and captions, several at a time; results keep the order of the pairs."""
 
-    def read(pair: _Pair) -> tuple[Example | None, list[_Finding]]:
-        return _read_one(pair, decode=decode)
+    def read(pair: tuple[int, Pair]) -> tuple[Example | None, list[Finding]]:
+        return _read_one(*pair, decode=decode)
 
-    results = list(map_ahead(read, pairs))
-    examples = [example for example, _ in results if example is not None]
-    return examples, [finding for _, findings in results for finding in findings]
+    examples: list[Example] = []
+    findings: list[Finding] = []
+    for done, (example, wrong) in enumerate(map_ahead(read, pairs), 1):
+        examples += [example] if example else []
+        findings += wrong
+        if on_progress:
+            on_progress("reading pictures", done, len(pairs))
+    return examples, findings
 
 
-def _read_one(pair: _Pair, *, decode: bool) -> tuple[Example | None, list[_Finding]]:
-    findings: list[_Finding] = []
-    width_px = height_px = 0
-    caption = ""
+def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, list[Finding]]:
+    findings: list[Finding] = []
+    size, look = (0, 0), None
     try:
-        width_px, height_px = measure(pair.picture, decode=decode)
+        if decode:
+            size, look = look_at(pair.picture)
+        else:
+            size = measure(pair.picture, decode=False)
     except PictureError as error:
-        findings.append(_Finding("unreadable picture", Problem(str(pair.picture), str(error))))
+        findings.append(Finding("unreadable picture", Problem(str(pair.picture), str(error))))
+        if not pair.picture.exists():
+            return None, findings  # a link that points nowhere needs no caption
     try:
-        caption = read_caption(pair.caption) if pair.caption else ""
+        texts, num_lines = _texts(pair)
     except CaptionError as error:
-        findings.append(_Finding("unreadable caption", Problem(str(pair.caption), str(error))))
+        findings.append(Finding("unreadable caption", Problem(str(pair.caption), str(error))))
     else:
-        if not caption and pair.folder.missing_captions == "error":
-            findings.append(_Finding("picture without a caption", _uncaptioned(pair)))
+        if not texts and pair.folder.missing_captions == "error":
+            findings.append(Finding("picture without a caption", _uncaptioned(pair)))
     if findings:
         return None, findings
-    return Example(pair.picture, caption, width_px, height_px, pair.folder.repeats), []
+    wording = wording_of(pair.folder)
+    caption, varied = worded(texts, wording)
+    return Example(
+        path=pair.picture,
+        caption=caption,
+        width_px=size[0],
+        height_px=size[1],
+        repeats=pair.repeats,
+        varied=varied,
+        folder=index,
+        beside=pair.beside,
+        concept=pair.concept,
+        num_lines=num_lines,
+        has_trigger=any(holds_word(text, wording.trigger) for text in texts),
+        look=look,
+    ), []
 
 
-def _uncaptioned(pair: _Pair) -> Problem:
-    found = "its caption file is empty" if pair.caption else "no caption"
-    name = pair.picture.with_suffix(".txt").name
-    return Problem(str(pair.picture), f'{found}; write one in {name}, or set missing_captions = "empty"')
+def _texts(pair: Pair) -> tuple[tuple[str, ...], int]:
+    """Return the texts that a picture's caption holds, and how many lines it is written in. Raises CaptionError."""
+    if pair.texts is not None or pair.caption is None:
+        return pair.texts or (), int(bool(pair.texts))
+    content = read_text(pair.caption)
+    return texts_of(content, pair.folder.caption_lines), len(texts_of(content, "drawn"))
+
+
+def _uncaptioned(pair: Pair) -> Problem:
+    found = "its caption is empty" if pair.caption else "no caption"
+    if pair.beside:
+        return Problem(str(pair.picture), f"{found}, but {pair.beside}")
+    match pair.folder.captions:
+        case "txt" | "caption":
+            where = f"in {pair.picture.with_suffix('.' + pair.folder.captions).name}"
+        case "metadata":
+            where = "for it in the metadata file"
+        case "meta_cap":
+            where = "for it in meta_cap.json"
+    return Problem(str(pair.picture), f'{found}; write one {where}, or set missing_captions = "empty"')

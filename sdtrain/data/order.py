@@ -160,6 +160,21 @@ def split(
     return joined
 
 
+def deal(costs: Sequence[int], hands: int) -> list[list[int]]:
+    """Return which micro-batches each of `hands` processes computes, so that none has much more to do than another.
+
+    costs: what each micro-batch takes, in any unit. The dearest goes first, to who has least to do by then; each hand
+    keeps the order of the step.
+    """
+    dealt: list[list[int]] = [[] for _ in range(hands)]
+    load = [0] * hands
+    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+        hand = load.index(min(load))
+        dealt[hand].append(index)
+        load[hand] += costs[index]
+    return [sorted(hand) for hand in dealt]
+
+
 def dropped(seed: int, step: int, index: int, num: int, share: float) -> list[bool]:
     """Return for each of the `num` captions of planned micro-batch `index` of a step whether it is left empty."""
     random = stream(seed, "dropout", step, index)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError, features
 
+from sdtrain.data.scanning.looks import Look, look_of
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"})
-UNSUPPORTED_SUFFIXES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"})
+HEIF_SUFFIXES = frozenset({".heic", ".heif", ".hif"})
+UNSUPPORTED_SUFFIXES = frozenset({".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw"})
 # A list, because PIL would also try formats that start other programs (EPS) or that are no pictures.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", *(("AVIF",) if features.check("avif") else ()))
 MIN_SIDE_PX = 16
@@ -32,6 +39,7 @@ BROKEN = (
     Image.DecompressionBombError,
 )
 
+_HEIF_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _EXIF_ORIENTATION = 0x0112
 _PNG_METADATA = frozenset({b"eXIf", b"tEXt", b"zTXt", b"iTXt"})
 _UPRIGHT = {
@@ -63,6 +71,19 @@ def measure(path: Path, *, decode: bool) -> tuple[int, int]:
     return (height, width) if sideways else (width, height)
 
 
+def look_at(path: Path) -> tuple[tuple[int, int], Look]:
+    """Return the size of the upright picture as `measure`, and how it looks; every pixel is read.
+
+    Raises PictureError.
+    """
+    with _opened(path) as image:
+        image.load()
+        orientation = _orientation(image, path)
+        width, height = image.size
+        size = (height, width) if orientation in _SIDEWAYS else (width, height)
+        return size, look_of(image, path, _UPRIGHT.get(orientation))
+
+
 def load_upright(path: Path) -> Image.Image:
     """Return the whole picture, upright, in the mode of the file. Raises PictureError."""
     with _opened(path) as image:
@@ -71,12 +92,23 @@ def load_upright(path: Path) -> Image.Image:
         return image.copy() if turn is None else image.transpose(turn)
 
 
+@cache
+def heif_is_there() -> bool:
+    """Return whether pillow-heif is installed, with which HEIC pictures are read."""
+    return find_spec("pillow_heif") is not None
+
+
+def missing_heif() -> str:
+    """Return what to do about a HEIC picture where pillow-heif is not installed."""
+    return 'HEIC pictures need pillow-heif: pip install "sdtrain[heic]"; or convert it to PNG or JPEG'
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     if not stat.S_ISREG(_mode(path)):
         raise PictureError("is a device or a pipe, not a picture; remove it")  # opening a pipe would wait for ever
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with _open(path) as image:
             _refuse_unusable(image)
             yield image
     except BROKEN as error:
@@ -87,7 +119,31 @@ def _mode(path: Path) -> int:
     try:
         return path.stat().st_mode
     except OSError as error:
-        raise PictureError(f"picture cannot be read: {error.strerror or error}") from error
+        raise PictureError(_reason(path, error)) from error
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError:
+        if not _is_heif(path):
+            raise
+    if not heif_is_there():
+        raise PictureError(missing_heif())
+    _register_heif()
+    return Image.open(path, formats=("HEIF",))
+
+
+def _is_heif(path: Path) -> bool:
+    """Whether a file holds HEIC, whatever its name: phones hand it out as .jpg, too."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
+
+
+@cache
+def _register_heif() -> None:
+    import_module("pillow_heif").register_heif_opener()
 
 
 def _refuse_unusable(image: Image.Image) -> None:
@@ -96,7 +152,7 @@ def _refuse_unusable(image: Image.Image) -> None:
         raise PictureError(f"picture is only {width} x {height} px; at least {MIN_SIDE_PX} px a side are needed")
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
         raise PictureError("picture has 32 bits a channel, without a known range; save it with 8 or 16 bits")
-    if image.format != "MPO" and _has_second_frame(image):  # an MPO is a photograph with its depth map or twin
+    if image.format not in ("MPO", "HEIF") and _has_second_frame(image):  # photographs with a depth map or a twin
         what = "several pages" if image.format == "TIFF" else "several frames (an animation)"
         raise PictureError(f"file holds {what}; save the one that is meant as a picture of its own")
 
@@ -141,7 +197,16 @@ def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         if path.stat().st_size == 0:
             return "file is empty; replace or remove it"
+        if _is_heif(path):
+            return "picture is damaged; replace or remove it"
         return f"not a picture that can be read ({', '.join(FORMATS)}); convert, replace or remove it"
+    if isinstance(error, Image.DecompressionBombError):
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0) // 1_000_000
+        return f"picture has more than {most} megapixels, the most that are read; scale it down"
+    if isinstance(error, FileNotFoundError) and path.is_symlink():
+        return "is a link that points nowhere; mend or remove it"
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return "is a link that leads back to itself; mend or remove it"
     if isinstance(error, OSError) and error.strerror:
         return f"picture cannot be read: {error.strerror}"
     return f"picture is damaged: {error or type(error).__name__}; replace or remove it"

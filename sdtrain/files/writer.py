@@ -1,7 +1,8 @@
 """Everything the program writes is written here, under one contract.
 
 - Whole or not at all: a crash, a kill or a full disk at any moment leaves what was there before, or the new content.
-- It is on the disk when the call returns, in a power cut too: the file before it gets its name, its folder after that.
+- It is on the disk when the call returns, in a power cut too: the file before it gets its name, its folder after that,
+  and a folder that was made for it by its name as well.
 - Room is looked for before the first byte, where the size is known.
 - What the operating system refuses is told as a sentence: a UserError that says what to do.
 - Only a regular file replaces a file and only a folder replaces a folder; a link stays, and what it points to is
@@ -123,8 +124,21 @@ def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Pa
     if target.parent.is_dir():
         remove_left_overs(target.parent)
     check_space(target, num_bytes)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     return target
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless they are there; their names are on the disk when the call returns.
+
+    Without that a power cut could take a folder away with all that was saved in it. Raises OSError, and UserError where
+    the disk does not confirm it.
+    """
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    _sync_names(path.parent)
 
 
 def _wrong_place(mode: int) -> str:

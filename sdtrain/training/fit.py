@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 from rich.console import Console
 from torch import Tensor
 
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
-from sdtrain.data.examples import Example
+from sdtrain.errors import NotFiniteError
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
 from sdtrain.training.ending.memory import Room, explained_while
 from sdtrain.training.ending.rescue import kept_on_errors
 from sdtrain.training.ending.signals import StopRequests
+from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.keeping.room import require_room
 from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save, validate
+from sdtrain.training.outputs import (
+    Training,
+    checkpoint,
+    export,
+    export_along,
+    leave,
+    newest_text,
+    preview,
+    save,
+    validate,
+)
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import encode_everything, load
+from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
 from sdtrain.training.run import Run, open_run, write_resolved_config
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
@@ -42,31 +56,39 @@ def fit(
     stop: StopRequests,
     *,
     watchers: Sequence[Watcher] = (),
+    ranks: Ranks = ALONE,
 ) -> tuple[int, bool]:
     """Train what the config says on a model that was opened, from where the run stands.
 
     Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
     found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
-    between two steps.
+    between two steps. ranks: the processes that train the run together; the first one writes and speaks.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
     """
     started = time.monotonic()
-    training = prepare(config, opened, standing, console, stop)
+    training = prepare(config, opened, standing, console, stop, ranks)
     first_step = training.step
     console.print(banner(training.run, training.trainable, training.data.batches, first_step))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     said: list[str] = []
+    record = _record_of(training.run, first_step)
     try:
         with (
-            watching(_record_of(training.run, first_step), console, watchers) as everybody,
+            watching(record, console, watchers, somebody_else=not ranks.is_first) as everybody,
             kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
         ):
             train(training, everybody, stop)
             if not training.is_finished:
                 said.extend(leave(training, everybody, stop.name))
             everybody.tell(EndRecord(training.step, "finished" if training.is_finished else "stopped"))
+            ranks.wait_for_the_first()
+    except NotFiniteError as error:  # on all ranks in the same step
+        ranks.wait_for_the_first()
+        if not ranks.is_first:
+            raise ToldElsewhereError(error.exit_code) from error
+        raise
     finally:
         say(console, *said)
     if training.is_finished:
@@ -75,20 +97,25 @@ def fit(
     return training.step, training.is_finished
 
 
-def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Console, stop: StopRequests) -> Training:
+def prepare(
+    config: Config, opened: OpenedModel, standing: Standing, console: Console, stop: StopRequests, ranks: Ranks
+) -> Training:
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
-    run = open_run(config)
+    run = open_run(config, ranks)
     with explained_while(lambda: stop.doing, run):
         stop.doing = "loading the model"
         model = load(run, opened)
         stop.doing = "encoding the pictures and captions"
-        data = encode_everything(model, run, standing, console)
+        with ranks.first_alone():  # the others find everything in the cache
+            data = encode_everything(model, run, standing, console)
         stop.doing = "preparing the first step"
         stop.leave_if_asked()
         trainable = train_parameters(model, run)
         optimizer = build_optimizer(trainable, config)
-    require_room(run.folder, config, opened, trainable, standing.step)
-    say(console, *standing.notes, *clear_the_way(standing, run.folder))
+    with ranks.first_alone():
+        if ranks.is_first:
+            require_room(run.folder, config, opened, trainable, standing.step)
+            say(console, *standing.notes, *clear_the_way(standing, run.folder))
     background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
     validator = Validator(data.held_out, run.folder / "checkpoints", config.validation.patience)
     training = Training(run, model, trainable, optimizer, data, background, validator)
@@ -100,29 +127,31 @@ def prepare(config: Config, opened: OpenedModel, standing: Standing, console: Co
 def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, pace, room = run.config, Pace(), Room(training.model, run.config, optimizer)
+    config, ranks, pace, room = run.config, run.ranks, Pace(), Room(training.model, run.config, optimizer)
     guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
-    objective = Objective(training.model, config, run.device)
+    objective = Objective(training.model, config, run.device, training.data.preservation)
     if training.step == 0:
         preview(training, watchers, stop)
     if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):
         validate(training, objective, watchers, stop)  # which was given up when the run was stopped
-    while not training.is_finished and not stop.asked:
+    while not training.all_agree_to_end(stop):
         training.doing = f"finishing step {training.step + 1}"
         pace.begin_step()
         trainable.require_gradients(training.step)
-        losses, examples = room.enough_for(
+        loss = room.enough_for(
             lambda: gradients(training, objective, room.batch_size),
             lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
         )
+        loss = ranks.add_up(trainable.parameters(), loss)
         optimizer.step()  # changes nothing where gradients are not finite
         trainable.limit_norms(optimizer)
         training.step += 1
-        total, groups = float(sum(losses)), group_records(optimizer)
+        total, groups = float(loss), group_records(optimizer)
         skipped = guard.was_left_out(groups)
         training.is_sound = guard.is_sound
         bad = bad_gradients(trainable.named_parameters()) if skipped else ""
         optimizer.zero_grad(set_to_none=True)
+        examples = training.data.batches.examples_at(training.step - 1)
         images_per_s = pace.end_step(len(examples))
         pictures = files_of(examples) if skipped else ()
         record = StepRecord(training.step, total, len(examples), images_per_s, groups, skipped, pictures)
@@ -135,25 +164,26 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             validate(training, objective, watchers, stop)
         if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
             checkpoint(training, watchers)
+        if due(training.step, config.export.every, config.steps):
+            export_along(training, watchers)
     if training.is_finished:
         save(training, watchers)
         export(training, watchers, run.weights_path)
 
 
-def gradients(training: Training, objective: Objective, batch_size: int) -> tuple[list[Tensor], list[Example]]:
-    """Add up the gradients of the coming step; return its micro-batches' shares of the loss, and its pictures.
+def gradients(training: Training, objective: Objective, batch_size: int) -> Tensor:
+    """Add up this process's gradients of the coming step; return its share of the loss, ().
 
     batch_size: the most pictures that are computed at once.
     """
-    losses: list[Tensor] = []
-    examples: list[Example] = []
-    for batch, share in training.data.batches.at(training.step, batch_size):
-        with training.trainable.dropout.drawn(training.run.generator("dropout", training.step, batch.index)):
-            loss = share * objective(batch, partial(training.run.generator, "noise", training.step))
+    run, place = training.run, training.run.ranks.place
+    total = torch.zeros((), device=run.device)
+    for batch, share in training.data.batches.at(training.step, batch_size, hand=place.rank, hands=place.size):
+        with training.trainable.dropout.drawn(run.generator("dropout", training.step, batch.index)):
+            loss = share * objective(batch, partial(run.generator, "noise", training.step))
             backward(loss)
-        losses.append(loss.detach())
-        examples += batch.examples
-    return losses, examples
+        total += loss.detach()
+    return total
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -169,6 +199,8 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
     if standing.state is None:
         return
     training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    with contextlib.suppress(OSError):  # which a kill may have kept the last save from
+        remove_superfluous(standing.state.folder.parent, training.step, training.run.config.checkpoint)
     training.is_sound = standing.state.loss_was_finite
     training.validator.go_on_from(training.step)
     if thawed := training.optimizer.thaw():

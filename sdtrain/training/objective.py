@@ -16,6 +16,7 @@ from sdtrain.diffusion.prediction import training_target
 from sdtrain.diffusion.timesteps import draw_timesteps
 from sdtrain.models.model import Model
 from sdtrain.models.placing import sent
+from sdtrain.training.preservation import Preservation
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,22 @@ class Objective:
     model: Model
     config: Config
     device: torch.device
+    preservation: Preservation | None = None
 
     def __call__(self, batch: Batch, generator: Callable[[int], Generator]) -> Tensor:
         """Return the mean loss () of a batch; gradients flow through it.
 
         generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
         """
-        return self.errors(batch, *self._drawn(batch, generator)).mean()
+        noise, seen, timesteps, chosen = self._drawn(batch, generator)
+        loss = self.errors(batch, noise, seen, timesteps).mean()
+        if self.preservation is None:
+            return loss
+        noisy = sent(self.model.schedule.add_noise(batch.latents, seen, timesteps), self.device)
+        steps, sizes = sent(timesteps, self.device), {key: sent(size, self.device) for key, size in batch.sizes.items()}
+        with self._autocast():
+            lost = self.preservation.errors(noisy, steps, sizes, chosen)
+        return loss + lost.mean()
 
     def errors(self, batch: Batch, noise: Tensor, seen: Tensor, timesteps: Tensor) -> Tensor:
         """Return the weighted error of each picture of a batch, (n,) float32; gradients flow through it.
@@ -56,40 +66,48 @@ class Objective:
         noisy, target, weights, deltas = (sent(tensor, device) for tensor in (noisy, target, weights, deltas))
         steps = sent(timesteps, device)
         there = {name: sent(tensor, device) for name, tensor in {**(batch.text or {}), **batch.sizes}.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=config.model.dtype == "mixed"):
+        with self._autocast():
             text = model.encode_captions(batch.captions) if batch.text is None else {}
             prediction = model.predict(noisy, steps, {**text, **there})
         errors = error_per_image(prediction, target, kind=config.loss.kind, huber_delta=deltas)
         return errors * weights
 
-    def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw the noise, the noise that the network sees, both (n, c, h, w), and the timesteps, (n,).
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "mixed")
+
+    def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Draw the noise, the noise that the network sees, both (n, c, h, w), the timesteps, (n,), and which caption is
+        preserved, (n,).
 
         They are drawn for whole planned micro-batches, of which the batch has its rows: so they are the same whatever
         is computed at once.
         """
         drawn = []
         for piece in batch.pieces:
-            whole = self._draw(piece.total, batch.latents.shape, generator(piece.index))
+            shape = (piece.total, *batch.latents.shape[1:])
+            whole = draw_inputs(self.config, shape, generator(piece.index))
             drawn.append([tensor[piece.start : piece.stop] for tensor in whole])
-        noise, seen, timesteps = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
-        return noise, seen, timesteps
+        noise, seen, timesteps, chosen = (torch.cat(tensors) for tensors in zip(*drawn, strict=True))
+        return noise, seen, timesteps, chosen
 
-    def _draw(self, num: int, shape: torch.Size, generator: Generator) -> tuple[Tensor, Tensor, Tensor]:
-        config = self.config
-        noise = draw_noise(
-            (num, *shape[1:]),
-            generator,
-            offset=config.noise.offset,
-            pyramid_discount=config.noise.pyramid_discount,
-        )
-        timesteps = draw_timesteps(
-            num,
-            generator,
-            density=config.timesteps.density,
-            first=config.timesteps.first,
-            last=config.timesteps.last,
-            logit_mean=config.timesteps.logit_mean,
-            logit_std=config.timesteps.logit_std,
-        )
-        return noise, perturb_input(noise, generator, config.noise.input_perturbation), timesteps
+
+def draw_inputs(
+    config: Config, shape: tuple[int, int, int, int], generator: Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw for pictures with latents of a shape (n, c, h, w): the noise, the noise that is seen, timesteps (n,), and
+    the numbers of the captions that are preserved (n,).
+    """
+    num = shape[0]
+    noise = draw_noise(shape, generator, offset=config.noise.offset, pyramid_discount=config.noise.pyramid_discount)
+    timesteps = draw_timesteps(
+        num,
+        generator,
+        density=config.timesteps.density,
+        first=config.timesteps.first,
+        last=config.timesteps.last,
+        logit_mean=config.timesteps.logit_mean,
+        logit_std=config.timesteps.logit_std,
+    )
+    seen = perturb_input(noise, generator, config.noise.input_perturbation)
+    chosen = torch.randint(len(config.preserve.captions), (num,), generator=generator)  # last: it moves no other draw
+    return noise, seen, timesteps, chosen

@@ -17,7 +17,7 @@ from sdtrain.models.model import Model
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
-from sdtrain.training.export import export_weights, format_of
+from sdtrain.training.export import export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Background, UnusableNumbersError, save_state
 from sdtrain.training.objective import Objective
@@ -30,6 +30,7 @@ from sdtrain.training.watching.preview import preview_grid, render, sampling_set
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
+from sdtrain.training.weights_files import NATIVE
 
 TRY_AGAIN_STEPS = 25
 """After how many steps a training state that could not be written is tried again."""
@@ -58,11 +59,20 @@ class Training:
     """What is done now, for the person who stops it."""
     try_again_at: int = 0
     """The step before which saving is not tried again, after it failed."""
+    first_is_finished: bool = False
+    """Whether the ranks agreed that the run is finished; the first one alone validates."""
+
+    def all_agree_to_end(self, stop: StopRequests) -> bool:
+        """Return whether the run ends here, finished or stopped: the same on all ranks, whoever was asked to stop."""
+        number, self.first_is_finished = self.run.ranks.agree(stop.number, self.is_finished)
+        if number:
+            stop.ask(number)
+        return bool(number) or self.first_is_finished
 
     @property
     def is_finished(self) -> bool:
         """Whether all planned steps are done, or as many as the validation found enough."""
-        return self.step >= self.run.config.steps or self.validator.is_enough
+        return self.first_is_finished or self.step >= self.run.config.steps or self.validator.is_enough
 
     def explain(self, error: Exception) -> UserError | None:
         """Return what a person is told instead of an error, where more can be said than the error does."""
@@ -77,7 +87,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     They are given up when the run is asked to end, and left out where they fail.
     """
     step, config, prompts = training.step, training.run.config, training.data.prompts
-    if not prompts.texts or not config.preview.every or stop.asked:
+    if not training.run.ranks.is_first or not prompts.texts or not config.preview.every or stop.asked:
         return
     training.doing = f"giving up the preview of step {step}"
     folder = training.run.folder / "previews"
@@ -110,6 +120,8 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
     A state of steps that were left out is not worth the place of one before them. Either way the run goes on, for to
     end it would lose what is in memory only.
     """
+    if not training.run.ranks.is_first:
+        return
     training.state_is_owed = True
     if not training.is_sound or training.step < training.try_again_at:
         return
@@ -136,8 +148,9 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
     """
     training.doing = f"finishing step {training.step}"
     step = training.step
-    if step == training.saved_step:
+    if step == training.saved_step or not training.run.ranks.is_first:
         return
+    watchers.keep_log()
     try:
         path = save_state(
             training.run.folder / "checkpoints",
@@ -166,6 +179,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     state comes last, so that a run which goes on from it has the weights too. It is given up when the run is asked to
     end. What fails here is no reason to end the training.
     """
+    if not training.run.ranks.is_first:
+        return
     step = training.step
     training.doing = f"giving up the validation of step {step}"
     try:
@@ -184,17 +199,16 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
 def export(training: Training, watchers: Watchers, path: Path) -> None:
     """Write the averaged weights to `path`."""
     run, optimizer, step = training.run, training.optimizer, training.step
+    if not run.ranks.is_first:
+        return
     with averaged(optimizer):
-        export_weights(
-            training.model,
-            run.config,
-            path,
-            kind=format_of(run.config),
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
+        written = export_files(
+            training.model, run.config, path, step=step, examples=training.data.examples, groups=optimizer.metrics()
         )
-    watchers.tell(SavedRecord(step, path, "weights"))
+    for file in written:
+        watchers.tell(SavedRecord(step, file.path, "weights"))
+        if file.note:
+            watchers.tell(NoteRecord(step, f"note: {file.note}"))
 
 
 def leave(training: Training, watchers: Watchers, cause: str | Exception) -> list[str]:
@@ -202,6 +216,8 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> lis
 
     cause: the error that ends it, or the name of the signal.
     """
+    if not training.run.ranks.is_first:
+        return []
     failed = isinstance(cause, Exception)
     saving = Saving(
         state=lambda: save(training, watchers, keep_all=failed),
@@ -224,11 +240,35 @@ def _export_early(training: Training, watchers: Watchers) -> Path | None:
     run = training.run
     path = run.weights_path.with_name(f"{run.config.name}-step-{training.step:06d}.safetensors")
     export(training, watchers, path)
-    name = re.compile(re.escape(run.config.name) + r"-step-\d+\.safetensors")
-    early = sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
-    for file in early[: -run.config.checkpoint.keep]:
-        file.unlink(missing_ok=True)
+    settings = run.config
+    _keep_newest(
+        path.parent, settings.name, settings.export.keep if settings.export.every else settings.checkpoint.keep
+    )
     return path
+
+
+def _keep_newest(folder: Path, run: str, number: int) -> None:
+    name = re.compile(re.escape(run) + r"-step-\d+\.safetensors")
+    early = sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
+    for file in early[:-number]:
+        for one in (file, file.with_name(f"{file.stem}{NATIVE}{file.suffix}")):
+            one.unlink(missing_ok=True)
+
+
+def export_along(training: Training, watchers: Watchers) -> None:
+    """Write the averaged weights of the way, as many of which stay as `export.keep` says.
+
+    Where that fails it is told, and the training goes on: they can be had from a training state, too.
+    """
+    if training.is_finished or not training.is_sound or not training.run.ranks.is_first:
+        return
+    training.doing = f"finishing step {training.step}"
+    try:
+        _export_early(training, watchers)
+    except (UserError, OSError, MemoryError) as error:
+        release(error)
+        text = f"note: no weights of step {training.step} were written: {sentence(error)}; the training goes on"
+        watchers.tell(NoteRecord(training.step, text))
 
 
 def _newest(training: Training) -> Path | None:

@@ -82,6 +82,10 @@ class Trainable:
         """Every trained parameter as `group/name`."""
         return {f"{group.name}/{name}": value for group in self.groups for name, value in group.parameters.items()}
 
+    def parameters(self) -> list[nn.Parameter]:
+        """Every trained parameter, in the order of the optimizer's groups."""
+        return [value for group in self.groups for value in group.parameters.values()]
+
     def require_gradients(self, step: int) -> None:
         """Let the groups that are still trained after `step` steps, and only those, take part in backward."""
         for group in self.groups:

@@ -19,10 +19,11 @@ from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
+from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
 from sdtrain.training.validating.held_out import HeldOut
-from sdtrain.training.watching.preparation import Preparation
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
+from sdtrain.training.watching.progress import ProgressLines
 
 
 def open_and_load(run: Run) -> Model:
@@ -44,12 +45,14 @@ def load(run: Run, opened: OpenedModel) -> Model:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the loop reads: the pictures as batches, those that are held out, and the prompts to preview."""
+    """What the loop reads: the pictures as batches, those that are held out, the prompts to preview, and what holds the
+    model to its base."""
 
     examples: list[Example]
     batches: Batches
     prompts: Prompts
     held_out: HeldOut | None
+    preservation: Preservation | None = None
 
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
@@ -62,8 +65,9 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     batches = make_batches(model, run, standing.examples, console, plan=standing.plan, digests=standing.digests)
     held_out = prepare_held_out(model, run, standing.held_out, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
+    preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))
-    return Prepared(standing.examples, batches, prompts, held_out)
+    return Prepared(standing.examples, batches, prompts, held_out, preservation)
 
 
 def prepare_held_out(model: Model, run: Run, examples: Sequence[Example], console: Console) -> HeldOut | None:
@@ -101,7 +105,7 @@ def make_batches(
         text_fingerprint=text,
         sizes=model.encode_sizes,
     )
-    with Preparation(console) as progress:
+    with ProgressLines(console) as progress:
         return prepare_batches(
             config.data,
             examples,

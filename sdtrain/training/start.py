@@ -9,16 +9,16 @@ from typing import Any
 
 from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
-from sdtrain.config.schema import Config, FolderConfig, LoraConfig
-from sdtrain.data.examples import Example, scan_folders
+from sdtrain.config.schema import Config, FolderConfig
+from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
 from sdtrain.training.keeping.manifest import state_folders
 from sdtrain.training.keeping.stored import copy_of_settings, settings_path
+from sdtrain.training.warm_start_check import warm_start_misfits, warm_start_problems
 
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
@@ -106,9 +106,11 @@ def _occupied(config: Config, folder: Path) -> list[Problem]:
     """Return the problem that a run that begins has with another run in its folder, if there is one."""
     if not (folder / "config.toml").exists():
         return _left_behind(folder)
-    if not (folder / "weights" / f"{config.name}.safetensors").exists():
-        return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
     steps = stored_config(folder).steps
+    states = state_folders(folder / "checkpoints")
+    stands_before = bool(states) and states[-1][0] < steps  # weights may be of before it was given more steps
+    if stands_before or not (folder / "weights" / f"{config.name}.safetensors").exists():
+        return [_at_name(f"{folder} holds a run that was not finished; add --resume to go on, {ANOTHER_NAME}")]
     what = f"{folder} holds a finished run; add --resume --set steps=N to train it beyond {steps} steps, {ANOTHER_NAME}"
     return [_at_name(what)]
 
@@ -127,15 +129,17 @@ def _left_behind(folder: Path) -> list[Problem]:
     return [_at_name(what + ANOTHER_NAME)]
 
 
-def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[OpenedModel, list[Example]]:
+def inspect_run(
+    draft: Draft, *, decode: bool, fetch: bool = False, on_progress: Progress | None = None
+) -> tuple[OpenedModel, list[Example]]:
     """Return the model, opened, and the pictures. Raises UserError with everything that is wrong with the run.
 
     What depends on a setting that is wrong is left out; all else is looked at. decode: whether every pixel of every
     picture is read. fetch: whether a model that is named by a hub id and not in the local cache is fetched, once
-    nothing else is wrong.
+    nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
-    examples, problems = _pictures(draft, decode=decode)
-    draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
+    examples, problems = _pictures(draft, decode=decode, on_progress=on_progress)
+    draft = draft.with_problems(problems).with_new_problems(warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
     opened = None
@@ -152,6 +156,7 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
                 *_network_problems(config, opened),
                 *_timestep_problems(config, opened),
                 *_weighting_problems(config, opened),
+                *warm_start_misfits(config, opened),
             ]
         )
     draft.require_sound()
@@ -159,18 +164,18 @@ def inspect_run(draft: Draft, *, decode: bool, fetch: bool = False) -> tuple[Ope
     return opened, examples
 
 
-def _pictures(draft: Draft, *, decode: bool) -> tuple[list[Example], list[Problem]]:
+def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tuple[list[Example], list[Problem]]:
     """Return the pictures to train on and those that are held out, and what is wrong with them."""
     validation = draft.config.validation
-    examples, problems = _scan(draft, "data.folder", draft.config.data.folder, decode=decode)
-    apart, more = _scan(draft, "validation.folder", validation.folder, decode=decode)
+    examples, problems = _scan(draft, "data.folder", draft.config.data.folder, decode, on_progress)
+    apart, more = _scan(draft, "validation.folder", validation.folder, decode, on_progress)
     if problems or more or not draft.knows("validation", "data.folder"):
         return [*examples, *apart], [*problems, *more]
     return hold_out(examples, apart, validation)
 
 
 def _scan(
-    draft: Draft, setting: str, folders: Sequence[FolderConfig], *, decode: bool
+    draft: Draft, setting: str, folders: Sequence[FolderConfig], decode: bool, on_progress: Progress | None
 ) -> tuple[list[Example], list[Problem]]:
     """Return the pictures of those folders whose paths are known, and what is wrong with them."""
     known = [draft.knows(f"{setting}[{index}].path") for index in range(len(folders))]
@@ -182,25 +187,11 @@ def _scan(
     ]
     data = draft.config.data.model_copy(update={"folder": lenient})
     skip = [index for index, is_known in enumerate(known) if not is_known]
-    examples, problems = scan_folders(data, decode=decode, skip=skip, setting=setting)
+    examples, problems = scan_folders(data, decode=decode, skip=skip, setting=setting, on_progress=on_progress)
     return examples, [
         problem if problem.where.startswith(f"{setting}[") else replace(problem, settings=(setting,))
         for problem in problems
     ]
-
-
-def _warm_start_problems(config: Config) -> list[Problem]:
-    """Return what keeps the file in `method.init_from` from being opened.
-
-    Whether it fits the networks can only be told once these are there.
-    """
-    if not isinstance(config.method, LoraConfig) or not config.method.init_from:
-        return []
-    try:
-        read_header(Path(config.method.init_from).expanduser())
-    except UserError as error:
-        return [Problem("method.init_from", explain(error))]
-    return []
 
 
 def _network_problems(config: Config, facts: OpenedModel) -> list[Problem]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdtrain.data.captions import CaptionError, decode, normalise, read_caption
+from sdtrain.data.captions.text import CaptionError, decode, normalise, read_text, texts_of
 
 
 @given(st.text())
@@ -21,11 +21,11 @@ def test_a_normalised_caption_is_one_line_and_stays_as_it_is(text: str) -> None:
 
 @given(st.text().filter(lambda text: "\0" not in text and not text.startswith("\ufeff")))
 def test_a_byte_order_mark_changes_nothing(text: str) -> None:
-    assert decode(text.encode("utf-8")) == decode(text.encode("utf-8-sig")) == normalise(text)
+    assert decode(text.encode("utf-8")) == decode(text.encode("utf-8-sig")) == text
 
 
 def test_newlines_become_spaces() -> None:
-    assert decode(b"a red circle\r\n  on white\n\n") == "a red circle on white"
+    assert texts_of("a red circle\r\n  on white\n\n", "joined") == ("a red circle on white",)
 
 
 @given(st.binary())
@@ -44,4 +44,4 @@ def test_other_encodings_are_refused_instead_of_garbled(encoding: str) -> None:
 
 def test_a_file_that_cannot_be_opened_is_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(CaptionError, match="No such file"):
-        read_caption(tmp_path / "absent.txt")
+        read_text(tmp_path / "absent.txt")

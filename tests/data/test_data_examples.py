@@ -12,7 +12,9 @@ from PIL import Image
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import examples as scanning
-from sdtrain.data.examples import MAX_ALIKE, scan_folders
+from sdtrain.data import pictures as opening
+from sdtrain.data.examples import scan_folders
+from sdtrain.data.scanning.findings import MAX_ALIKE
 from sdtrain.errors import Problem, UserError
 
 MakeConfig = Callable[..., DataConfig]
@@ -210,8 +212,98 @@ def test_all_problems_come_together_and_a_long_list_is_cut_by_kind(
 
 
 def test_checking_pictures_never_imports_torch() -> None:
+    modules = ("examples", "captions.text", "buckets", "report.summary")
     code = (
-        "import sys, sdtrain.data.examples, sdtrain.data.captions, sdtrain.data.buckets, sdtrain.data.report; "
+        f"import sys, {', '.join('sdtrain.data.' + module for module in modules)}; "
         "sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("exclude", [["masks", "old*"], ["masks/", "*/old b.png"], ["masks/*", "old b.png"]])
+def test_what_is_excluded_is_not_read(
+    tmp_path: Path, picture: MakePicture, config: MakeConfig, exclude: list[str]
+) -> None:
+    picture(tmp_path / "a.png", (16, 16), "a")
+    picture(tmp_path / "sub" / "old b.png", (16, 16), None)
+    picture(tmp_path / "masks" / "a.png", (16, 16), None)
+    examples, problems = scan_folders(config(FolderConfig(path=str(tmp_path), exclude=exclude)), decode=True)
+    assert not problems and [example.path.name for example in examples] == ["a.png"]
+
+
+def test_thumbnails_of_a_network_drive_are_left_alone(tmp_path: Path, picture: MakePicture, config: MakeConfig) -> None:
+    picture(tmp_path / "a.png", (16, 16), "a")
+    picture(tmp_path / "@eaDir" / "a.png" / "thumb.png", (16, 16), None)
+    examples, problems = scan_folders(config(tmp_path), decode=True)
+    assert len(examples) == 1 and not problems
+
+
+def test_links_in_a_ring_and_links_to_nowhere_are_told_once_each(
+    tmp_path: Path, picture: MakePicture, config: MakeConfig
+) -> None:
+    picture(tmp_path / "a.png", (16, 16), "a")
+    (tmp_path / "x.png").symlink_to(tmp_path / "y.png")
+    (tmp_path / "y.png").symlink_to(tmp_path / "x.png")
+    (tmp_path / "z.png").symlink_to(tmp_path / "gone.png")
+    told = {Path(problem.where).name: problem.what for problem in problems_of(config(tmp_path))}
+    assert set(told) == {"x.png", "y.png", "z.png"} and len(problems_of(config(tmp_path))) == 3
+    assert "back to itself" in told["x.png"] and "points nowhere" in told["z.png"]
+
+
+def test_a_folder_that_cannot_be_read_hides_nothing_else(
+    tmp_path: Path, picture: MakePicture, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png", (16, 16), None)
+    picture(tmp_path / "locked" / "b.png", (16, 16), "b")
+    listed = Path.iterdir
+
+    def locked(folder: Path) -> object:
+        if folder.name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", locked)
+    told = {Path(problem.where).name: problem.what for problem in problems_of(config(tmp_path))}
+    assert set(told) == {"a.png", "locked"} and "Permission denied" in told["locked"]
+
+
+def test_a_picture_of_an_unknown_format_is_told_once(tmp_path: Path, config: MakeConfig) -> None:
+    (tmp_path / "a.jxl").write_bytes(b"x")
+    (tmp_path / "a.txt").write_text("a")
+    assert "convert" in one_problem(config(tmp_path)).what
+
+
+def test_a_picture_beyond_the_limit_is_not_called_damaged(
+    tmp_path: Path, picture: MakePicture, config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2_000_000)
+    Image.new("1", (2001, 2001)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a")
+    what = one_problem(config(tmp_path)).what
+    assert "more than 4 megapixels" in what and "damaged" not in what
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.HEIF", "a.jpg"])
+def test_without_its_library_a_heic_picture_says_how_to_install_it(
+    tmp_path: Path, config: MakeConfig, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    opening.heif_is_there.cache_clear()
+    (tmp_path / name).write_bytes(HEIC)
+    (tmp_path / "a.txt").write_text("a")
+    what = one_problem(config(tmp_path)).what
+    assert 'pip install "sdtrain[heic]"' in what
+    opening.heif_is_there.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["a.heic", "a.jpg"])
+def test_with_its_library_a_heic_picture_is_read_as_any_other(tmp_path: Path, config: MakeConfig, name: str) -> None:
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(Image.new("RGB", (48, 32), (200, 30, 30))).save(str(tmp_path / "a.heic"))
+    (tmp_path / "a.heic").rename(tmp_path / name)
+    (tmp_path / "a.txt").write_text("a")
+    examples, problems = scan_folders(config(tmp_path), decode=True)
+    assert not problems and (examples[0].width_px, examples[0].height_px) == (48, 32)

@@ -11,7 +11,7 @@ import pytest
 from sdtrain.config.schema import DataConfig
 from sdtrain.data.batches import Batches
 from sdtrain.data.examples import Example, scan_folders
-from sdtrain.data.report import summarise
+from sdtrain.data.report.summary import summarise
 
 
 def test_the_report_counts_pictures_captions_buckets_crops_and_upscales(config: Callable[..., DataConfig]) -> None:
@@ -23,10 +23,11 @@ def test_the_report_counts_pictures_captions_buckets_crops_and_upscales(config: 
     report = summarise(examples, config(Path("unused"), max_aspect=2.0))
     assert (report.num_pictures, report.num_images, report.num_captioned, report.num_uncaptioned) == (3, 5, 2, 1)
     assert report.buckets == (((64, 64), 2), ((80, 48), 1))
-    assert (report.num_upscaled, report.worst_upscale) == (1, (2.0, Path("small.png")))
-    assert report.worst_cropped[1] == Path("long.png")
-    assert report.mean_cropped_share == pytest.approx(report.worst_cropped[0] / 3)
-    assert 0.7 < report.worst_cropped[0] < 0.9
+    assert report.upscales == ((2.0, examples[1]),)
+    ((share, example),) = report.crops
+    assert example == examples[2] and 0.7 < share < 0.9
+    assert report.mean_cropped_share == pytest.approx(share / 3)
+    assert report.alone == (examples[2],) and report.moved == ()
 
 
 def test_the_report_promises_the_steps_that_the_batches_have(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from sdtrain import Record, StepRecord
 from sdtrain.commands import fit as command
 from sdtrain.errors import UserError
 from sdtrain.training.ending.one_process import holder_of, only_process
@@ -68,13 +70,6 @@ def test_nobody_is_said_to_train_where_nobody_does(tmp_path: Path) -> None:
     assert holder_of(tmp_path / "small") == ""
 
 
-def test_several_ranks_are_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    ran = run()
-    assert isinstance(ran.error, UserError) and "WORLD_SIZE  is 4, so a launcher such as torchrun" in str(ran.error)
-    assert not ran.folder.exists()
-
-
 def test_a_launcher_with_one_process_is_none(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert run({"steps": 1}).error is None
@@ -87,10 +82,6 @@ def files(ran: Ran) -> dict[str, tuple[int, bytes]]:
 def test_one_command_starts_goes_on_and_finds_a_run_done(
     run: Run, straight: Ran, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import signal
-
-    from sdtrain import Record, StepRecord
-
     def stop(record: Record) -> None:
         if isinstance(record, StepRecord) and record.step == 2:
             signal.raise_signal(signal.SIGUSR1)
@@ -123,6 +114,19 @@ def test_plain_resume_and_plain_start_are_as_they_were(run: Run) -> None:
     run({"steps": 1})
     again = run({"steps": 1})
     assert isinstance(again.error, UserError) and "holds a finished run" in str(again.error)
+
+
+def test_a_run_that_was_given_more_steps_and_stopped_is_not_called_finished(run: Run) -> None:
+    run({"steps": 1})
+
+    def stop(record: Record) -> None:
+        if isinstance(record, StepRecord) and record.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    stopped = run({"steps": 3}, resume=True, watchers=[stop])
+    assert stopped.result is not None and not stopped.result.finished
+    again = run({"steps": 3})
+    assert isinstance(again.error, UserError) and "holds a run that was not finished; add --resume" in str(again.error)
 
 
 def test_mistakes_are_told_together_also_where_a_run_is_being_trained(run: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sdtrain.adapters.dropout import AdapterDropout
 from sdtrain.adapters.kinds import delta
 from sdtrain.adapters.norms import change_norm
 from sdtrain.cli import app
-from sdtrain.commands.notes import notes
+from sdtrain.commands.notes import setting_notes
 from sdtrain.config.read import resolve
 from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import open_model
@@ -181,11 +181,11 @@ def test_a_note_says_that_pure_noise_is_not_trained(train: Train) -> None:
     min_snr = {"loss": {"weighting": "min_snr"}}
     config = resolve(BASE | min_snr, "test")
     opened = open_model(config.model, "model")
-    assert said in " ".join(notes(config, opened))
+    assert said in " ".join(setting_notes(config, opened))
     for changed in ({"timesteps": {"last": 998}}, {"loss": {"weighting": "debiased_kohya"}}, {"loss": {}}):
-        assert notes(resolve(BASE | min_snr | changed, "test"), opened) == []
+        assert setting_notes(resolve(BASE | min_snr | changed, "test"), opened) == []
     off = config.model_copy(update={"model": config.model.model_copy(update={"zero_terminal_snr": "off"})})
-    assert notes(off, opened) == []
+    assert setting_notes(off, opened) == []
 
 
 def test_sample_hands_on_how_guidance_is_rescaled(monkeypatch: pytest.MonkeyPatch) -> None:

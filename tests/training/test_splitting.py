@@ -31,7 +31,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     original = Objective.__call__
 
     def watched(self: Objective, batch: Batch, generator: Any) -> Tensor:
-        noise, noisy, timesteps = self._drawn(batch, generator)
+        noise, noisy, timesteps, _ = self._drawn(batch, generator)
         rows = zip(batch.examples, batch.captions, timesteps.tolist(), noisy, noise, strict=True)
         found.extend(
             (example.path.name, text, timestep, one.numpy().tobytes() + other.numpy().tobytes())
@@ -56,8 +56,8 @@ def test_the_same_pictures_with_the_same_noise_and_timesteps_however_many_are_co
     seen.clear()
     original = Batches.at
 
-    def split(self: Batches, step: int, batch_size: int | None = None) -> Iterator[tuple[Batch, float]]:
-        return original(self, step, at_once)
+    def split(self: Batches, step: int, batch_size: int | None = None, **hands: int) -> Iterator[tuple[Batch, float]]:
+        return original(self, step, at_once, **hands)
 
     monkeypatch.setattr(Batches, "at", split)
     parts, _ = train(DRAWS | {"name": "parts", "data.gradient_accumulation": 2})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sdtrain.errors import user_error
-from sdtrain.files.writer import write_text
+from sdtrain.files.writer import make_folder, write_text
 
 PATIENCE_S = 1.0
 """How long a start waits for somebody who only looks who holds the lock, which takes a moment."""
@@ -41,7 +41,7 @@ def only_process(folder: Path) -> Iterator[None]:
     """Hold the lock of a run's folder. Raises UserError when another process holds it, saying which."""
     lock = _lock_of(folder)
     try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(lock.lock_file).parent)
         lock.acquire(timeout=PATIENCE_S)
     except Timeout:
         raise user_error(str(folder), "name", _held(folder)) from None
@@ -104,14 +104,3 @@ def _held(folder: Path) -> str:
         f"{folder} is being trained by {_holder_text(folder)}; wait for it, stop it (Ctrl-C there, or `kill` its "
         "number, saves its state), or choose another `name` (--set name=...)"
     )
-
-
-def refuse_several_ranks(environment: Mapping[str, str]) -> None:
-    """Raise UserError where a launcher started several processes for one run, which would all train the same."""
-    ranks = environment.get("WORLD_SIZE", "1")
-    if ranks.isdigit() and int(ranks) > 1:
-        what = (
-            f"is {ranks}, so a launcher such as torchrun started {ranks} processes; a run trains in one process, on "
-            "one device: start it as `sdtrain fit CONFIG`"
-        )
-        raise user_error("the environment", "WORLD_SIZE", what)

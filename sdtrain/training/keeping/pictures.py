@@ -60,13 +60,18 @@ def pictures_of(examples: Sequence[Example], digests: Sequence[bytes]) -> tuple[
         Picture(
             name=str(example.path),
             digest=digest.hex()[:DIGEST_DIGITS],
-            caption=digest_of(example.caption.encode("utf-8", "surrogatepass")),
+            caption=digest_of(_said(example).encode("utf-8", "surrogatepass")),
             width_px=example.width_px,
             height_px=example.height_px,
             repeats=example.repeats,
         )
         for example, digest in zip(examples, digests, strict=True)
     )
+
+
+def _said(example: Example) -> str:
+    """The caption of a picture, or all the texts that it is drawn from."""
+    return "\n".join(example.varied.texts) if example.varied else example.caption
 
 
 def register_text(pictures: Sequence[Picture], start: Start | None) -> str:

@@ -26,6 +26,7 @@ from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.tracking import Tracker, movable_modules
 from sdtrain.training.prepare import trains_text
+from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
 
@@ -107,6 +108,7 @@ class _Weights:
 class _Trace:
     def __init__(self, run: Run, model: Model, weights: _Weights, tracker: Tracker) -> None:
         self.run, self.config, self.model, self.weights, self.tracker = run, run.config, model, weights, tracker
+        self.preservation: Preservation | None = None
 
     def all_phases(self, bucket: tuple[int, int], num_examples: tuple[int, int]) -> Traced:
         encode, batch, prompts = self.encode(bucket)
@@ -137,6 +139,7 @@ class _Trace:
             if not trains_text(self.config):
                 text = self.model.encode_captions(["a"])
         prompts = prepare_prompts(self.model, self.config, trains_text=trains_text(self.config))
+        self.preservation = prepare_preservation(self.model, self.config.preserve, trains_text=trains_text(self.config))
         phase = Phase("encode", {"weights": self.weights.all, "largest moment": self.tracker.peak_bytes - start})
         return phase, self._batch(latents, text), prompts
 
@@ -162,7 +165,7 @@ class _Trace:
             gradients = _put_gradients(trainable)
         before = tracker.bytes_now
         tracker.begin_peak()
-        objective = Objective(self.model, self.config, CPU)
+        objective = Objective(self.model, self.config, CPU, self.preservation)
         with trainable.dropout.drawn(self.run.generator("dropout", 0, 0)):
             loss = objective(batch, partial(self.run.generator, "noise", 0))
             kept = tracker.bytes_now - before

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
 from sdtrain.errors import UserError
-from sdtrain.files.writer import reason, write_bytes
+from sdtrain.files.writer import reason, sync, write_bytes
 from sdtrain.training.watching.records import NoteRecord, Record, StepRecord, ValidationRecord
 
 
@@ -23,6 +24,7 @@ class Log:
         self._path, self._first_step = path, first_step
         self._file: FileIO | None = None
         self._waiting = b""
+        self._name_is_kept = False
 
     def see(self, record: Record) -> None:
         """Write the line of a record that has one, and those that wait. Raises OSError when they wait longer."""
@@ -58,6 +60,14 @@ class Log:
             raise OSError(reason(error)) from error
         self._file = FileIO(self._path, "a")
         return self._file
+
+    def flush(self) -> None:
+        """Make the lines that were written outlive a power cut. Raises OSError where the disk does not confirm it."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+            if not self._name_is_kept:
+                sync(self._path.parent)
+                self._name_is_kept = True
 
     def close(self) -> None:
         """Close the file. Lines that still wait are lost; raises OSError then."""

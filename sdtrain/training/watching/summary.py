@@ -26,8 +26,11 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     for group in trainable.groups:
         rows[f"  {group.name}"] = f"{group.num_parameters:,} parameters in {len(group.parameters)} tensors"
     images = config.data.batch_size * config.data.gradient_accumulation
+    if run.ranks.are_several:
+        rows["processes"] = f"{run.ranks.place.size}, which share the pictures of a step"
     rows["pictures"] = f"{batches.num_examples} an epoch of {batches.steps_per_epoch:.1f} steps, up to {images} a step"
-    rows["steps"] = f"{config.steps}" + (f", of which {first_step} are done" if first_step else "")
+    epochs = f"{config.steps / batches.steps_per_epoch:.1f} epochs"
+    rows["steps"] = f"{config.steps}, {epochs}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)

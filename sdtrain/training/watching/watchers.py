@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import BuiltinFunctionType, FunctionType, MethodType
 
 from rich.console import Console
@@ -35,6 +35,12 @@ class Watchers:
         notes += [note for watcher in tuple(self._others) if (note := self._try(watcher, record))]
         for note in (*notes, *self._adviser.notes(record)):
             self.tell(note)
+
+    def keep_log(self) -> None:
+        """Make the log so far outlive a power cut: what a training state says was done is to stand there as well."""
+        if self._log is not None:
+            with suppress(OSError):  # who only looks ends no run, and no save either
+                self._log.flush()
 
     def _write(self, record: Record) -> list[NoteRecord]:
         if self._log is None:
@@ -75,8 +81,16 @@ def name_of(watcher: Watcher) -> str:
 
 
 @contextmanager
-def watching(run: RunRecord, console: Console, others: Sequence[Watcher]) -> Iterator[Watchers]:
-    """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too."""
+def watching(
+    run: RunRecord, console: Console, others: Sequence[Watcher], *, somebody_else: bool = False
+) -> Iterator[Watchers]:
+    """Give the watchers of a run: log, screen, then `others`. An error ends the run for them too.
+
+    somebody_else: whether another process of the run tells and writes; here nobody watches then.
+    """
+    if somebody_else:
+        yield Watchers(None, ())
+        return
     with log_to(run.folder / "log.jsonl", run.first_step) as log, Screen(console, run) as screen:
         watchers = Watchers(log, [screen.see, *others])
         watchers.tell(run)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Literal
+
+Lines = Literal["joined", "drawn"]
 
 
 class CaptionError(Exception):
@@ -18,8 +21,14 @@ def normalise(text: str) -> str:
     return " ".join(text.split())
 
 
+def texts_of(content: str, lines: Lines) -> tuple[str, ...]:
+    """Return the normalised captions that a text holds: itself, or one per line; none if it is blank."""
+    texts = [normalise(text) for text in (content.splitlines() if lines == "drawn" else [content])]
+    return tuple(dict.fromkeys(text for text in texts if text))
+
+
 def decode(content: bytes) -> str:
-    """Return the normalised caption in the bytes of a file, which is UTF-8 with or without a byte order mark.
+    """Return the text in the bytes of a file, which is UTF-8 with or without a byte order mark.
 
     Raises CaptionError for other encodings, which would otherwise train on garbled words.
     """
@@ -30,11 +39,11 @@ def decode(content: bytes) -> str:
         raise CaptionError(f"caption is not UTF-8 ({wrong}); save it as UTF-8") from error
     if "\0" in text:
         raise CaptionError("caption holds zero bytes, as UTF-16 or a binary file does; save it as UTF-8")
-    return normalise(text)
+    return text
 
 
-def read_caption(path: Path) -> str:
-    """Return the normalised caption in a file. Raises CaptionError, also if the file cannot be opened."""
+def read_text(path: Path) -> str:
+    """Return the text in a file. Raises CaptionError, also if the file cannot be opened."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CaptionError("caption is a device or a pipe; put a text file in its place")  # it could wait for ever

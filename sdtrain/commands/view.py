@@ -1,0 +1,80 @@
+"""`sdtrain view`: what a step of a run trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sdtrain.commands.libraries import quiet_pillow
+from sdtrain.config.read import read_draft
+from sdtrain.config.schema import Config
+from sdtrain.data.identity.held_out import training_examples
+from sdtrain.data.report.names import counted, shown_text
+from sdtrain.data.report.steps import Planned, Steps
+from sdtrain.errors import user_error
+from sdtrain.families.words import LATENT_FACTOR_PX
+from sdtrain.training.objective import draw_inputs
+from sdtrain.training.prepare import trains_text
+from sdtrain.training.run import generator_of
+from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.text import say
+
+
+def view_step(path: Path, overrides: Sequence[str], step: int, console: Console) -> None:
+    """Print the pictures of a step with their captions, crops and timesteps, as they are drawn for it.
+
+    step: counted as in the log, from 1. Nothing is encoded and nothing is written. Raises UserError with all that is
+    wrong with the config, its model and its pictures, or if the run has no such step.
+    """
+    draft = read_draft(path, overrides)
+    quiet_pillow()
+    opened, examples = inspect_run(draft, decode=False)
+    config, examples = draft.require_sound(), training_examples(examples)
+    if step > config.steps:
+        raise user_error(str(path), "--step", f"{step} is beyond steps = {config.steps}, the last step of this run")
+    steps = Steps(config.data, examples, seed=config.seed, captions_are_encoded_ahead=not trains_text(config))
+    batches = steps.at(step - 1)
+    num_pictures = sum(len(batch) for batch in batches)
+    epoch = int((step - 1) / steps.per_epoch)
+    lines = [f"step {step} of {config.steps}, in epoch {epoch + 1}: {counted(num_pictures)}"]
+    channels = int(opened.family.vae["latent_channels"])
+    for index, batch in enumerate(batches):
+        lines += _batch_lines(config, batch, _timesteps(config, batch, step - 1, index, channels))
+    say(console, *lines)
+
+
+def _timesteps(config: Config, batch: Sequence[Planned], step: int, index: int, channels: int) -> list[int]:
+    """The timesteps of a planned micro-batch, drawn as the loop draws them: after the noise, from one generator."""
+    width, height = batch[0].placement.bucket
+    shape = (len(batch), channels, height // LATENT_FACTOR_PX, width // LATENT_FACTOR_PX)
+    _, _, timesteps, _ = draw_inputs(config, shape, generator_of(config.seed, "noise", step, index))
+    return [int(timestep) for timestep in timesteps]
+
+
+def _batch_lines(config: Config, batch: Sequence[Planned], timesteps: Sequence[int]) -> Iterator[str]:
+    width, height = batch[0].placement.bucket
+    yield f"  {counted(len(batch))} at {width}x{height}"
+    for one, timestep in zip(batch, timesteps, strict=True):
+        yield f"    {shown_text(str(one.example.path))}"
+        yield f"      timestep {timestep}; {_crop(one)}"
+        yield f"      {_caption(config, one)}"
+
+
+def _crop(one: Planned) -> str:
+    placement = one.placement
+    (width, height), (scaled_width, scaled_height) = placement.original, placement.scaled
+    text = f"{width}x{height} scaled to {scaled_width}x{scaled_height}"
+    if placement.upscale > 1:
+        text += f" (enlarged {placement.upscale:.2f}x)"
+    if not placement.cropped_share:
+        return text + ", whole"
+    return f"{text}, from {placement.crop_left},{placement.crop_top}: {placement.cropped_share:.1%} cropped away"
+
+
+def _caption(config: Config, one: Planned) -> str:
+    if one.caption:
+        return f"caption: {shown_text(one.caption)}"
+    dropped = config.data.caption_dropout > 0 and bool(one.example.caption)
+    return "no caption (dropped in this step)" if dropped else "no caption"

@@ -1,0 +1,1 @@
+"""Captions: where they stand, what they say, and how they vary."""

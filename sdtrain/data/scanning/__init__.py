@@ -1,0 +1,1 @@
+"""Looking through folders: which files there are, and which of them belong together."""

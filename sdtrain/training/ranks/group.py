@@ -1,0 +1,237 @@
+"""What the processes of a run do together: wait for the first one, compare, add up gradients, agree on the end.
+
+Every step has the same pictures, noise and timesteps on any number of ranks. Each rank computes a share of the
+micro-batches, weighted by pictures; the sum of their gradients over the ranks is what one process would have computed,
+up to rounding. It is the same on all ranks to the bit, so d and the weights are. Collectives are those of
+torch.distributed: gloo for what is decided on the CPU and for CPU tensors, NCCL for gradients on CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from sdtrain.errors import Problem, UserError
+from sdtrain.training.ranks.place import Place
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+PATIENCE = timedelta(hours=24)
+"""How long ranks wait for the first one, which may encode pictures or write for long. A rank that dies is known at
+once."""
+BUCKET_BYTES = 64 * 2**20
+"""How many bytes of gradients are sent at once."""
+DIGEST_BYTES = 16
+
+
+class LostRankError(UserError):
+    """Another process of the run ended or cannot be reached."""
+
+    exit_code = 1
+
+
+class ToldElsewhereError(Exception):
+    """The run ends on all ranks for a reason that the first one tells."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
+        super().__init__(f"rank 0 tells why; exit code {exit_code}")
+
+
+class Ranks:
+    """The processes of a run, seen from one of them. Alone it does nothing, and needs no torch."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.place.is_first
+
+    @property
+    def are_several(self) -> bool:
+        """Whether there is more than one process."""
+        return self.place.size > 1
+
+    @contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Let the first rank do the block before all others do it.
+
+        So it alone tells what is wrong, and the others find what it wrote. Where it fails, the others raise
+        ToldElsewhereError.
+        """
+        if not self.are_several:
+            yield
+            return
+        if not self.is_first:
+            if not self._hear():
+                raise ToldElsewhereError(UserError.exit_code)
+            yield
+            return
+        try:
+            yield
+        except BaseException:
+            with _died_anyway():
+                self._tell(0)
+            raise
+        self._tell(1)
+
+    def require_same(self, facts: Mapping[str, bytes]) -> None:
+        """End all ranks where one of them has other facts than the first one, which raises UserError.
+
+        facts: names and digests.
+        """
+        if not self.are_several:
+            return
+        import torch
+        import torch.distributed as dist
+
+        mine = torch.tensor([list(digest[:DIGEST_BYTES]) for digest in facts.values()], dtype=torch.uint8)
+        everybodys = [torch.empty_like(mine) for _ in range(self.place.size)]
+        with _told_if_lost():
+            dist.all_gather(everybodys, mine)
+        problems = [
+            Problem(f"rank {rank}", f"has another {name} than rank 0; all ranks must be started alike")
+            for rank, theirs in enumerate(everybodys)
+            for name, row, first in zip(facts, theirs, everybodys[0], strict=True)
+            if not torch.equal(row, first)
+        ]
+        if problems and not self.is_first:
+            raise ToldElsewhereError(UserError.exit_code)
+        if problems:
+            raise UserError("the ranks of this run", problems)
+
+    def agree(self, number: int, is_finished: bool) -> tuple[int, bool]:
+        """Return the highest signal number that any rank was sent, and whether any rank finds the run finished."""
+        if not self.are_several:
+            return number, is_finished
+        import torch
+        import torch.distributed as dist
+
+        both = torch.tensor([number, int(is_finished)])
+        with _told_if_lost():
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        return int(both[0]), bool(both[1])
+
+    def add_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Replace the gradients by their sums over all ranks, and return the sum of the losses, ().
+
+        A parameter that has a gradient on no rank keeps none; on a rank without pictures it counts as zero.
+        """
+        if not self.are_several:
+            return loss
+        import torch
+        import torch.distributed as dist
+
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
+        with _told_if_lost():
+            dist.all_reduce(present, op=dist.ReduceOp.MAX)
+            here = [p for p, is_there in zip(trained, present.tolist(), strict=True) if is_there]
+            for parameter in here:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            for bucket in _buckets(here):
+                flat = torch.cat([_gradient(parameter).reshape(-1).float() for parameter in bucket])
+                dist.all_reduce(flat)
+                parts = torch.split(flat, [parameter.numel() for parameter in bucket])
+                for parameter, part in zip(bucket, parts, strict=True):
+                    _gradient(parameter).copy_(part.view_as(parameter))
+            total = loss.clone()
+            dist.all_reduce(total)
+        return total
+
+    def _tell(self, flag: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        with _told_if_lost():
+            dist.broadcast(torch.tensor([flag]), src=0)
+
+    def _hear(self) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        flag = torch.zeros(1, dtype=torch.int64)
+        with _told_if_lost():
+            dist.broadcast(flag, src=0)
+        return bool(flag)
+
+    def wait_for_the_first(self) -> None:
+        """Wait until the first rank has written everything; a launcher ends all ranks when one has ended."""
+        if not self.are_several:
+            return
+        with _died_anyway():
+            if self.is_first:
+                self._tell(1)
+            else:
+                self._hear()
+
+
+ALONE = Ranks(Place())
+"""A run in one process."""
+
+
+@contextmanager
+def joined(place: Place) -> Iterator[Ranks]:
+    """Give the ranks of a run, connected. Raises UserError where they cannot be reached."""
+    if place.size == 1:
+        yield ALONE
+        return
+    import torch
+    import torch.distributed as dist
+
+    has_cards = torch.cuda.is_available()
+    if has_cards:
+        if place.local_rank >= torch.cuda.device_count():
+            what = f"needs a card of its own, but this machine has {torch.cuda.device_count()}"
+            raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)])
+        torch.cuda.set_device(place.local_rank)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cards else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        what = f"cannot reach the others: {str(error).splitlines()[0]}; are MASTER_ADDR and MASTER_PORT right?"
+        raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)]) from error
+    try:
+        yield Ranks(place)
+    finally:
+        dist.destroy_process_group()
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield the parameters in groups on one device whose gradients take about BUCKET_BYTES in float32."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        size = 4 * sum(other.numel() for other in bucket)
+        if bucket and (size + 4 * parameter.numel() > BUCKET_BYTES or parameter.device != bucket[0].device):
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def _told_if_lost() -> Iterator[None]:
+    """Raise LostRankError where a collective fails: another rank has died, or the network between them."""
+    import torch.distributed as dist
+
+    try:
+        yield
+    except (RuntimeError, dist.DistError) as error:
+        what = f"ended or cannot be reached any more ({str(error).splitlines()[0]}); what it said stands above"
+        raise LostRankError("the ranks of this run", [Problem("another rank", what)]) from error
+
+
+def _died_anyway() -> Any:
+    """Leave out the news of a rank that is gone, where this one ends too."""
+    return suppress(LostRankError)

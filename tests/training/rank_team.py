@@ -1,0 +1,151 @@
+"""Processes that train one run together, kept for many runs, since each takes seconds to import PyTorch."""
+
+from __future__ import annotations
+
+import io
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+from rich.console import Console
+
+DAY_S = 120.0
+"""How long a test waits for a rank."""
+
+
+@dataclass
+class Told:
+    """What came of a run on one rank: a text, an exit code, and the applied d and a digest of the weights by step."""
+
+    rank: int
+    code: int
+    text: str = ""
+    d: list[list[float]] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    pictures: list[list[str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run: its config as a table, and what happens on which rank: `{"stop": (rank, step)}` and the like."""
+
+    table: dict[str, Any]
+    resume: bool = False
+    events: dict[str, tuple[int, int]] = field(default_factory=dict)
+    changes: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+class Team:
+    """`size` processes, each the rank of its number."""
+
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.size = size
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, ranks: int, job: Job) -> list[Told]:
+        """Train a run on so many of the processes; a process that died tells the code -9"""
+        port = free_port()
+        for rank, pipe in enumerate(self._pipes[:ranks]):
+            pipe.send((rank, ranks, port, job))
+        told = []
+        for rank, pipe in enumerate(self._pipes[:ranks]):
+            try:
+                assert pipe.poll(DAY_S), f"rank {rank} does not answer"
+                told.append(pipe.recv())
+            except EOFError:
+                told.append(Told(rank, -signal.SIGKILL))
+        return told
+
+    def end(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        rank, ranks, port, job = pipe.recv()
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        pipe.send(_train(rank, job))
+
+
+def _train(rank: int, job: Job) -> Told:
+    import sdtrain
+    from sdtrain.errors import UserError
+    from sdtrain.training.ranks.group import ToldElsewhereError
+    from tests.conftest import merged
+
+    told, screen = Told(rank, 0), io.StringIO()
+    config = sdtrain.Config.model_validate(merged(job.table, job.changes.get(rank, {})))
+    try:
+        with _watched(told, job.events):
+            done = sdtrain.fit(config, resume=job.resume, console=Console(file=screen, width=200))
+        told.code = done.exit_code
+    except UserError as error:
+        told.code = error.exit_code
+        screen.write(str(error))
+    except ToldElsewhereError as error:
+        told.code = error.exit_code
+    told.text = screen.getvalue()
+    return told
+
+
+@contextmanager
+def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
+    """Note what a rank does, and let something happen to it after a step."""
+    import hashlib
+
+    from sdtrain.training import fit
+
+    records, gradients = fit.group_records, fit.gradients
+    step = 0
+
+    def seen_gradients(training: Any, *arguments: Any) -> Any:
+        place = training.run.ranks.place
+        batches = training.data.batches.at(training.step, hand=place.rank, hands=place.size)
+        told.pictures.append([example.path.name for batch, _ in batches for example in batch.examples])
+        return gradients(training, *arguments)
+
+    def seen_records(optimizer: Any) -> Any:
+        nonlocal step
+        found = records(optimizer)
+        values = [p.detach().numpy().tobytes() for group in optimizer.param_groups for p in group["params"]]
+        told.d.append([group.applied_d for group in found])
+        told.weights.append(hashlib.sha256(b"".join(values)).hexdigest())
+        if events.get("stop") == (told.rank, step):
+            signal.raise_signal(signal.SIGTERM)
+        if events.get("kill") == (told.rank, step):
+            os.kill(os.getpid(), signal.SIGKILL)
+        step += 1
+        return found
+
+    fit.group_records, fit.gradients = seen_records, seen_gradients
+    try:
+        yield
+    finally:
+        fit.group_records, fit.gradients = records, gradients

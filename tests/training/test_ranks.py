@@ -1,0 +1,224 @@
+"""Several processes train the run that one process trains: the same pictures, the same steps, one set of files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sdtrain
+from sdtrain.config.write import config_to_toml
+from sdtrain.data.order import deal
+from sdtrain.errors import UserError
+from sdtrain.training.ranks.place import Place, place_of
+from tests.conftest import merged
+from tests.training.rank_team import Job, Team, Told
+
+RAGGED = {
+    "data.batch_size": 2,
+    "data.gradient_accumulation": 3,
+    "checkpoint.every": 1,
+    "steps": 4,
+    "optimizer.eps": 1e-4,
+}
+"""Six pictures a step, in buckets of one to four, so that a step has micro-batches of one and of two pictures. With the
+atan2 update a gradient that is all but 0 would tip with the rounding of sums."""
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    team = Team(3)
+    yield team
+    team.end()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+def job(table: dict[str, Any], settings: dict[str, Any], **more: Any) -> Job:
+    return Job(merged(table, RAGGED | settings), **more)
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "groups" in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "weights" / f"{run.name}.safetensors")
+
+
+def codes(told: list[Told]) -> list[int]:
+    return [one.code for one in told]
+
+
+def assert_same_run(some: Path, other: Path) -> None:
+    """Equal but for where sums are rounded."""
+    assert [line["step"] for line in log(some)] == [line["step"] for line in log(other)]
+    losses = [[line["loss"] for line in log(run)] for run in (some, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    mine, theirs = weights(some), weights(other)
+    apart = sum(float((mine[name] - theirs[name]).square().sum()) for name in mine)
+    size = sum(float(tensor.square().sum()) for name, tensor in theirs.items() if "up" in name)
+    assert apart < 1e-8 * size, (apart / size) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, pictures: Path) -> dict[str, Any]:
+    from tests.conftest import small_run
+
+    return small_run(folder, pictures)
+
+
+@pytest.fixture(scope="module")
+def alone(team: Team, base: dict[str, Any]) -> Path:
+    """The run on one rank."""
+    assert codes(team.run(1, job(base, {"name": "alone"}))) == [0]
+    return Path(base["output"]) / "alone"
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, Any], alone: Path, ranks: int) -> None:
+    told = team.run(ranks, job(base, {"name": f"on-{ranks}"}))
+    assert codes(told) == [0] * ranks, told
+    assert_same_run(Path(base["output"]) / f"on-{ranks}", alone)
+    for other in told[1:]:
+        assert other.d == told[0].d and other.weights == told[0].weights, "all ranks hold the same numbers to the bit"
+        assert other.text == "", "one rank speaks"
+    (one,) = team.run(1, job(base, {"name": f"pictures-{ranks}"}))
+    for step in range(4):
+        shares = [rank.pictures[step] for rank in told]
+        assert sorted(name for share in shares for name in share) == sorted(one.pictures[step]), (
+            "every picture of the step once"
+        )
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(team: Team, base: dict[str, Any], alone: Path) -> None:
+    for steps, ranks in ((1, 2), (2, 1), (3, 3), (4, 2)):
+        told = team.run(ranks, job(base, {"name": "changing", "steps": steps}, resume=steps > 1))
+        assert codes(told) == [0] * ranks, told
+    assert_same_run(Path(base["output"]) / "changing", alone)
+
+
+def test_whoever_is_asked_to_stop_all_end_after_the_same_step_and_the_run_goes_on(
+    team: Team, base: dict[str, Any], alone: Path
+) -> None:
+    told = team.run(2, job(base, {"name": "stopped"}, events={"stop": (1, 1)}))
+    assert codes(told) == [143, 143], told
+    assert len(told[0].d) == len(told[1].d) == 2, "the guard's look before the first step, and one step"
+    assert "--resume" in told[0].text and told[1].text == ""
+    assert codes(team.run(2, job(base, {"name": "stopped"}, resume=True))) == [0, 0]
+    assert_same_run(Path(base["output"]) / "stopped", alone)
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"data.gradient_accumulation": 1, "data.batch_size": 1}, "data.batch_size", "fewer than the 2 ranks"),
+        ({"data.batch_size": 3, "data.gradient_accumulation": 1}, "data.batch_size", "2 ranks cannot share equally"),
+        ({"memory.on_oom": "adapt"}, "memory.on_oom", "one rank compute otherwise"),
+        (
+            {"method": {"kind": "full"}, "memory.fused_back_pass": True, "data.gradient_accumulation": 1},
+            "memory.fused_back_pass",
+            "before the gradients of the other ranks are there",
+        ),
+    ],
+)
+def test_what_ranks_cannot_train_is_told_by_one_of_them_before_anything_is_written(
+    team: Team, base: dict[str, Any], changes: dict[str, Any], where: str, what: str
+) -> None:
+    told = team.run(2, job(base, {"name": "refused"} | changes))
+    assert codes(told) == [2, 2]
+    assert where in told[0].text and what in told[0].text, told[0].text
+    assert told[1].text == ""
+    assert not (Path(base["output"]) / "refused").exists()
+
+
+def test_a_rank_that_was_started_otherwise_is_named(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, {"name": "unlike"}, changes={1: {"seed": 7}}))
+    assert codes(told) == [2, 2]
+    assert "rank 1  has another config than rank 0" in told[0].text and told[1].text == ""
+    assert not (Path(base["output"]) / "unlike" / "log.jsonl").exists()
+
+
+def test_losses_that_stay_not_finite_end_all_ranks_alike(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, {"name": "nan", "steps": 8, "optimizer.d0": 1e30, "optimizer.d_limiter": False}))
+    assert codes(told) == [4, 4], told
+    assert "not finite 5 times in a row" in told[0].text and told[1].text == ""
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_sentence_and_a_whole_state(
+    base: dict[str, Any], alone: Path
+) -> None:
+    team = Team(2)
+    try:
+        told = team.run(2, job(base, {"name": "killed", "checkpoint.every": 0}, events={"kill": (1, 2)}))
+        assert codes(told) == [1, -9], told
+        assert "another rank  ended or cannot be reached any more" in told[0].text
+        assert "--resume" in told[0].text
+    finally:
+        team.end()
+    # what was kept is the last step that all ranks had done
+    other = Team(1)
+    try:
+        assert codes(other.run(1, job(base, {"name": "killed"}, resume=True))) == [0]
+    finally:
+        other.end()
+    assert_same_run(Path(base["output"]) / "killed", alone)
+
+
+@pytest.mark.slow
+def test_one_command_starts_several_processes_and_ends_as_the_first_of_them(
+    base: dict[str, Any], alone: Path, tmp_path: Path
+) -> None:
+    config = sdtrain.Config.model_validate(merged(base, RAGGED | {"name": "launched", "device": "cpu"}))
+    (tmp_path / "c.toml").write_text(config_to_toml(config), encoding="utf-8")
+    command = [sys.executable, "-m", "sdtrain", "fit", str(tmp_path / "c.toml"), "--gpus", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2, which share the pictures of a step" in done.stdout and done.stdout.count("done: 4 steps") == 1
+    assert done.stderr == ""
+    assert_same_run(Path(base["output"]) / "launched", alone)
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 2 and again.stderr.count("holds a finished run") == 1
+    if not torch.cuda.is_available():
+        none = subprocess.run([*command, "--set", "device=cuda"], capture_output=True, text=True, timeout=120)
+        assert none.returncode == 2 and "--gpus  2, but torch finds no cards on this machine" in none.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "where", "what"),
+    [
+        ({"WORLD_SIZE": "many"}, "WORLD_SIZE", "not a whole number"),
+        ({"WORLD_SIZE": "4"}, "RANK", "is not set, though WORLD_SIZE is 4"),
+        ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK", "ranks count from 0"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_refused(environment: dict[str, str], where: str, what: str) -> None:
+    with pytest.raises(UserError) as caught:
+        place_of(environment)
+    assert where in str(caught.value) and what in str(caught.value)
+
+
+def test_without_a_launcher_a_run_is_alone() -> None:
+    assert place_of({}) == Place() and Place().is_first
+    assert place_of({"WORLD_SIZE": "1"}) == Place()
+
+
+def test_dealing_leaves_out_nothing_and_balances() -> None:
+    costs = [9, 1, 1, 1, 5, 3]
+    dealt = deal(costs, 2)
+    assert sorted(index for hand in dealt for index in hand) == list(range(6))
+    assert sorted(sum(costs[index] for index in hand) for hand in dealt) == [10, 10]
+    assert deal([4], 3) == [[0], [], []]
+    assert deal([2, 2, 2], 1) == [[0, 1, 2]]
