@@ -143,6 +143,24 @@ def view(
 
 
 @app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    fit_to: Annotated[
+        str,
+        typer.Option(
+            "--fit-to", metavar="SIZE", help="Find the cheapest settings that fit into a memory, such as 8GB."
+        ),
+    ] = "",
+) -> None:
+    """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
+    quiet_libraries()
+    from sdtrain.commands.plan import plan_config
+
+    plan_config(config, set_ or [], Console(), budget=fit_to)
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
     prompt: Annotated[

@@ -55,8 +55,9 @@ class Prepared:
 
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
-    """Return batches and preview prompts; afterwards the VAE and the text encoders have left the device.
+    """Return batches and preview prompts; afterwards the VAE has left the device, and text encoders that train nothing.
 
+    Where one of a model's text encoders is trained, all of them stay: their outputs are put together at every step.
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
     model.move_encoders(run.device, text=True)
@@ -64,7 +65,7 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     held_out = prepare_held_out(model, run, standing.held_out, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
-    model.move_encoders(torch.device("cpu"), text=True)
+    model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))
     return Prepared(standing.examples, batches, prompts, held_out, preservation)
 
 
