@@ -155,7 +155,7 @@ def plan(
 ) -> None:
     """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
     quiet_libraries()
-    from sdtrain.commands.plan import plan_config
+    from sdtrain.commands.front.plan import plan_config
 
     plan_config(config, set_ or [], Console(), budget=fit_to)
 

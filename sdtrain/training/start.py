@@ -13,7 +13,7 @@ from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
 from sdtrain.data.placing import at_resolutions
-from sdtrain.data.regularisation import with_regularisation
+from sdtrain.data.scanning.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing

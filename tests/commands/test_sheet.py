@@ -28,7 +28,7 @@ from sdtrain.config.schema import FolderConfig, ModelConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
-from sdtrain.data.thumbnails import Thumbnail, crop_shares
+from sdtrain.data.report.thumbnails import Thumbnail, crop_shares
 from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.token_counts import load_tokenizers

@@ -11,7 +11,7 @@ from PIL import Image
 from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
 from sdtrain.data.pictures import load_small, load_upright, measure
-from sdtrain.data.thumbnails import LONGEST_PX, Thumbnail, thumbnail
+from sdtrain.data.report.thumbnails import LONGEST_PX, Thumbnail, thumbnail
 
 
 def small(path: Path, mask: Image.Image | None = None) -> Thumbnail:

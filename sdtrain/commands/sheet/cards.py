@@ -15,8 +15,8 @@ from sdtrain.data.pictures import PictureError
 from sdtrain.data.placing import placements_of
 from sdtrain.data.report.each import Note, notes_of_each, scale_text
 from sdtrain.data.report.names import counted
+from sdtrain.data.report.thumbnails import Thumbnail, thumbnail
 from sdtrain.data.threads import map_ahead
-from sdtrain.data.thumbnails import Thumbnail, thumbnail
 from sdtrain.errors import printable, user_error
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource
 from sdtrain.models.token_counts import load_tokenizers, too_long

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from sdtrain.commands.sheet.cards import PER_PAGE, Card, Sheet
-from sdtrain.data.thumbnails import LONGEST_PX
+from sdtrain.data.report.thumbnails import LONGEST_PX
 from sdtrain.errors import printable
 from sdtrain.files.writer import atomic_file
 

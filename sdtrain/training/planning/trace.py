@@ -25,9 +25,9 @@ from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.tracking import Tracker, movable_modules
-from sdtrain.training.prepare import trains_text
 from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
+from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sdtrain.commands.plan import plan_config
+from sdtrain.commands.front.plan import plan_config
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
