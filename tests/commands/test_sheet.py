@@ -224,7 +224,7 @@ def test_pages_of_two_thousand_pictures_hold_few_of_them_at_a_time(
     gone: list[int] = []
     num = most = 0
 
-    def small(one: Example, placement: Any) -> Thumbnail:
+    def small(one: Example, placement: Any, masks: Any) -> Thumbnail:
         nonlocal num, most
         image = Image.new("RGB", (40, 30), (len(one.caption), 0, 0))
         weakref.finalize(image, gone.append, 1)
@@ -291,3 +291,13 @@ def test_the_picture_shows_every_crop(config: Path) -> None:
         assert drawn.width > 6 * 320 and drawn.height > 3 * 320
         white = sum(drawn.convert("L").histogram()[255:])
     assert white > 14 * 300, "frames"
+
+
+def test_what_a_mask_leaves_out_is_tinted(config: Path, folder: Path) -> None:
+    plain = written(config)[0].read_text()
+    mask = Image.new("L", (64, 64), 255)
+    mask.paste(0, (0, 0, 32, 64))
+    mask.save(folder / "0.mask.png")
+    masked = written(config, 'data.folder[0].masks="beside"')[0].read_text()
+    before, after = (re.findall(r"data:image/[a-z]+;base64,[^\"']+", page) for page in (plain, masked))
+    assert len(before) == len(after) and sum(one != other for one, other in zip(before, after, strict=True)) == 1

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sdtrain.commands.sheet.captions import ShownCaption, shown_caption
 from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example
+from sdtrain.data.masks.mask import mask_levels
 from sdtrain.data.pictures import PictureError
 from sdtrain.data.placing import placements_of
 from sdtrain.data.report.each import Note, notes_of_each, scale_text
@@ -88,7 +91,7 @@ class Sheet:
         entry = self.entries[number]
         example, placement = entry.example, entry.placement
         try:
-            small = thumbnail(example, placement)
+            small = thumbnail(example, placement, _mask_of)
         except PictureError as error:
             raise user_error("data", str(example.path), str(error)) from error
         data = self.config.data
@@ -169,3 +172,8 @@ def _entries(
             section += f", {folder.repeats} times an epoch"
         entries.append(Entry(example, placement, folder, section))
     return entries
+
+
+def _mask_of(example: Example) -> Image.Image | None:
+    """Return how much each pixel of a picture counts, as grey; None where all of it does. Raises PictureError."""
+    return None if example.mask is None else Image.fromarray(mask_levels(example.mask))
