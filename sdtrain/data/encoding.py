@@ -17,8 +17,8 @@ from torch import Tensor
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example, Progress, unreadable_problems
-from sdtrain.data.identity.digests import picture_digests
-from sdtrain.data.pictures import PictureError, measure
+from sdtrain.data.identity.digests import content_digest, picture_digests
+from sdtrain.data.pictures import PictureError, read_whole
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
@@ -40,8 +40,9 @@ def encode_pictures(
     """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
     `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files, None: they are read
-    here. Raises UserError with all pictures that would have to be encoded and cannot be read, before any is encoded;
-    also if an encoding is not finite, or if a picture is no longer what its digest was taken of.
+    here. Each picture is read once and decoded once. Raises UserError with all pictures that would have to be encoded
+    and cannot be read, or are no longer what their digest was taken of; what was encoded before the first of them stays
+    in the cache, and after it no more is. Also if an encoding is not finite.
     """
     digests = digests or picture_digests([example.path for example, _ in pictures], on_progress=on_progress)
     paths = [
@@ -50,11 +51,16 @@ def encode_pictures(
     ]
     digest_of = dict(zip(paths, digests, strict=True))
     missing = _missing(dict(zip(paths, pictures, strict=True)))
-    _check(list(missing.values()), on_progress)
+    wrong: list[tuple[Path, str]] = []
     loaded = map_ahead(_load, ((picture, digest_of[path]) for path, picture in missing.items()))
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
-        _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
-        on_progress("encoding pictures", done, len(missing))
+        if isinstance(pixels, PictureError):
+            wrong.append((example.path, str(pixels)))
+        elif not wrong:
+            _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
+        on_progress("checking the other pictures" if wrong else "encoding pictures", done, len(missing))
+    if wrong:
+        raise UserError("data", unreadable_problems(wrong))
     return paths
 
 
@@ -86,36 +92,19 @@ def _missing(wanted: dict[Path, T]) -> dict[Path, T]:
     return {path: thing for path, thing in wanted.items() if not store.is_whole(path, thorough=thorough)}
 
 
-def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
-    """Raise UserError with all pictures that cannot be read or that are not what was scanned."""
+def _load(wanted: tuple[Picture, bytes]) -> Tensor | PictureError:
+    """Return the pixels of a picture, or why there are none.
 
-    def reason(picture: Picture) -> str:
-        example, _ = picture
-        try:
-            size = measure(example.path, decode=True)
-        except PictureError as error:
-            return str(error)
-        changed = size != (example.width_px, example.height_px)
-        return _CHANGED if changed else ""
-
-    wrong: list[tuple[Path, str]] = []
-    for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
-        if what:
-            wrong.append((example.path, what))
-        on_progress("checking pictures", done, len(pictures))
-    if wrong:
-        raise UserError("data", unreadable_problems(wrong))
-
-
-def _load(wanted: tuple[Picture, bytes]) -> Tensor:
+    The bytes that are decoded are those whose digest names the entry, whatever becomes of the file meanwhile.
+    """
     (example, placement), digest = wanted
     try:
-        pixels = load_pixels(example, placement)
+        content = read_whole(example.path)
+        if content_digest(content) != digest:
+            return PictureError(_CHANGED)
+        return load_pixels(example, placement, content)
     except PictureError as error:
-        raise user_error("data", str(example.path), str(error)) from error
-    if picture_digests([example.path]) != [digest]:  # its latents would stand in the cache under another picture's name
-        raise user_error("data", str(example.path), _CHANGED)
-    return pixels
+        return error
 
 
 def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:

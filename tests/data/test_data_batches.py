@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
@@ -248,16 +249,38 @@ def test_global_generators_are_left_alone(prepare: Prepare, config: MakeConfig, 
     assert np.array_equal(np.random.get_state()[1], before[2])
 
 
-def test_all_pictures_that_cannot_be_read_are_reported_before_anything_is_encoded(
+def test_all_pictures_that_cannot_be_read_are_told_together_and_what_was_encoded_stays(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
 ) -> None:
-    for name in ("1.png", "5.png"):
-        (pictures / name).write_bytes((pictures / name).read_bytes()[:-2000])
+    whole = {name: (pictures / name).read_bytes() for name in ("1.png", "5.png")}
+    for name, content in whole.items():
+        (pictures / name).write_bytes(content[:-2000])
     with pytest.raises(UserError) as caught:
         prepare(config(pictures), counting.encoders())
     assert [Path(problem.where).name for problem in caught.value.problems] == ["1.png", "5.png"]
     assert "truncated" in caught.value.text()
-    assert counting.pictures == []
+    assert len(counting.pictures) == 1, "after the first that cannot be read no more are encoded"
+    for name, content in whole.items():
+        (pictures / name).write_bytes(content)
+    prepare(config(pictures), counting.encoders())
+    assert len(counting.pictures) == 7
+
+
+def test_a_cold_start_decodes_each_picture_once_and_a_warm_one_none(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, original = Counter[str](), PngImageFile.load
+
+    def load(image: PngImageFile) -> Any:
+        decoded.update([] if getattr(image, "counted", False) else [str(image.size)])
+        image.counted = True  # type: ignore[attr-defined]
+        return original(image)
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    prepare(config(pictures), counting.encoders())
+    assert sum(decoded.values()) == 7
+    prepare(config(pictures), counting.encoders())
+    assert sum(decoded.values()) == 7
 
 
 def test_a_picture_that_changed_its_size_since_the_scan_is_reported(
@@ -329,7 +352,6 @@ def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting
     last = {what: (done, total) for what, done, total in calls}
     assert last == {
         "reading pictures": (7, 7),
-        "checking pictures": (7, 7),
         "encoding pictures": (7, 7),
         "encoding captions": (7, 7),
     }
@@ -376,26 +398,53 @@ def test_a_plan_outlives_another_batch_size(
         ]
 
 
-def test_a_picture_that_is_saved_anew_while_it_is_encoded_does_not_poison_the_cache(
+def paint(path: Path, level: int) -> None:
+    Image.fromarray(np.full((64, 64, 3), level, dtype=np.uint8)).save(path)
+
+
+def test_a_picture_that_is_saved_anew_before_it_is_encoded_is_refused_and_not_stored(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sdtrain.data import encoding
 
-    original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
+    original, first = encoding.picture_digests, (pictures / "0.png").read_bytes()
 
-    def saved_meanwhile(example: Example, placement: Any) -> torch.Tensor:
-        if example.path.name == "0.png":
-            colours = np.zeros((64, 64, 3), dtype=np.uint8)
-            Image.fromarray(colours).save(example.path)
-        return original(example, placement)
+    def saved_afterwards(*arguments: Any, **settings: Any) -> list[bytes]:
+        digests = original(*arguments, **settings)
+        paint(pictures / "0.png", 0)
+        return digests
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "load_pixels", saved_meanwhile)
+        patched.setattr(encoding, "picture_digests", saved_afterwards)
         with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
             prepare(config(pictures), counting.encoders())
+    assert counting.pictures == []
     (pictures / "0.png").write_bytes(first)
-    once, again = (
-        prepare(config(pictures), counting.encoders()),
-        prepare(config(pictures), counting.encoders(), cache="b"),
-    )
-    assert_same_steps(once, again, range(7))
+    assert_cache_is_sound(prepare, config(pictures), counting)
+
+
+def test_a_picture_that_is_another_one_only_while_it_is_decoded_is_not_stored_as_the_other(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is decoded is what was hashed, so a file that changes in between, and back again, makes no difference."""
+    from sdtrain.data import encoding
+
+    original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
+
+    def swapped_meanwhile(example: Example, *arguments: Any) -> torch.Tensor:
+        if example.path.name != "0.png":
+            return original(example, *arguments)
+        paint(example.path, 0)
+        pixels = original(example, *arguments)
+        example.path.write_bytes(first)
+        return pixels
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoding, "load_pixels", swapped_meanwhile)
+        prepare(config(pictures), counting.encoders())
+    assert_cache_is_sound(prepare, config(pictures), counting)
+
+
+def assert_cache_is_sound(prepare: Prepare, settings: DataConfig, counting: Any) -> None:
+    cached, fresh = prepare(settings, counting.encoders()), prepare(settings, counting.encoders(), cache="fresh")
+    assert_same_steps(cached, fresh, range(7))

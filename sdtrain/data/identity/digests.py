@@ -36,6 +36,11 @@ def picture_digests(
     return digests
 
 
+def content_digest(content: bytes) -> bytes:
+    """Return the digest of a file that holds these bytes."""
+    return hashlib.blake2b(content).digest()
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
