@@ -59,6 +59,10 @@ ComponentsFolder = Annotated[
         help="Folder with configs and tokenizers, which a single file lacks; see model.components.",
     ),
 ]
+VerifyCache = Annotated[
+    bool,
+    typer.Option("--verify-cache", help="Read every byte of pictures and cache, also where nothing seems changed."),
+]
 Partial = Annotated[
     bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
 ]
@@ -72,6 +76,7 @@ def fit(
     accept_data: Annotated[
         bool, typer.Option("--accept-data", help="With --resume: go on with pictures that have changed since.")
     ] = False,
+    verify_cache: VerifyCache = False,
     resume_or_start: Annotated[
         bool,
         typer.Option(
@@ -97,7 +102,8 @@ def fit(
         raise typer.Exit(launch_fit(gpus, config, set_ or [], sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
-        code = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data).exit_code
+        done = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data, verify_cache=verify_cache)
+        code = done.exit_code
     except (Interrupted, ToldElsewhereError) as ended:  # which was told already
         code = ended.exit_code
     raise typer.Exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,28 +13,12 @@ from torch import Tensor
 from sdtrain.config.schema import DataConfig
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
-from sdtrain.data.encoding import encode_captions, encode_pictures
+from sdtrain.data.captions.drawing import Drawing
+from sdtrain.data.encoding import Encoders
+from sdtrain.data.entries.needed import encode_needed, find_needed
 from sdtrain.data.examples import Example
+from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.order import Order, Piece, Plan, deal, split
-from sdtrain.data.placing import placements_of
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """What turns pictures and captions into what is trained on; handed in, so that no model is seen here.
-
-    `pixels` and `captions` are called with one thing at a time, on the CPU, and may return tensors on any device
-    and in any dtype. They must not draw from random generators: what they return is cached. The fingerprints name
-    the weights that they use.
-    """
-
-    pixels: Callable[[Tensor], Tensor]  # (n, 3, H, W) float32 in [-1, 1] -> latents (n, c, h, w), scaled for the U-Net
-    captions: Callable[[list[str]], dict[str, Tensor]] | None  # None: the training loop encodes captions itself
-    vae_fingerprint: str
-    text_fingerprint: str
-    sizes: Callable[[Tensor], dict[str, Tensor]]
-    """Maps sizes (n, 6), float32, in the order of `Placement.sizes`, to the tensors that a model is told of them."""
 
 
 @dataclass(frozen=True)
@@ -154,33 +138,35 @@ def prepare_batches(
     on_progress: Callable[[str, int, int], None],
     plan: Plan | None = None,
     digests: Sequence[bytes] | None = None,
+    verify: bool = False,
 ) -> Batches:
     """Encode what the cache folder lacks and return the batches, in which `examples` are numbered as they stand.
 
     plan: how they are dealt out to steps; None: as the settings say, from step 0. digests: those of the pictures'
-    files, by `picture_digests`; None: they are read here.
+    files, by `picture_digests`; None: they are read here. verify: whether all that is cached is compared with its
+    checksum.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    pictures = list(zip(examples, placements_of(examples, config), strict=True))
+    digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
+    needed = find_needed(config, examples, digests, encoders, cache)
     plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
-        [placement.bucket for _, placement in pictures],
+        [placement.bucket for _, placement in needed.pictures],
         [example.repeats for example in examples],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,
         seed=seed,
         start=plan.start,
     )
-    captions, drawing = None, Drawing(seed, config.caption_dropout)
-    with torch.no_grad():
-        paths = encode_pictures(
-            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
-        )
-        if encoders.captions is not None:
-            drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
-            needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
-            captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
-    rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
-    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)
+    encode_needed(needed, digests, encoders, cache, on_progress, verify=verify)
+    rows = [_Row(*picture, path) for picture, path in zip(needed.pictures, needed.latents, strict=True)]
+    return Batches(
+        rows,
+        needed.captions,
+        order,
+        encode_sizes=encoders.sizes,
+        drawing=Drawing(seed, config.caption_dropout, needed.variants),
+        batch_size=config.batch_size,
+    )

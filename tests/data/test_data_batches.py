@@ -181,6 +181,31 @@ def test_a_damaged_cache_entry_is_encoded_again(
     assert_same_steps(before, after, range(7))
 
 
+def test_above_the_budget_only_verifying_finds_an_entry_whose_bytes_changed(
+    config: MakeConfig, pictures: Path, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "HELD_BYTES", 0)
+    settings = config(pictures)
+    examples, _ = scan_folders(settings, decode=False)
+
+    def encoded_again(verify: bool) -> tuple[int, int]:
+        counting.pictures, counting.captions = [], []
+        cache = tmp_path / "cache"
+        prepare_batches(
+            settings, examples, counting.encoders(), cache=cache, seed=0, on_progress=lambda *_: None, verify=verify
+        )
+        return len(counting.pictures), len(counting.captions)
+
+    assert encoded_again(False) == (7, 7)
+    for kind in ("latents", "captions"):
+        entry = sorted((tmp_path / "cache" / kind).rglob("*.safetensors"))[0]
+        content = bytearray(entry.read_bytes())
+        content[-1] ^= 1
+        entry.write_bytes(content)
+    assert encoded_again(False) == (0, 0)
+    assert encoded_again(True) == (1, 1)
+
+
 def test_a_large_set_read_from_disk_gives_the_same_batches(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +377,7 @@ def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting
     last = {what: (done, total) for what, done, total in calls}
     assert last == {
         "reading pictures": (7, 7),
+        "looking at the cache": (7, 7),
         "encoding pictures": (7, 7),
         "encoding captions": (7, 7),
     }
@@ -405,9 +431,9 @@ def paint(path: Path, level: int) -> None:
 def test_a_picture_that_is_saved_anew_before_it_is_encoded_is_refused_and_not_stored(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdtrain.data import encoding
+    from sdtrain.data import batches
 
-    original, first = encoding.picture_digests, (pictures / "0.png").read_bytes()
+    original, first = batches.picture_digests, (pictures / "0.png").read_bytes()
 
     def saved_afterwards(*arguments: Any, **settings: Any) -> list[bytes]:
         digests = original(*arguments, **settings)
@@ -415,7 +441,7 @@ def test_a_picture_that_is_saved_anew_before_it_is_encoded_is_refused_and_not_st
         return digests
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "picture_digests", saved_afterwards)
+        patched.setattr(batches, "picture_digests", saved_afterwards)
         with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
             prepare(config(pictures), counting.encoders())
     assert counting.pictures == []

@@ -15,17 +15,20 @@ def picture_digests(
     paths: Sequence[Path],
     remembered: RememberedDigests | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    *,
+    verify: bool = False,
 ) -> list[bytes]:
     """Return a digest of the bytes of each file. Raises UserError for one that cannot be read.
 
-    remembered: digests of files that have not changed since; None reads all.
+    remembered: digests of files that have not changed since; None reads all. verify: whether all are read in any case,
+    and what is remembered is only compared.
     """
 
     def digest(path: Path) -> bytes:
         try:
             if remembered is None:
                 return bytes.fromhex(_digest(path))
-            return bytes.fromhex(remembered.of(path, "picture", _digest))
+            return bytes.fromhex(remembered.of(path, "picture", _digest, verify=verify))
         except OSError as error:
             raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
 
