@@ -136,6 +136,38 @@ def view(
 
 
 @app.command()
+def cache(
+    config: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG...", help="Configs, .toml files.", show_default=False)
+    ],
+    size: Annotated[bool, typer.Option("--size", help="Only say what lies there and how much is used.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what none of these configs uses, and what kills left.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune: remove without asking.")] = False,
+    verify_cache: VerifyCache = False,
+    set_: Overrides = None,
+) -> None:
+    """Encode pictures and captions ahead of a run, on any machine that has the same model; see also --size, --prune.
+
+    --prune removes nothing but cached encodings. Give it the configs of all runs that share the cache: those that are
+    still going on, too.
+    """
+    if size + prune + verify_cache > 1 or (yes and not prune):
+        raise user_error("cache", "options", "give one of --size, --prune and --verify-cache; --yes belongs to --prune")
+    quiet_libraries()
+    from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
+
+    console, overrides = Console(), set_ or []
+    if size:
+        size_up(config, overrides, console)
+    elif prune:
+        prune_caches(config, overrides, console, yes=yes, ask=typer.confirm if sys.stdin.isatty() else None)
+    else:
+        fill_cache(config, overrides, console, verify=verify_cache)
+
+
+@app.command()
 def sample(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
     prompt: Annotated[
