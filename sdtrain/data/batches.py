@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing
 from sdtrain.data.encoding import Encoders
+from sdtrain.data.entries.ahead import ReadAhead
 from sdtrain.data.entries.needed import encode_needed, find_needed
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import picture_digests
@@ -43,6 +45,17 @@ class _Row:
     latents: Path
 
 
+@dataclass(frozen=True)
+class _Part:
+    """All that a micro-batch is made of. rows: the numbers of its pictures. share: of the step's pictures."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    rows: tuple[int, ...]
+    captions: tuple[str, ...]
+    share: float
+
+
 class Batches:
     """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before.
 
@@ -58,12 +71,19 @@ class Batches:
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
         drawing: Drawing,
         batch_size: int,
+        pin: bool = False,
     ) -> None:
-        """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
+        """Hold the encodings in memory, or where they are too many read them ahead of each step.
+
+        batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows. pin:
+        whether what is read ahead is put where a GPU fetches it from faster.
+        """
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
         paths = [*(row.latents for row in rows), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
+        self._ahead = None if self._entries.held else ReadAhead(self._batch)
+        self._pins = pin and self._ahead is not None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -90,6 +110,24 @@ class Batches:
         share the step, by the number of pixels; it may be nothing. Raises UserError if a cache entry was damaged or
         removed during the run.
         """
+        parts = self._parts(step, batch_size, hand, hands)
+        for number, part in enumerate(parts):
+            if self._ahead is None:
+                yield self._batch(part), part.share
+            else:
+                following = chain(parts[number + 1 :], self._lazily(step + 1, batch_size, hand, hands))
+                yield self._ahead.get(part, following), part.share
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one; whoever asks for a step later begins another."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _lazily(self, step: int, batch_size: int | None, hand: int, hands: int) -> Iterator[_Part]:
+        yield from self._parts(step, batch_size, hand, hands)
+
+    def _parts(self, step: int, batch_size: int | None, hand: int, hands: int) -> list[_Part]:
+        """Return what the micro-batches of a step are made of; nothing is read for it."""
         planned = self._order.step(step)
         buckets = [self._order.buckets[numbers[0]] for numbers in planned]
         sizes = [len(numbers) for numbers in planned]
@@ -102,22 +140,30 @@ class Batches:
             most = min(most, -(-sum(sizes) // hands))
         parts = split(sizes, buckets, self._order.batch_size, most)
         costs = [sum((piece.stop - piece.start) * math.prod(buckets[piece.index]) for piece in part) for part in parts]
+        found = []
         for index in deal(costs, hands)[hand]:
-            pieces = parts[index]
-            places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
-            rows = [self._rows[planned[batch][place]] for batch, place in places]
-            batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])
-            yield batch, len(rows) / sum(sizes)
+            places = [(piece.index, place) for piece in parts[index] for place in range(piece.start, piece.stop)]
+            rows = tuple(planned[batch][place] for batch, place in places)
+            drawn = tuple(captions[batch][place] for batch, place in places)
+            found.append(_Part(index, tuple(parts[index]), rows, drawn, len(rows) / sum(sizes)))
+        return found
 
-    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], captions: Sequence[str]) -> Batch:
-        latents = [self._entries.get(row.latents)["latents"] for row in rows]
+    def _batch(self, part: _Part) -> Batch:
+        """Return the micro-batch, a function of the part alone: it may be read in a thread, ahead of its use."""
+        rows = [self._rows[number] for number in part.rows]
+        latents = torch.stack([self._entries.get(row.latents)["latents"] for row in rows]).to(torch.float32)
+        sizes = torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)
+        text = self._text(part.captions)
+        if self._pins:
+            latents = latents.pin_memory()
+            text = text and {name: tensor.pin_memory() for name, tensor in text.items()}
         return Batch(
-            index=index,
-            pieces=pieces,
-            latents=torch.stack(latents).to(torch.float32),
-            captions=tuple(captions),
-            text=self._text(captions),
-            sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
+            index=part.index,
+            pieces=part.pieces,
+            latents=latents,
+            captions=part.captions,
+            text=text,
+            sizes=self._encode_sizes(sizes),
             examples=tuple(row.example for row in rows),
         )
 
@@ -139,12 +185,13 @@ def prepare_batches(
     plan: Plan | None = None,
     digests: Sequence[bytes] | None = None,
     verify: bool = False,
+    pin: bool = False,
 ) -> Batches:
     """Encode what the cache folder lacks and return the batches, in which `examples` are numbered as they stand.
 
     plan: how they are dealt out to steps; None: as the settings say, from step 0. digests: those of the pictures'
     files, by `picture_digests`; None: they are read here. verify: whether all that is cached is compared with its
-    checksum.
+    checksum. pin: see `Batches`.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
@@ -169,4 +216,5 @@ def prepare_batches(
         encode_sizes=encoders.sizes,
         drawing=Drawing(seed, config.caption_dropout, needed.variants),
         batch_size=config.batch_size,
+        pin=pin,
     )

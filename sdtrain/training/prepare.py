@@ -55,6 +55,12 @@ class Prepared:
     held_out: HeldOut | None
     preservation: Preservation | None = None
 
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self.batches.close()
+        if self.held_out is not None:
+            self.held_out.batches.close()
+
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
     """Return batches and preview prompts; afterwards the VAE and the text encoders have left the device.
@@ -118,6 +124,7 @@ def make_batches(
             plan=plan,
             digests=digests,
             verify=verify,
+            pin=run.device.type == "cuda",
         )
 
 
