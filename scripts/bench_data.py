@@ -125,7 +125,7 @@ def waiting() -> None:
                 found, grown = waits(batches, root / "cache")
                 median, mean, longest = (of(found[1:]) * 1e3 for of in (statistics.median, statistics.mean, max))
                 print(
-                    f"{name:12} waits {median:7.3f} ms (median), {mean:7.3f} ms (mean), {longest:7.3f} ms (longest after "
+                    f"{name:12} waits {median:7.3f} ms (median), {mean:7.3f} (mean), {longest:7.3f} (longest after "
                     f"the first, {found[0] * 1e3:.3f} ms); memory {grown:+d} MiB from step {NUM_STEPS // 4} on",
                     flush=True,
                 )
