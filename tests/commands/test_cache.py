@@ -103,11 +103,11 @@ def test_a_cache_behind_a_link_loses_nothing_that_is_used(write: Write, tmp_path
     for kind in ("latents", "captions"):
         (cache / kind).symlink_to(real / kind)
     (tmp_path / "linked").symlink_to(cache)
-    config = write("one", {"data.cache": str(tmp_path / "linked")})
-    called("fill_cache", [config], verify=False)
+    configs = [write("one", {"data.cache": str(tmp_path / "linked")}), write("two", {"data.resolution_px": 128})]
+    called("fill_cache", configs, verify=False)
     filled = set(real.rglob("*.safetensors"))
-    assert len(filled) == 12
-    assert "nothing to remove" in called("prune_caches", [config], yes=True, ask=None)
+    assert len(filled) == 18
+    assert "nothing to remove" in called("prune_caches", configs, yes=True, ask=None)
     assert set(real.rglob("*.safetensors")) == filled
 
 

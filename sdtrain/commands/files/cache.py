@@ -73,7 +73,8 @@ def prune_caches(
     for folder, needed in _by_folder(wanted, console).items():
         inventory = _tell(folder, needed, len(paths), console)
         say(console, *_other_runs(folder, [one.config for one in wanted]))
-        unused = {path: num for path, num in inventory.entries.items() if path not in needed} | inventory.left_over
+        unused = {path: num for path, num in inventory.entries.items() if path not in needed}
+        unused.update(inventory.left_over)
         if not unused:
             say(console, "nothing to remove")
             continue
