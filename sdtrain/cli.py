@@ -59,6 +59,10 @@ ComponentsFolder = Annotated[
         help="Folder with configs and tokenizers, which a single file lacks; see model.components.",
     ),
 ]
+VerifyCache = Annotated[
+    bool,
+    typer.Option("--verify-cache", help="Read every byte of pictures and cache, also where nothing seems changed."),
+]
 Partial = Annotated[
     bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
 ]
@@ -72,6 +76,7 @@ def fit(
     accept_data: Annotated[
         bool, typer.Option("--accept-data", help="With --resume: go on with pictures that have changed since.")
     ] = False,
+    verify_cache: VerifyCache = False,
     resume_or_start: Annotated[
         bool,
         typer.Option(
@@ -97,7 +102,8 @@ def fit(
         raise typer.Exit(launch_fit(gpus, config, set_ or [], sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
-        code = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data).exit_code
+        done = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data, verify_cache=verify_cache)
+        code = done.exit_code
     except (Interrupted, ToldElsewhereError) as ended:  # which was told already
         code = ended.exit_code
     raise typer.Exit(code)
@@ -158,6 +164,38 @@ def plan(
     from sdtrain.commands.front.plan import plan_config
 
     plan_config(config, set_ or [], Console(), budget=fit_to)
+
+
+@app.command()
+def cache(
+    config: Annotated[
+        list[Path], typer.Argument(metavar="CONFIG...", help="Configs, .toml files.", show_default=False)
+    ],
+    size: Annotated[bool, typer.Option("--size", help="Only say what lies there and how much is used.")] = False,
+    prune: Annotated[
+        bool, typer.Option("--prune", help="Remove what none of these configs uses, and what kills left.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="With --prune: remove without asking.")] = False,
+    verify_cache: VerifyCache = False,
+    set_: Overrides = None,
+) -> None:
+    """Encode pictures and captions ahead of a run, on any machine that has the same model; see also --size, --prune.
+
+    --prune removes nothing but cached encodings. Give it the configs of all runs that share the cache: those that are
+    still going on, too.
+    """
+    if size + prune + verify_cache > 1 or (yes and not prune):
+        raise user_error("cache", "options", "give one of --size, --prune and --verify-cache; --yes belongs to --prune")
+    quiet_libraries()
+    from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
+
+    console, overrides = Console(), set_ or []
+    if size:
+        size_up(config, overrides, console)
+    elif prune:
+        prune_caches(config, overrides, console, yes=yes, ask=typer.confirm if sys.stdin.isatty() else None)
+    else:
+        fill_cache(config, overrides, console, verify=verify_cache)
 
 
 @app.command()

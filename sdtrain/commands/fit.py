@@ -71,6 +71,7 @@ def fit(
     overrides: Sequence[str] = (),
     resume: Resume = False,
     accept_data: bool = False,
+    verify_cache: bool = False,
     watchers: Sequence[Watcher] = (),
     console: Console | None = None,
 ) -> FitResult:
@@ -83,6 +84,7 @@ def fit(
         resume: go on from the last training state of this run. `auto`: go on if there is one, else start; a run that
             is finished is left as it is.
         accept_data: go on with pictures that were added, removed or changed since that state.
+        verify_cache: read every byte of the pictures and of the cache, also where nothing seems to have changed.
         watchers: functions that are handed a frozen record of everything that happens (`sdtrain.Record`). One that
             raises is dropped for the rest of the run, which is told once; the training never notices.
         console: where progress is shown; None: nowhere. `log.jsonl` is written anyway.
@@ -98,11 +100,23 @@ def fit(
     else:
         written = read_written(readable_config(Path(config), resume=bool(resume)), overrides)
     with stop_requests(speaker(screen)) as stop:
-        return _fit_written(written, screen, stop, resume=resume, accept_data=accept_data, watchers=watchers)
+        return _fit_written(
+            *(written, screen, stop),
+            resume=resume,
+            accept_data=accept_data,
+            verify_cache=verify_cache,
+            watchers=watchers,
+        )
 
 
 def fit_config(
-    path: Path, overrides: Sequence[str], console: Console, *, resume: Resume, accept_data: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    resume: Resume,
+    accept_data: bool = False,
+    verify_cache: bool = False,
 ) -> FitResult:
     """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted."""
     console = _screen(console)
@@ -111,7 +125,7 @@ def fit_config(
         say(console, f"{path} is gone or damaged: reading its copy, {readable}")
     with stop_requests(speaker(console), leave=True) as stop:
         written = read_written(readable, overrides)
-        return _fit_written(written, console, stop, resume=resume, accept_data=accept_data)
+        return _fit_written(written, console, stop, resume=resume, accept_data=accept_data, verify_cache=verify_cache)
 
 
 def is_launched() -> bool:
@@ -142,12 +156,18 @@ def _fit_written(
     *,
     resume: Resume,
     accept_data: bool,
+    verify_cache: bool,
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
     """Train what a table says: alone in the run's folder, or as one of the processes of a launcher."""
     with outliving(console), joined(place_of(os.environ)) as ranks, ExitStack() as held:
         with ranks.first_alone():
-            begun = _begin(written, console, stop, held, ranks, resume=resume, accept_data=accept_data)
+            begun = _begin(
+                *(written, console, stop, held, ranks),
+                resume=resume,
+                accept_data=accept_data,
+                verify_cache=verify_cache,
+            )
         if isinstance(begun, FitResult):
             return begun
         ranks.require_same(facts_of(begun.config, begun.standing, versions()))
@@ -183,6 +203,7 @@ def _begin(
     *,
     resume: Resume,
     accept_data: bool,
+    verify_cache: bool,
 ) -> _Begun | FitResult:
     """Return what a run begins with, or what it left where it is done; `held` takes the lock on its folder.
 
@@ -211,6 +232,7 @@ def _begin(
             *(config, run_folder(config.output, config.name), opened, examples),
             resume=resumes,
             accept_data=accept_data,
+            verify_cache=verify_cache,
             on_progress=progress.show,
         )
     report = summarise(trained, config.data)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -14,30 +14,15 @@ from torch import Tensor
 from sdtrain.config.schema import DataConfig
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
-from sdtrain.data.encoding import encode_captions, encode_pictures
+from sdtrain.data.captions.drawing import Drawing
+from sdtrain.data.encoding import Encoders
+from sdtrain.data.entries.ahead import ReadAhead
+from sdtrain.data.entries.needed import encode_needed, find_needed
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import picture_digests
-from sdtrain.data.masks.encoding import encode_masks, mask_at
+from sdtrain.data.masks.encoding import mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
-from sdtrain.data.placing import drawn_view, placements_of, views_of
-
-
-@dataclass(frozen=True)
-class Encoders:
-    """What turns pictures and captions into what is trained on; handed in, so that no model is seen here.
-
-    `pixels` and `captions` are called with one thing at a time, on the CPU, and may return tensors on any device
-    and in any dtype. They must not draw from random generators: what they return is cached. The fingerprints name
-    the weights that they use.
-    """
-
-    pixels: Callable[[Tensor], Tensor]  # (n, 3, H, W) float32 in [-1, 1] -> latents (n, c, h, w), scaled for the U-Net
-    captions: Callable[[list[str]], dict[str, Tensor]] | None  # None: the training loop encodes captions itself
-    vae_fingerprint: str
-    text_fingerprint: str
-    sizes: Callable[[Tensor], dict[str, Tensor]]
-    """Maps sizes (n, 6), float32, in the order of `Placement.sizes`, to the tensors that a model is told of them."""
+from sdtrain.data.placing import drawn_view
 
 
 @dataclass(frozen=True)
@@ -73,6 +58,17 @@ class _Row:
     views: tuple[_View, ...]
 
 
+@dataclass(frozen=True)
+class _Part:
+    """All that a micro-batch is made of. views: of its pictures. share: of the step's pictures."""
+
+    index: int
+    pieces: tuple[Piece, ...]
+    views: tuple[_View, ...]
+    captions: tuple[str, ...]
+    share: float
+
+
 class Batches:
     """The micro-batches of every step: a pure function of (seed, step), whatever was asked for before.
 
@@ -88,13 +84,20 @@ class Batches:
         encode_sizes: Callable[[Tensor], dict[str, Tensor]],
         drawing: Drawing,
         batch_size: int,
+        pin: bool = False,
     ) -> None:
-        """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
+        """Hold the encodings in memory, or where they are too many read them ahead of each step.
+
+        batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows. pin:
+        whether what is read ahead is put where a GPU fetches it from faster.
+        """
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
         views = [view for row in rows for view in row.views]
         paths = [*(one.latents for one in views), *(one.mask for one in views if one.mask), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
+        self._ahead = None if self._entries.held else ReadAhead(self._batch)
+        self._pins = pin and self._ahead is not None
 
     @property
     def steps_per_epoch(self) -> float:
@@ -121,6 +124,24 @@ class Batches:
         share the step, by the number of pixels; it may be nothing. Raises UserError if a cache entry was damaged or
         removed during the run.
         """
+        parts = self._parts(step, batch_size, hand, hands)
+        for number, part in enumerate(parts):
+            if self._ahead is None:
+                yield self._batch(part), part.share
+            else:
+                following = chain(parts[number + 1 :], self._lazily(step + 1, batch_size, hand, hands))
+                yield self._ahead.get(part, following), part.share
+
+    def close(self) -> None:
+        """End the thread that reads ahead, if there is one; whoever asks for a step later begins another."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+    def _lazily(self, step: int, batch_size: int | None, hand: int, hands: int) -> Iterator[_Part]:
+        yield from self._parts(step, batch_size, hand, hands)
+
+    def _parts(self, step: int, batch_size: int | None, hand: int, hands: int) -> list[_Part]:
+        """Return what the micro-batches of a step are made of; nothing is read for it."""
         planned = self._order.step(step)
         buckets = [self._order.buckets[numbers[0]] for numbers in planned]
         sizes = [len(numbers) for numbers in planned]
@@ -133,29 +154,37 @@ class Batches:
             most = min(most, -(-sum(sizes) // hands))
         parts = split(sizes, buckets, self._order.batch_size, most)
         costs = [sum((piece.stop - piece.start) * math.prod(buckets[piece.index]) for piece in part) for part in parts]
+        found = []
         for index in deal(costs, hands)[hand]:
-            pieces = parts[index]
-            places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
-            views = [self._view(step, batch, place, planned[batch][place]) for batch, place in places]
-            batch = self._batch(index, pieces, views, [captions[batch][place] for batch, place in places])
-            yield batch, len(views) / sum(sizes)
+            places = [(piece.index, place) for piece in parts[index] for place in range(piece.start, piece.stop)]
+            views = tuple(self._view(step, batch, place, planned[batch][place]) for batch, place in places)
+            drawn = tuple(captions[batch][place] for batch, place in places)
+            found.append(_Part(index, tuple(parts[index]), views, drawn, len(views) / sum(sizes)))
+        return found
 
     def _view(self, step: int, index: int, place: int, number: int) -> _View:
         views = self._rows[number].views
         return views[drawn_view(self._drawing.seed, step, index, place, len(views))]
 
-    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_View], captions: Sequence[str]) -> Batch:
-        latents = [self._entries.get(row.latents)["latents"] for row in rows]
+    def _batch(self, part: _Part) -> Batch:
+        """Return the micro-batch, a function of the part alone: it may be read in a thread, ahead of its use."""
+        rows = part.views
+        latents = torch.stack([self._entries.get(row.latents)["latents"] for row in rows]).to(torch.float32)
+        sizes = torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)
+        text = self._text(part.captions)
+        if self._pins:
+            latents = latents.pin_memory()
+            text = text and {name: tensor.pin_memory() for name, tensor in text.items()}
         return Batch(
-            index=index,
-            pieces=pieces,
-            latents=torch.stack(latents).to(torch.float32),
-            captions=tuple(captions),
-            text=self._text(captions),
-            sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
+            index=part.index,
+            pieces=part.pieces,
+            latents=latents,
+            captions=part.captions,
+            text=text,
+            sizes=self._encode_sizes(sizes),
             examples=tuple(row.example for row in rows),
             weights=_weights([row.example.loss_weight for row in rows]),
-            counts=self._counts(rows, (latents[0].shape[-2], latents[0].shape[-1])),
+            counts=self._counts(rows, (latents.shape[-2], latents.shape[-1])),
         )
 
     def _counts(self, rows: Sequence[_View], size: tuple[int, int]) -> Tensor | None:
@@ -192,38 +221,39 @@ def prepare_batches(
     on_progress: Callable[[str, int, int], None],
     plan: Plan | None = None,
     digests: Sequence[bytes] | None = None,
+    verify: bool = False,
+    pin: bool = False,
 ) -> Batches:
     """Encode what the cache folder lacks and return the batches, in which `examples` are numbered as they stand.
 
     plan: how they are dealt out to steps; None: as the settings say, from step 0. digests: those of the pictures'
-    files, by `picture_digests`; None: they are read here.
+    files, by `picture_digests`; None: they are read here. verify: whether all that is cached is compared with its
+    checksum. pin: see `Batches`.
     `on_progress(what, done, total)` is called from the calling thread. Raises UserError with all pictures that must
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    views = [views_of(*one) for one in zip(examples, placements_of(examples, config), strict=True)]
-    pictures = [(example, view) for example, those in zip(examples, views, strict=True) for view in those]
+    digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
+    needed = find_needed(config, examples, digests, encoders, cache)
     plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
-        [those[0].bucket for those in views],
+        [those[0].bucket for those in needed.views],
         [example.repeats for example in examples],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,
         seed=seed,
         start=plan.start,
     )
-    captions, drawing = None, Drawing(seed, config.caption_dropout)
-    digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
-    digests = [digest for digest, those in zip(digests, views, strict=True) for _ in those]
-    with torch.no_grad():
-        masks, wrong = encode_masks(pictures, digests, cache, on_progress)
-        paths = encode_pictures(
-            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests, wrong=wrong
-        )
-        if encoders.captions is not None:
-            drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
-            needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
-            captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
-    found = iter([_View(*one, path, mask) for one, path, mask in zip(pictures, paths, masks, strict=True)])
-    rows = [_Row(example, tuple(islice(found, len(those)))) for example, those in zip(examples, views, strict=True)]
-    return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)
+    encode_needed(needed, encoders, cache, on_progress, verify=verify)
+    placed = zip(needed.pictures, needed.latents, needed.masks, strict=True)
+    found = iter([_View(*picture, path, mask) for picture, path, mask in placed])
+    rows = [_Row(one, tuple(islice(found, len(those)))) for one, those in zip(examples, needed.views, strict=True)]
+    return Batches(
+        rows,
+        needed.captions,
+        order,
+        encode_sizes=encoders.sizes,
+        drawing=Drawing(seed, config.caption_dropout, needed.variants),
+        batch_size=config.batch_size,
+        pin=pin,
+    )

@@ -8,6 +8,7 @@ single 1024 px picture keeps a GPU busy; memory stays that of one picture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example, Progress, unreadable_problems
-from sdtrain.data.identity.digests import picture_digests
-from sdtrain.data.pictures import PictureError, measure
+from sdtrain.data.identity.digests import content_digest
+from sdtrain.data.pictures import PictureError, read_whole
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
@@ -28,6 +29,23 @@ T = TypeVar("T")
 _CHANGED = "picture has changed while it was in use; start again"
 
 
+@dataclass(frozen=True)
+class Encoders:
+    """What turns pictures and captions into what is trained on; handed in, so that no model is seen here.
+
+    `pixels` and `captions` are called with one thing at a time, on the CPU, and may return tensors on any device
+    and in any dtype. They must not draw from random generators: what they return is cached. The fingerprints name
+    the weights that they use.
+    """
+
+    pixels: Callable[[Tensor], Tensor]  # (n, 3, H, W) float32 in [-1, 1] -> latents (n, c, h, w), scaled for the U-Net
+    captions: Callable[[list[str]], dict[str, Tensor]] | None  # None: the training loop encodes captions itself
+    vae_fingerprint: str
+    text_fingerprint: str
+    sizes: Callable[[Tensor], dict[str, Tensor]]
+    """Maps sizes (n, 6), float32, in the order of `Placement.sizes`, to the tensors that a model is told of them."""
+
+
 def encode_pictures(
     pictures: Sequence[Picture],
     encode: Callable[[Tensor], Tensor],
@@ -35,28 +53,34 @@ def encode_pictures(
     cache: Path,
     on_progress: Progress,
     *,
-    digests: Sequence[bytes] | None = None,
+    digests: Sequence[bytes],
     wrong: Sequence[tuple[Path, str]] = (),
+    verify: bool = False,
 ) -> list[Path]:
     """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
-    `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files, None: they are read
-    here. wrong: files that cannot be used and why, by what was looked at before. Raises UserError with these and all
-    pictures that would have to be encoded and cannot be read, before any is encoded; also if an encoding is not finite,
-    or if a picture is no longer what its digest was taken of.
+    `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files. wrong: files that
+    cannot be used and why, by what was looked at before. verify: whether every byte of every entry is compared with its
+    checksum, however many there are. Each picture is read once and decoded once. Raises UserError with these and all
+    pictures that would have to be encoded and cannot be read, or are no longer what their digest was taken of; what was
+    encoded before the first of them stays in the cache, and after it no more is. Also if an encoding is not finite.
     """
-    digests = digests or picture_digests([example.path for example, _ in pictures], on_progress=on_progress)
     paths = [
         store.latents_path(cache, digest, placement, fingerprint)
         for (_, placement), digest in zip(pictures, digests, strict=True)
     ]
     digest_of = dict(zip(paths, digests, strict=True))
-    missing = _missing(dict(zip(paths, pictures, strict=True)))
-    _check(list(missing.values()), wrong, on_progress)
+    missing = _missing(dict(zip(paths, pictures, strict=True)), verify, on_progress)
+    wrong = list(wrong)
     loaded = map_ahead(_load, ((picture, digest_of[path]) for path, picture in missing.items()))
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
-        _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
-        on_progress("encoding pictures", done, len(missing))
+        if isinstance(pixels, PictureError):
+            wrong.append((example.path, str(pixels)))
+        elif not wrong:
+            _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
+        on_progress("checking the other pictures" if wrong else "encoding pictures", done, len(missing))
+    if wrong:
+        raise UserError("data", unreadable_problems(wrong))
     return paths
 
 
@@ -66,58 +90,48 @@ def encode_captions(
     fingerprint: str,
     cache: Path,
     on_progress: Progress,
+    *,
+    verify: bool = False,
 ) -> dict[str, Path]:
     """Return the path of each caption's cache entry; entries missing or damaged are encoded first, each caption once.
 
-    `encode` takes one caption and returns named tensors with a leading dimension of 1.
+    `encode` takes one caption and returns named tensors with a leading dimension of 1. verify: see `encode_pictures`.
     """
     paths = {caption: store.caption_path(cache, caption, fingerprint) for caption in captions}
-    missing = _missing({path: caption for caption, path in paths.items()})
+    missing = _missing({path: caption for caption, path in paths.items()}, verify, on_progress)
     for done, (path, caption) in enumerate(missing.items(), 1):
         _store(path, encode([caption]), f"caption {caption[:40]!r}", "text encoder")
         on_progress("encoding captions", done, len(missing))
     return paths
 
 
-def _missing(wanted: dict[Path, T]) -> dict[Path, T]:
+def _missing(wanted: dict[Path, T], verify: bool, on_progress: Progress) -> dict[Path, T]:
     """Return what is not in the cache or damaged there.
 
-    Checksums are compared where the entries will be read into memory anyway.
+    Checksums are compared where it is asked for, and where the entries will be read into memory anyway.
     """
-    thorough = store.num_bytes(wanted) <= store.HELD_BYTES
-    return {path: thing for path, thing in wanted.items() if not store.is_whole(path, thorough=thorough)}
+    thorough = verify or store.num_bytes(wanted) <= store.HELD_BYTES
+    missing = {}
+    for done, (path, thing) in enumerate(wanted.items(), 1):
+        if not store.is_whole(path, thorough=thorough):
+            missing[path] = thing
+        on_progress("looking at the cache", done, len(wanted))
+    return missing
 
 
-def _check(pictures: Sequence[Picture], before: Sequence[tuple[Path, str]], on_progress: Progress) -> None:
-    """Raise UserError with all pictures that cannot be read or that are not what was scanned, and what was before."""
+def _load(wanted: tuple[Picture, bytes]) -> Tensor | PictureError:
+    """Return the pixels of a picture, or why there are none.
 
-    def reason(picture: Picture) -> str:
-        example, _ = picture
-        try:
-            size = measure(example.path, decode=True)
-        except PictureError as error:
-            return str(error)
-        changed = size != (example.width_px, example.height_px)
-        return _CHANGED if changed else ""
-
-    wrong = list(before)
-    for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
-        if what:
-            wrong.append((example.path, what))
-        on_progress("checking pictures", done, len(pictures))
-    if wrong:
-        raise UserError("data", unreadable_problems(wrong))
-
-
-def _load(wanted: tuple[Picture, bytes]) -> Tensor:
+    The bytes that are decoded are those whose digest names the entry, whatever becomes of the file meanwhile.
+    """
     (example, placement), digest = wanted
     try:
-        pixels = load_pixels(example, placement)
+        content = read_whole(example.path)
+        if content_digest(content) != digest:
+            return PictureError(_CHANGED)
+        return load_pixels(example, placement, content)
     except PictureError as error:
-        raise user_error("data", str(example.path), str(error)) from error
-    if picture_digests([example.path]) != [digest]:  # its latents would stand in the cache under another picture's name
-        raise user_error("data", str(example.path), _CHANGED)
-    return pixels
+        return error
 
 
 def _store(path: Path, encoded: Mapping[str, Tensor], thing: str, encoder: str) -> None:

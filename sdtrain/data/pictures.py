@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import stat
 import struct
 import zlib
@@ -12,6 +13,7 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError, features
 
@@ -84,11 +86,23 @@ def look_at(path: Path) -> tuple[tuple[int, int], Look]:
         return size, look_of(image, path, _UPRIGHT.get(orientation))
 
 
-def load_upright(path: Path) -> Image.Image:
-    """Return the whole picture, upright, in the mode of the file. Raises PictureError."""
-    with _opened(path) as image:
+def read_whole(path: Path) -> bytes:
+    """Return all bytes of a picture's file. Raises PictureError."""
+    _refuse_devices(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PictureError(_reason(path, error)) from error
+
+
+def load_upright(path: Path, content: bytes | None = None) -> Image.Image:
+    """Return the whole picture, upright, in the mode of the file. Raises PictureError.
+
+    content: the bytes of the file; None: they are read here.
+    """
+    with _opened(path, content) as image:
         image.load()
-        turn = _UPRIGHT.get(_orientation(image, path))
+        turn = _UPRIGHT.get(_orientation(image, path, content))
         return image.copy() if turn is None else image.transpose(turn)
 
 
@@ -118,39 +132,45 @@ def missing_heif() -> str:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
-    if not stat.S_ISREG(_mode(path)):
-        raise PictureError("is a device or a pipe, not a picture; remove it")  # opening a pipe would wait for ever
+def _opened(path: Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    if content is None:
+        _refuse_devices(path)
     try:
-        with _open(path) as image:
+        with _open(path, content) as image:
             _refuse_unusable(image)
             yield image
     except BROKEN as error:
-        raise PictureError(_reason(path, error)) from error
+        raise PictureError(_reason(path, error, content)) from error
 
 
-def _mode(path: Path) -> int:
+def _refuse_devices(path: Path) -> None:
     try:
-        return path.stat().st_mode
+        mode = path.stat().st_mode
     except OSError as error:
         raise PictureError(_reason(path, error)) from error
+    if not stat.S_ISREG(mode):
+        raise PictureError("is a device or a pipe, not a picture; remove it")  # opening a pipe would wait for ever
 
 
-def _open(path: Path) -> Image.Image:
+def _bytes_of(path: Path, content: bytes | None) -> BinaryIO:
+    return path.open("rb") if content is None else io.BytesIO(content)
+
+
+def _open(path: Path, content: bytes | None) -> Image.Image:
     try:
-        return Image.open(path, formats=FORMATS)
+        return Image.open(path if content is None else io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError:
-        if not _is_heif(path):
+        if not _is_heif(path, content):
             raise
     if not heif_is_there():
         raise PictureError(missing_heif())
     _register_heif()
-    return Image.open(path, formats=("HEIF",))
+    return Image.open(path if content is None else io.BytesIO(content), formats=("HEIF",))
 
 
-def _is_heif(path: Path) -> bool:
+def _is_heif(path: Path, content: bytes | None = None) -> bool:
     """Whether a file holds HEIC, whatever its name: phones hand it out as .jpg, too."""
-    with path.open("rb") as file:
+    with _bytes_of(path, content) as file:
         head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS
 
@@ -179,11 +199,11 @@ def _has_second_frame(image: Image.Image) -> bool:
     return True
 
 
-def _orientation(image: Image.Image, path: Path) -> int:
+def _orientation(image: Image.Image, path: Path, content: bytes | None = None) -> int:
     """EXIF's orientation, 1 to 8. A damaged EXIF block counts as 1: viewers show such pictures as they lie."""
     if image.format == "TIFF":
         return 1  # PIL turns TIFFs itself
-    if image.format == "PNG" and _has_late_metadata(path):
+    if image.format == "PNG" and _has_late_metadata(path, content):
         image.load()
     try:
         # The method of the base class: PNG's own would decode the picture first, even where metadata comes first.
@@ -193,9 +213,9 @@ def _orientation(image: Image.Image, path: Path) -> int:
     return orientation if orientation in _UPRIGHT else 1
 
 
-def _has_late_metadata(path: Path) -> bool:
+def _has_late_metadata(path: Path, content: bytes | None) -> bool:
     """Whether a PNG has metadata after its pixels, which PIL only sees once it has read the pixels."""
-    with path.open("rb") as file:
+    with _bytes_of(path, content) as file:
         file.seek(8)
         pixels_seen = False
         while len(head := file.read(8)) == 8:
@@ -207,11 +227,11 @@ def _has_late_metadata(path: Path) -> bool:
     return False
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Path, error: Exception, content: bytes | None = None) -> str:
     if isinstance(error, UnidentifiedImageError):
-        if path.stat().st_size == 0:
+        if not (path.stat().st_size if content is None else content):
             return "file is empty; replace or remove it"
-        if _is_heif(path):
+        if _is_heif(path, content):
             return "picture is damaged; replace or remove it"
         return f"not a picture that can be read ({', '.join(FORMATS)}); convert, replace or remove it"
     if isinstance(error, Image.DecompressionBombError):

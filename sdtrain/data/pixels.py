@@ -18,12 +18,13 @@ PIXELS_VERSION = 1
 _REDUCING_GAP = 3.0  # shrinks by whole factors first while that cannot be seen: large photographs get quick
 
 
-def load_pixels(example: Example, placement: Placement) -> Tensor:
+def load_pixels(example: Example, placement: Placement, content: bytes | None = None) -> Tensor:
     """Return the picture in its bucket: (3, height, width) float32 in [-1, 1], sRGB, upright, transparency on white.
 
-    Raises PictureError, also if the file has changed its size since it was scanned.
+    content: the bytes of its file; None: they are read here. Raises PictureError, also if the picture has changed its
+    size since it was scanned.
     """
-    picture = load_upright(example.path)
+    picture = load_upright(example.path, content)
     if picture.size != placement.original:
         found, expected = (f"{width} x {height} px" for width, height in (picture.size, placement.original))
         raise PictureError(f"picture has changed while it was in use: {found}, was {expected}; start again")

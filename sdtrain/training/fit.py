@@ -97,6 +97,7 @@ def fit(
             raise ToldElsewhereError(error.exit_code) from error
         raise
     finally:
+        training.data.close()
         say(console, *said)
     if training.is_finished:
         best, seconds = training.validator.history.best, time.monotonic() - started

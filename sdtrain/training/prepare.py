@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from sdtrain.data.batches import Batches, Encoders, prepare_batches
+from sdtrain.config.schema import Config
+from sdtrain.data.batches import Batches, prepare_batches
+from sdtrain.data.encoding import Encoders
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import identity
 from sdtrain.data.order import Plan
@@ -53,6 +55,12 @@ class Prepared:
     held_out: HeldOut | None
     preservation: Preservation | None = None
 
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self.batches.close()
+        if self.held_out is not None:
+            self.held_out.batches.close()
+
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
     """Return batches and preview prompts; afterwards the VAE has left the device, and text encoders that train nothing.
@@ -61,25 +69,39 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
     model.move_encoders(run.device, text=True)
-    batches = make_batches(model, run, standing.examples, console, plan=standing.plan, digests=standing.digests)
-    held_out = prepare_held_out(model, run, standing.held_out, console)
+    verify = standing.verifies_cache
+    batches = make_batches(
+        *(model, run, standing.examples, console), plan=standing.plan, digests=standing.digests, verify=verify
+    )
+    held_out = prepare_held_out(model, run, standing, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))
     return Prepared(standing.examples, batches, prompts, held_out, preservation)
 
 
-def prepare_held_out(model: Model, run: Run, examples: Sequence[Example], console: Console) -> HeldOut | None:
+def prepare_held_out(model: Model, run: Run, standing: Standing, console: Console) -> HeldOut | None:
     """Return the pictures that are held out, encoded; None where there are none. Raises UserError as `make_batches`."""
-    apart = [replace(example, repeats=1, flip=False, crops=1) for example in examples]
+    apart = seen_whole(standing.held_out)
     if not apart:
         return None
-    whole = {"caption_dropout": 0.0, "gradient_accumulation": 1}  # every picture once an epoch, one micro-batch a step
-    config = run.config.model_copy(
-        update={"data": run.config.data.model_copy(update=whole), "seed": run.config.validation.seed}
+    batches = make_batches(
+        *(model, replace(run, config=held_out_config(run.config)), apart, console),
+        digests=standing.held_out_digests,
+        verify=standing.verifies_cache,
     )
-    batches = make_batches(model, replace(run, config=config), apart, console)
     return HeldOut(batches, {example.path: identity(example.path) for example in apart})
+
+
+def seen_whole(examples: Sequence[Example]) -> list[Example]:
+    """Return pictures that are held out, each once and in one view."""
+    return [replace(example, repeats=1, flip=False, crops=1) for example in examples]
+
+
+def held_out_config(config: Config) -> Config:
+    """Return the settings of the pictures that are held out: each once an epoch, one micro-batch a step, as it is."""
+    whole = {"caption_dropout": 0.0, "gradient_accumulation": 1}
+    return config.model_copy(update={"data": config.data.model_copy(update=whole), "seed": config.validation.seed})
 
 
 def make_batches(
@@ -90,20 +112,13 @@ def make_batches(
     *,
     plan: Plan | None = None,
     digests: Sequence[bytes] | None = None,
+    verify: bool = False,
 ) -> Batches:
     """Encode what the cache lacks and return the batches. Raises UserError for pictures that cannot be read.
 
-    plan and digests: see `prepare_batches`.
+    plan, digests and verify: see `prepare_batches`.
     """
-    config = run.config
-    vae, text = model.fingerprints()
-    encoders = Encoders(
-        pixels=model.encode_pixels,
-        captions=None if trains_text(run.config) else torch.no_grad()(model.encode_captions),
-        vae_fingerprint=vae,
-        text_fingerprint=text,
-        sizes=model.encode_sizes,
-    )
+    config, encoders = run.config, encoders_of(model, run.config)
     with ProgressLines(console) as progress:
         return prepare_batches(
             config.data,
@@ -114,4 +129,18 @@ def make_batches(
             on_progress=progress.show,
             plan=plan,
             digests=digests,
+            verify=verify,
+            pin=run.device.type == "cuda",
         )
+
+
+def encoders_of(model: Model, config: Config) -> Encoders:
+    """Return what encodes the pictures and captions of a run."""
+    vae, text = model.fingerprints()
+    return Encoders(
+        pixels=model.encode_pixels,
+        captions=None if trains_text(config) else torch.no_grad()(model.encode_captions),
+        vae_fingerprint=vae,
+        text_fingerprint=text,
+        sizes=model.encode_sizes,
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data import cache as store
@@ -180,6 +181,31 @@ def test_a_damaged_cache_entry_is_encoded_again(
     assert_same_steps(before, after, range(7))
 
 
+def test_above_the_budget_only_verifying_finds_an_entry_whose_bytes_changed(
+    config: MakeConfig, pictures: Path, counting: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "HELD_BYTES", 0)
+    settings = config(pictures)
+    examples, _ = scan_folders(settings, decode=False)
+
+    def encoded_again(verify: bool) -> tuple[int, int]:
+        counting.pictures, counting.captions = [], []
+        cache = tmp_path / "cache"
+        prepare_batches(
+            settings, examples, counting.encoders(), cache=cache, seed=0, on_progress=lambda *_: None, verify=verify
+        )
+        return len(counting.pictures), len(counting.captions)
+
+    assert encoded_again(False) == (7, 7)
+    for kind in ("latents", "captions"):
+        entry = sorted((tmp_path / "cache" / kind).rglob("*.safetensors"))[0]
+        content = bytearray(entry.read_bytes())
+        content[-1] ^= 1
+        entry.write_bytes(content)
+    assert encoded_again(False) == (0, 0)
+    assert encoded_again(True) == (1, 1)
+
+
 def test_a_large_set_read_from_disk_gives_the_same_batches(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -248,16 +274,38 @@ def test_global_generators_are_left_alone(prepare: Prepare, config: MakeConfig, 
     assert np.array_equal(np.random.get_state()[1], before[2])
 
 
-def test_all_pictures_that_cannot_be_read_are_reported_before_anything_is_encoded(
+def test_all_pictures_that_cannot_be_read_are_told_together_and_what_was_encoded_stays(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any
 ) -> None:
-    for name in ("1.png", "5.png"):
-        (pictures / name).write_bytes((pictures / name).read_bytes()[:-2000])
+    whole = {name: (pictures / name).read_bytes() for name in ("1.png", "5.png")}
+    for name, content in whole.items():
+        (pictures / name).write_bytes(content[:-2000])
     with pytest.raises(UserError) as caught:
         prepare(config(pictures), counting.encoders())
     assert [Path(problem.where).name for problem in caught.value.problems] == ["1.png", "5.png"]
     assert "truncated" in caught.value.text()
-    assert counting.pictures == []
+    assert len(counting.pictures) == 1, "after the first that cannot be read no more are encoded"
+    for name, content in whole.items():
+        (pictures / name).write_bytes(content)
+    prepare(config(pictures), counting.encoders())
+    assert len(counting.pictures) == 7
+
+
+def test_a_cold_start_decodes_each_picture_once_and_a_warm_one_none(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded, original = Counter[str](), PngImageFile.load
+
+    def load(image: PngImageFile) -> Any:
+        decoded.update([] if getattr(image, "counted", False) else [str(image.size)])
+        image.counted = True  # type: ignore[attr-defined]
+        return original(image)
+
+    monkeypatch.setattr(PngImageFile, "load", load)
+    prepare(config(pictures), counting.encoders())
+    assert sum(decoded.values()) == 7
+    prepare(config(pictures), counting.encoders())
+    assert sum(decoded.values()) == 7
 
 
 def test_a_picture_that_changed_its_size_since_the_scan_is_reported(
@@ -329,7 +377,7 @@ def test_progress_ends_at_its_total(config: MakeConfig, pictures: Path, counting
     last = {what: (done, total) for what, done, total in calls}
     assert last == {
         "reading pictures": (7, 7),
-        "checking pictures": (7, 7),
+        "looking at the cache": (7, 7),
         "encoding pictures": (7, 7),
         "encoding captions": (7, 7),
     }
@@ -376,26 +424,53 @@ def test_a_plan_outlives_another_batch_size(
         ]
 
 
-def test_a_picture_that_is_saved_anew_while_it_is_encoded_does_not_poison_the_cache(
+def paint(path: Path, level: int) -> None:
+    Image.fromarray(np.full((64, 64, 3), level, dtype=np.uint8)).save(path)
+
+
+def test_a_picture_that_is_saved_anew_before_it_is_encoded_is_refused_and_not_stored(
     prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from sdtrain.data import batches
+
+    original, first = batches.picture_digests, (pictures / "0.png").read_bytes()
+
+    def saved_afterwards(*arguments: Any, **settings: Any) -> list[bytes]:
+        digests = original(*arguments, **settings)
+        paint(pictures / "0.png", 0)
+        return digests
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batches, "picture_digests", saved_afterwards)
+        with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
+            prepare(config(pictures), counting.encoders())
+    assert counting.pictures == []
+    (pictures / "0.png").write_bytes(first)
+    assert_cache_is_sound(prepare, config(pictures), counting)
+
+
+def test_a_picture_that_is_another_one_only_while_it_is_decoded_is_not_stored_as_the_other(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is decoded is what was hashed, so a file that changes in between, and back again, makes no difference."""
     from sdtrain.data import encoding
 
     original, first = encoding.load_pixels, (pictures / "0.png").read_bytes()
 
-    def saved_meanwhile(example: Example, placement: Any) -> torch.Tensor:
-        if example.path.name == "0.png":
-            colours = np.zeros((64, 64, 3), dtype=np.uint8)
-            Image.fromarray(colours).save(example.path)
-        return original(example, placement)
+    def swapped_meanwhile(example: Example, *arguments: Any) -> torch.Tensor:
+        if example.path.name != "0.png":
+            return original(example, *arguments)
+        paint(example.path, 0)
+        pixels = original(example, *arguments)
+        example.path.write_bytes(first)
+        return pixels
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoding, "load_pixels", saved_meanwhile)
-        with pytest.raises(UserError, match=r"0\.png.*has changed while it was in use; start again"):
-            prepare(config(pictures), counting.encoders())
-    (pictures / "0.png").write_bytes(first)
-    once, again = (
-        prepare(config(pictures), counting.encoders()),
-        prepare(config(pictures), counting.encoders(), cache="b"),
-    )
-    assert_same_steps(once, again, range(7))
+        patched.setattr(encoding, "load_pixels", swapped_meanwhile)
+        prepare(config(pictures), counting.encoders())
+    assert_cache_is_sound(prepare, config(pictures), counting)
+
+
+def assert_cache_is_sound(prepare: Prepare, settings: DataConfig, counting: Any) -> None:
+    cached, fresh = prepare(settings, counting.encoders()), prepare(settings, counting.encoders(), cache="fresh")
+    assert_same_steps(cached, fresh, range(7))

@@ -20,7 +20,10 @@ SIDE = 64
 
 def load(path: Path, size: tuple[int, int] = (SIDE, SIDE)) -> Tensor:
     """The pixels of a picture in a bucket of its own size."""
-    return load_pixels(Example(path, "", *size, 1), Placement(size, size, size, 0, 0))
+    example, placement = Example(path, "", *size, 1), Placement(size, size, size, 0, 0)
+    pixels = load_pixels(example, placement)
+    assert torch.equal(pixels, load_pixels(example, placement, path.read_bytes())), "the same from bytes"
+    return pixels
 
 
 def levels(pixels: Tensor) -> Tensor:
@@ -64,6 +67,7 @@ def test_every_exif_orientation_is_turned_upright_in_every_format(
     assert measure(path, decode=False) == measure(path, decode=True) == (48, 32)
     difference = np.asarray(load_upright(path), dtype=int) - np.asarray(upright, dtype=int)
     assert np.abs(difference).mean() < (4 if suffix == "jpg" else 0.001)
+    assert load_upright(path, path.read_bytes()) == load_upright(path)
 
 
 def test_exif_that_a_png_has_after_its_pixels_counts_too(tmp_path: Path) -> None:
@@ -78,6 +82,7 @@ def test_exif_that_a_png_has_after_its_pixels_counts_too(tmp_path: Path) -> None
     for decode in (False, True):
         assert measure(tmp_path / "late.png", decode=decode) == measure(tmp_path / "a.png", decode=decode) == (32, 48)
     assert load_upright(tmp_path / "late.png").size == (32, 48)
+    assert load_upright(tmp_path / "late.png", (tmp_path / "late.png").read_bytes()).size == (32, 48)
 
 
 def test_a_damaged_exif_block_counts_as_upright(tmp_path: Path) -> None:

@@ -83,3 +83,17 @@ def test_a_file_is_hashed_as_its_bytes_are_whatever_its_length(
     path = tmp_path_factory.getbasetemp() / "hashed"
     path.write_bytes(content)
     assert file_digest(path, start) == digest_of(content[start:])
+
+
+def test_a_file_that_changed_under_the_same_facts_is_found_only_by_reading_it(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = remembered._facts(file)
+    monkeypatch.setattr(remembered, "_facts", lambda _: facts)
+    memory = RememberedDigests(tmp_path / "memory.json")
+    asked(memory, file)
+    file.write_bytes(b"two")
+    assert asked(memory, file) == (digest_of(b"one"), False)
+    assert memory.of(file, "tensors", file_digest, verify=True) == digest_of(b"two")
+    assert memory.contradicted == [file]
+    assert asked(memory, file) == (digest_of(b"two"), False)

@@ -1,1 +1,1 @@
-"""The commands that make files of files: export, merge, extract, resize and info."""
+"""The commands that make files of files: export, merge, extract, resize, info and cache."""

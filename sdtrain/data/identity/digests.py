@@ -16,17 +16,20 @@ def picture_digests(
     paths: Sequence[Path],
     remembered: RememberedDigests | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    *,
+    verify: bool = False,
 ) -> list[bytes]:
     """Return a digest of the bytes of each file. Raises UserError for one that cannot be read.
 
-    remembered: digests of files that have not changed since; None reads all.
+    remembered: digests of files that have not changed since; None reads all. verify: whether all are read in any case,
+    and what is remembered is only compared.
     """
 
     def digest(path: Path) -> bytes:
         try:
             if remembered is None:
                 return bytes.fromhex(_digest(path))
-            return bytes.fromhex(remembered.of(path, "picture", _digest))
+            return bytes.fromhex(remembered.of(path, "picture", _digest, verify=verify))
         except OSError as error:
             raise user_error("data", str(path), f"picture cannot be read: {error.strerror or error}") from error
 
@@ -41,6 +44,11 @@ def mask_digests(masks: Sequence[Mask], remembered: RememberedDigests | None = N
     """Return a digest of each file that is a mask and nothing else. Raises UserError for one that cannot be read."""
     paths = sorted({mask.path for mask in masks if not mask.is_alpha})
     return dict(zip(paths, picture_digests(paths, remembered), strict=True))
+
+
+def content_digest(content: bytes) -> bytes:
+    """Return the digest of a file that holds these bytes."""
+    return hashlib.blake2b(content).digest()
 
 
 def _digest(path: Path) -> str:

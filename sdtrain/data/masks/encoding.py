@@ -21,26 +21,27 @@ Wrong = list[tuple[Path, str]]
 _Wanted = tuple[Mask, Placement, bytes]
 
 
+def mask_paths(
+    pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path
+) -> list[Path | None]:
+    """Return the paths of the pictures' masks in the cache, None where one has no mask.
+
+    digests: of the pictures' files. Raises UserError for a mask that cannot be read.
+    """
+    return [path for path, _ in _named(pictures, digests, cache)]
+
+
 def encode_masks(
     pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path, on_progress: Progress
-) -> tuple[list[Path | None], Wrong]:
-    """Return the paths of the pictures' masks in the cache, None where one has no mask, and what cannot be used.
+) -> Wrong:
+    """Write the pictures' masks that the cache lacks; return what cannot be used.
 
-    What the cache lacks is written. digests: of the pictures' files. Raises UserError if the cache cannot be written.
+    digests: of the pictures' files. Raises UserError if the cache cannot be written.
     """
-    digest_of = mask_digests([example.mask for example, _ in pictures if example.mask])
-    paths: list[Path | None] = []
     missing: dict[Path, _Wanted] = {}
-    for (example, placement), digest in zip(pictures, digests, strict=True):
-        mask = example.mask
-        if mask is None:
-            paths.append(None)
-            continue
-        content = digest if mask.is_alpha else digest_of[mask.path]
-        path = store.mask_path(cache, content, placement, is_alpha=mask.is_alpha)
-        paths.append(path)
-        if not store.is_whole(path, thorough=True):
-            missing[path] = mask, placement, content
+    for (example, placement), (path, content) in zip(pictures, _named(pictures, digests, cache), strict=True):
+        if example.mask is not None and path is not None and not store.is_whole(path, thorough=True):
+            missing[path] = example.mask, placement, content
     wrong: Wrong = []
     for done, (path, found) in enumerate(zip(missing, map_ahead(_encoded, missing.values()), strict=True), 1):
         if isinstance(found, str):
@@ -48,7 +49,23 @@ def encode_masks(
         else:
             store.write(path, {"mask": found})
         on_progress("reading masks", done, len(missing))
-    return paths, wrong
+    return wrong
+
+
+def _named(
+    pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path
+) -> list[tuple[Path | None, bytes]]:
+    """The path of each picture's mask in the cache, and the digest of the file that it stands in."""
+    digest_of = mask_digests([example.mask for example, _ in pictures if example.mask])
+    named: list[tuple[Path | None, bytes]] = []
+    for (example, placement), digest in zip(pictures, digests, strict=True):
+        mask = example.mask
+        if mask is None:
+            named.append((None, b""))
+            continue
+        content = digest if mask.is_alpha else digest_of[mask.path]
+        named.append((store.mask_path(cache, content, placement, is_alpha=mask.is_alpha), content))
+    return named
 
 
 def mask_at(entry: Tensor, floor: float, size: tuple[int, int]) -> Tensor:

@@ -25,6 +25,7 @@ from sdtrain.training.keeping.pictures import Picture
 from sdtrain.training.keeping.policy import pass_over
 from sdtrain.training.start import stored_config
 
+SHOWN_NAMES = 3
 NOT_RECORDED = (
     "step {step} was saved by an older version: not checked for damage, nor for the pictures and the model that it was "
     "trained on"
@@ -37,7 +38,8 @@ class Standing:
 
     newest: the state, if any, and the later ones that are passed over. examples and digests: the pictures, in the order
     in which they are numbered. plan: how they are dealt out to steps. register: the same pictures, as states note them.
-    base: the digest of the model. held_out: the pictures that are only validated on. notes: what the user should know.
+    base: the digest of the model. held_out: the pictures that are only validated on, held_out_digests: those of their
+    files. notes: what the user should know. verifies_cache: whether all that is cached is compared with its checksum.
     """
 
     newest: Newest
@@ -47,7 +49,9 @@ class Standing:
     register: tuple[Picture, ...]
     base: str
     held_out: tuple[Example, ...] = ()
+    held_out_digests: tuple[bytes, ...] = ()
     notes: tuple[str, ...] = ()
+    verifies_cache: bool = False
 
     @property
     def state(self) -> SavedState | None:
@@ -69,6 +73,20 @@ def cache_folder(config: Config) -> Path:
     return Path(config.data.cache or Path(config.output) / "cache").expanduser()
 
 
+def remembered_digests(config: Config) -> RememberedDigests:
+    """Return the digests of files that runs with this cache have learnt."""
+    return RememberedDigests(cache_folder(config) / "digests.json")
+
+
+def contradictions(remembered: RememberedDigests) -> list[str]:
+    """Return what to say of pictures that were verified and hold something else than their times say."""
+    found = [path.name for path in remembered.contradicted]
+    if not found:
+        return []
+    shown = ", ".join(found[:SHOWN_NAMES]) + (", ..." if len(found) > SHOWN_NAMES else "")
+    return [f"pictures that changed though their size and times did not: {len(found)} ({shown}); encoded anew"]
+
+
 def find_standing(
     config: Config,
     folder: Path,
@@ -77,18 +95,22 @@ def find_standing(
     *,
     resume: bool,
     accept_data: bool = False,
+    verify_cache: bool = False,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Standing:
     """Return where the run in `folder` stands; nothing is changed there.
 
-    accept_data: whether pictures may be others than those of the state. Raises UserError with everything that keeps the
-    run from going on: no room for the cache, states that are all damaged, more steps done than planned, another model,
-    other pictures.
+    accept_data: whether pictures may be others than those of the state. verify_cache: whether every byte of pictures
+    and cache is read, also where size and times say that nothing has changed. Raises UserError with everything that
+    keeps the run from going on: no room for the cache, states that are all damaged, more steps done than planned,
+    another model, other pictures.
     """
     require_cache_room(cache_folder(config), config, examples)
-    trained = training_examples(examples)
-    remembered = RememberedDigests(cache_folder(config) / "digests.json")
-    digests = picture_digests([example.path for example in trained], remembered, on_progress)
+    trained, held_out = training_examples(examples), held_out_examples(examples)
+    remembered = remembered_digests(config)
+    paths = [example.path for example in (*trained, *held_out)]
+    digests = picture_digests(paths, remembered, on_progress, verify=verify_cache)
+    digests, held_out_digests = digests[: len(trained)], digests[len(trained) :]
     masks = mask_digests([example.mask for example in trained if example.mask], remembered)
     standing = Standing(
         newest=Newest(None, ()),
@@ -97,13 +119,16 @@ def find_standing(
         plan=Plan(config.data.batch_size, config.data.gradient_accumulation),
         register=pictures.pictures_of(trained, digests, masks),
         base=base_digest(opened, remembered),
-        held_out=tuple(held_out_examples(examples)),
+        held_out=tuple(held_out),
+        held_out_digests=tuple(held_out_digests),
+        notes=tuple(contradictions(remembered)),
+        verifies_cache=verify_cache,
     )
     remembered.keep()
     if not resume:
         return standing
     standing = replace(standing, newest=find_newest(folder / "checkpoints"))
-    standing = replace(standing, notes=tuple(standing.newest.notes()))
+    standing = replace(standing, notes=(*standing.notes, *standing.newest.notes()))
     state = standing.state
     if state is None:
         return _with_note(standing, f"{folder} has no training state yet: it begins at step 0")

@@ -277,3 +277,37 @@ def test_a_disk_that_is_too_small_for_the_run_is_told_in_one_sentence_before_the
     assert not (tmp_path / "runs" / "second").exists()
     with pytest.raises(UserError, match=r"data.cache  this run needs .* latents of 6 pictures, .* for captions"):
         fit({"name": "third", "steps": 1, "data.cache": str(tmp_path / "another")})
+
+
+# ---------------------------------------------------------------- warm starts
+
+
+def test_a_cold_start_decodes_each_picture_once_and_a_warm_one_reads_none_but_to_verify(
+    fit: Fit, own_pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sdtrain.data import encoding
+    from sdtrain.data.identity import digests
+    from sdtrain.files import remembered
+
+    read: Counter[str] = Counter()
+
+    def counted(what: str, module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def call(path: Path) -> Any:
+            read[what] += 1
+            return original(path)
+
+        monkeypatch.setattr(module, name, call)
+
+    counted("hashed", digests, "_digest")
+    counted("decoded", encoding, "read_whole")
+    monkeypatch.setattr(remembered, "SETTLED_S", -1.0)
+    short = {"steps": 1, "validation.share": 0.5, "validation.noise_levels": 1}  # held-out pictures count as well
+    cold, _ = fit(short | {"name": "cold"})
+    assert read == {"hashed": 6, "decoded": 6}
+    warm, _ = fit(short | {"name": "warm"})
+    assert read == {"hashed": 6, "decoded": 6}
+    verified, text = fit(short | {"name": "verified"}, verify_cache=True)
+    assert read == {"hashed": 12, "decoded": 6} and "changed though" not in text
+    assert bits(cold, 1) == bits(warm, 1) == bits(verified, 1)
