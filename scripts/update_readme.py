@@ -5,19 +5,18 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, get_args, get_origin
 
-from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
-from sdtrain.config.write import toml_value
+from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
-LARGEST = 1_000_000_000
+READERS_BEGIN, READERS_END = "<!-- readers: written by scripts/update_readme.py -->", "<!-- end of readers -->"
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("", schema.Config),
     ("model", schema.ModelConfig),
@@ -29,6 +28,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("timesteps", schema.TimestepConfig),
     ("noise", schema.NoiseConfig),
     ("loss", schema.LossConfig),
+    ("preserve", schema.PreserveConfig),
     ("preview", schema.PreviewConfig),
     ("checkpoint", schema.CheckpointConfig),
     ("validation", schema.ValidationConfig),
@@ -47,7 +47,7 @@ def settings_text() -> str:
         brackets = f"[[{name}]]" if name.endswith(".folder") else f"[{name}]"
         title = f"**`{brackets}`**{kind}" if name else "**At the top**"
         rows = [
-            f"| `{key}` | {_type(field)} | {_default(field)} | {field.description} |"
+            f"| `{key}` | {allowed_text(field)} | {_default(field)} | {field.description} |"
             for key, field in model.model_fields.items()
             if not _is_table(field.annotation) and not (key == "kind" and kind)
         ]
@@ -62,57 +62,17 @@ def _is_table(annotation: Any) -> bool:
 
 
 def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
-    return "`{}`" if value == {} else f"`{toml_value(value)}`"
-
-
-def _type(field: FieldInfo) -> str:
-    return _named(field.annotation, field.metadata)
-
-
-def _named(annotation: Any, metadata: Any = ()) -> str:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _named(arguments[0], arguments[1].metadata if isinstance(arguments[1], FieldInfo) else arguments[1:])
-    if origin is Literal:
-        return ", ".join(f"`{choice}`" for choice in arguments)
-    if origin in (Union, UnionType):
-        joint = ", " if all(get_origin(argument) is Literal for argument in arguments) else " or "
-        return joint.join(_named(argument) for argument in arguments)
-    if origin is list:
-        return f"list of {_named(arguments[0])}"
-    if origin is tuple:
-        return f"{len(arguments)} numbers"
-    if origin is dict:
-        return f"table of {'pattern' if arguments[0] is str else 'network'} = {_named(arguments[1])}"
-    word = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[annotation]
-    return word + _bounds(metadata)
-
-
-def _bounds(metadata: Any) -> str:
-    found = []
-    for bound in metadata:
-        match bound:
-            case Ge(ge=number):
-                found.append(f"≥ {number:g}")
-            case Gt(gt=number):
-                found.append(f"> {number:g}")
-            case Le(le=int(number)) | Lt(lt=int(number)) if number >= LARGEST:
-                pass  # such a bound keeps out what is no number of anything
-            case Le(le=number):
-                found.append(f"≤ {number:g}")
-            case Lt(lt=number):
-                found.append(f"< {number:g}")
-    return " " + ", ".join(found) if found else ""
+    return "required" if field.is_required() else f"`{default_text(field)}`"
 
 
 def with_settings(text: str) -> str:
-    """Return the README's text with fresh tables."""
-    return re.sub(
-        re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: f"{BEGIN}\n\n{settings_text()}\n\n{END}", text, flags=re.S
-    )
+    """Return the README's text with fresh tables: of the settings, and of who reads which file."""
+    text = _between(text, READERS_BEGIN, READERS_END, table_text())
+    return _between(text, BEGIN, END, settings_text())
+
+
+def _between(text: str, begin: str, end: str, new: str) -> str:
+    return re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _: f"{begin}\n\n{new}\n\n{end}", text, flags=re.S)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands, check_as_json
 from sdtrain.commands.libraries import quiet_libraries, versions
-from sdtrain.errors import Interrupted, UserError, user_error
+from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import say
 
@@ -22,25 +24,44 @@ app = typer.Typer(
     name="sdtrain",
     help="Fine-tune SDXL-style diffusion models. No learning rate, no schedule, no number of steps to choose.",
     no_args_is_help=True,
-    add_completion=False,
+    cls=GroupedHelp,
+    context_settings={"max_content_width": 160},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-ConfigPath = Annotated[Path, typer.Argument(help="The config, a .toml file.", show_default=False)]
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The config, a .toml file.", show_default=False)]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; can be given repeatedly.")
 ]
 ExportFormat = Literal["sd-scripts", "diffusers", "single-file", "folder"]
+Form = Literal["auto", "native", "lora", "diff"]
+StoredType = Literal["auto", "float32", "float16", "bfloat16"]
+MOST_STRENGTH = 1000
 CheckpointLayout = Literal["single-file", "folder"]
-BaseModel = Annotated[str, typer.Argument(help="The base model: a file, a folder, a hub id or builtin:NAME.")]
+BaseModel = Annotated[
+    str, typer.Argument(metavar="BASE", help="The base model: a file, a folder, a hub id or builtin:NAME.")
+]
 OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
-Rank = Annotated[int, typer.Option("--rank", min=1, help="The highest rank a layer may get.")]
+Rank = Annotated[int, typer.Option("--rank", metavar="NUMBER", min=1, help="The highest rank a layer may get.")]
 Step = Annotated[int | None, typer.Option("--step", help="Which training state of a run; default the newest.")]
 Energy = Annotated[
-    float, typer.Option("--energy", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW.")
+    float,
+    typer.Option(
+        "--energy", metavar="SHARE", min=0.0, max=1.0, help="Keep the fewest ranks that hold this share of each dW."
+    ),
 ]
-ComponentsFolder = Annotated[str, typer.Option("--components", help="See model.components.")]
+ComponentsFolder = Annotated[
+    str,
+    typer.Option(
+        "--components",
+        metavar="FOLDER",
+        help="Folder with configs and tokenizers, which a single file lacks; see model.components.",
+    ),
+]
+Partial = Annotated[
+    bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
+]
 
 
 @app.command()
@@ -59,7 +80,10 @@ def fit(
         ),
     ] = False,
     gpus: Annotated[
-        int, typer.Option("--gpus", min=1, help="Train on so many cards of this machine, one process each.")
+        int,
+        typer.Option(
+            "--gpus", metavar="NUMBER", min=1, help="Train on so many cards of this machine, one process each."
+        ),
     ] = 1,
 ) -> None:
     """Train what CONFIG says.
@@ -80,17 +104,22 @@ def fit(
 
 
 @app.command()
-def check(config: ConfigPath, set_: Overrides = None) -> None:
+def check(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
     """Find every mistake in CONFIG, its model and its pictures, without training."""
     from sdtrain.commands.check import check_config
 
-    check_config(config, set_ or [], Console())
+    if as_json:
+        check_as_json(config, set_ or [])
+    else:
+        check_config(config, set_ or [], Console())
 
 
 @app.command()
 def view(
     config: ConfigPath,
-    step: Annotated[int, typer.Option("--step", min=1, help="A step of the run, counted from 1 as in its log.")],
+    step: Annotated[
+        int, typer.Option("--step", metavar="NUMBER", min=1, help="A step of the run, counted from 1 as in its log.")
+    ],
     set_: Overrides = None,
 ) -> None:
     """Show what a step trains on: its pictures, their captions as drawn, crops and timesteps."""
@@ -103,13 +132,24 @@ def view(
 @app.command()
 def sample(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
-    prompt: Annotated[list[str], typer.Option("--prompt", help="What to show; can be given repeatedly.")],
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="One picture each; default 0, 1, 2, 3.")] = None,
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", metavar="TEXT", help="What to show; can be given repeatedly.")
+    ],
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="NUMBER", help="One picture each; default 0, 1, 2, 3.")
+    ] = None,
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
     guidance_rescale: Annotated[
         float | None,
-        typer.Option("--guidance-rescale", min=0.0, max=1.0, help="See preview.guidance_rescale.", show_default=False),
+        typer.Option(
+            "--guidance-rescale",
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help="See preview.guidance_rescale.",
+            show_default=False,
+        ),
     ] = None,
     set_: Overrides = None,
 ) -> None:
@@ -125,16 +165,23 @@ def sample(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
+    form: Annotated[Form | None, typer.Option("--form", help="See export.form; default as the run says.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
+    dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.commands.files.export import export_run
+    from sdtrain.commands.files.export import ExportOptions, export_run
 
-    say(Console(), f"wrote {export_run(run, format_, step, out)}")
+    if not abs(strength) < MOST_STRENGTH or strength == 0:
+        raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
+    done = export_run(run, format_, step, out, ExportOptions(form, dtype, strength, force))
+    say(Console(), f"wrote {done.path}", *([f"note: {done.note}"] if done.note else []))
 
 
 @app.command()
@@ -142,9 +189,12 @@ def merge(
     base: BaseModel,
     files: Annotated[list[Path], typer.Argument(metavar="LORA...", help="LoRA files.")],
     out: OutFile,
-    weight: Annotated[list[float] | None, typer.Option("--weight", help="Of each LoRA in turn; default 1.")] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option("--weight", metavar="NUMBER", help="Of each LoRA in turn; default 1.")
+    ] = None,
     layout: Annotated[CheckpointLayout, typer.Option("--layout", help="What to write.")] = "single-file",
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Put LoRAs into a base model."""
     weights = weight or [1.0] * len(files)
@@ -153,18 +203,20 @@ def merge(
     quiet_libraries()
     from sdtrain.commands.files.merge import merge as run_merge
 
-    changed = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components)
-    say(Console(), f"wrote {out}: {changed} layers of {base} changed")
+    done = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components, partial=partial)
+    say(Console(), *left_out_lines(done.left_out), f"wrote {out}: {done.changed} layers of {base} changed")
 
 
 @app.command()
 def extract(
     base: BaseModel,
-    tuned: Annotated[str, typer.Argument(help="The model that was made of it.")],
+    tuned: Annotated[str, typer.Argument(metavar="TUNED", help="The model that was made of it.")],
     out: OutFile,
     rank: Rank = 16,
     energy: Energy = 1.0,
-    targets: Annotated[str, typer.Option("--targets", help="A preset of method.targets, or a pattern.")] = "all-linear",
+    targets: Annotated[
+        str, typer.Option("--targets", metavar="TARGETS", help="A preset of method.targets, or a pattern.")
+    ] = "all-linear",
     components: ComponentsFolder = "",
 ) -> None:
     """Make a LoRA of the difference of two models."""
@@ -178,20 +230,21 @@ def extract(
 
 @app.command()
 def resize(
-    file: Annotated[Path, typer.Argument(help="A LoRA file.")],
-    base: Annotated[str, typer.Option("--base", help="A model it fits.")],
+    file: Annotated[Path, typer.Argument(metavar="LORA", help="A LoRA file.")],
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="A model it fits.")],
     out: OutFile,
     rank: Rank = 16,
     energy: Energy = 1.0,
     components: ComponentsFolder = "",
+    partial: Partial = False,
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
     from sdtrain.commands.files.extract import resize_lora
 
-    resize_lora(file, base, RankRule(rank, energy), out, components)
-    say(Console(), f"wrote {out}")
+    read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial)
+    say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
 
 
 @app.command(name="import-kohya")
@@ -227,12 +280,16 @@ def info(
 
 @app.command()
 def runs(
-    folder: Annotated[Path, typer.Argument(help="A folder of runs; default runs.")] = Path("runs"),
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="A folder of runs; default runs.")] = Path("runs"),
+    as_json: Json = False,
 ) -> None:
     """List runs: how they stand, how far they are, how large, and how to go on."""
-    from sdtrain.commands.runs import list_runs
+    from sdtrain.commands.front.answers import answer
+    from sdtrain.commands.runs import list_runs, run_answer
 
-    list_runs(folder, Console())
+    found = list_runs(folder, Console(quiet=as_json))
+    if as_json:
+        answer("runs", {"runs": [run_answer(facts) for facts in found]})
 
 
 @app.command("verify-resume")
@@ -247,6 +304,14 @@ def verify_resume(
 
     if not run_verify_resume(config, set_ or [], Console(), steps=steps):
         raise typer.Exit(1)
+
+
+add_commands(app)
+
+
+def left_out_lines(problems: Sequence[Problem]) -> list[str]:
+    """Return a line for each layer of a file that was left out."""
+    return [f"left out: {problem.where} {problem.what}" for problem in problems]
 
 
 def show_version(wanted: bool) -> None:

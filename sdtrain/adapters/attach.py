@@ -28,11 +28,10 @@ from sdtrain.adapters.kinds import (
 )
 from sdtrain.adapters.targets import last_match
 from sdtrain.errors import Problem, UserError
+from sdtrain.families.adapter_names import ADAPTER as NAME
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-NAME = "default"  # peft keeps several adapters apart by name; here there is one
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ def attach_adapters(
     """
     from peft import inject_adapter_in_model
 
+    from sdtrain.adapters.lean.layers import make_lean
+
     _check_layers(network, modules, settings)
     frozen = {id(parameter) for parameter in network.parameters()}
     with torch.random.fork_rng():  # peft draws from the global generator; ours must not move it
@@ -88,6 +89,7 @@ def attach_adapters(
         parameter.data = _first_values(network, name, parameter, generator).to(parameter.device)
         parameter.requires_grad_(True)
         parameters[name] = parameter
+    make_lean(network)  # once it is known what is frozen
     return parameters
 
 
@@ -270,6 +272,8 @@ def copy_into(layer_weights: AdapterWeights, values: AdapterWeights) -> None:
     """
     if kind_of(layer_weights) != kind_of(values):
         raise ValueError(f"is {kind_of(values)} in the file and {kind_of(layer_weights)} in this run")
+    if isinstance(values, DoraWeights) and values.on_inputs:
+        raise ValueError("has lengths for each input, and those that are trained here are for each output")
     there, here = encode(values, "diffusers"), encode(layer_weights, "diffusers")
     if {name: tensor.shape for name, tensor in there.items()} != {name: tensor.shape for name, tensor in here.items()}:
         raise ValueError(

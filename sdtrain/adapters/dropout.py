@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from sdtrain.adapters.attach import NAME, live_layers
+from sdtrain.adapters.attach import live_layers
+from sdtrain.families.adapter_names import ADAPTER as NAME
 
 
 @dataclass(frozen=True)

@@ -43,11 +43,13 @@ class LoraWeights:
 class DoraWeights:
     """A direction and a length for each output: W + dW = magnitude * V / |V|, V = W + direction.delta().
 
-    magnitude: (out,); |V| is the norm over everything but the output axis.
+    magnitude: (out,); |V| is the norm over everything but the output axis. on_inputs: whether it is (in,), a length for
+    each input instead, as LyCORIS writes it where asked to; such are read, never trained.
     """
 
     direction: LoraWeights
     magnitude: Tensor
+    on_inputs: bool = False
 
     @property
     def alpha(self) -> float:
@@ -126,12 +128,35 @@ class OftWeights:
         return float(self.block_size)
 
 
-AdapterWeights = LoraWeights | DoraWeights | LohaWeights | LokrWeights | OftWeights
+@dataclass(frozen=True)
+class DiffWeights:
+    """The change itself, as LyCORIS names it `diff`: nothing trains as such, but it is exact, and every UI reads it.
+
+    change: dW, shaped like the layer's weight.
+    """
+
+    change: Tensor
+
+    @property
+    def rank(self) -> int:
+        """No rank limits it; 1, so that alpha / rank is 1."""
+        return 1
+
+    @property
+    def alpha(self) -> float:
+        """It has no scale."""
+        return 1.0
+
+
+AdapterWeights = LoraWeights | DoraWeights | LohaWeights | LokrWeights | OftWeights | DiffWeights
 Adapters = Mapping[str, Mapping[str, AdapterWeights]]
 """component -> module -> weights."""
 
 
-def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", "oft"]:
+FileKind = Literal["lora", "dora", "loha", "lokr", "oft", "diff"]
+
+
+def kind_of(weights: AdapterWeights) -> FileKind:
     """Return the kind of an adapter; a rank-stabilised LoRA is a LoRA with a larger alpha."""
     match weights:
         case LoraWeights():
@@ -144,6 +169,8 @@ def kind_of(weights: AdapterWeights) -> Literal["lora", "dora", "loha", "lokr", 
             return "lokr"
         case OftWeights():
             return "oft"
+        case DiffWeights():
+            return "diff"
         case _:
             assert_never(weights)
 
@@ -155,9 +182,10 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
             return weights.delta()
         case DoraWeights():
             direction = base.float() + weights.direction.delta().to(base.device)
-            length: Tensor = direction.flatten(1).norm(dim=1)
+            axis = 1 if weights.on_inputs else 0
+            length: Tensor = direction.transpose(0, axis).flatten(1).norm(dim=1)
             factor = weights.magnitude.float().to(base.device) / length
-            return direction * factor.view(-1, *[1] * (base.dim() - 1)) - base.float()
+            return direction * factor.view(*[1] * axis, -1, *[1] * (base.dim() - 1 - axis)) - base.float()
         case LohaWeights():
             left = weights.w1_a.float() @ weights.w1_b.float()
             right = weights.w2_a.float() @ weights.w2_b.float()
@@ -168,6 +196,8 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
             flat = base.float().flatten(1)
             rotated: Tensor = flat @ _rotation(weights).to(base.device).T
             return rotated.view(base.shape) - base.float()
+        case DiffWeights():
+            return weights.change.float().view(base.shape)
         case _:
             assert_never(weights)
 
@@ -190,6 +220,8 @@ def _is_zero(weights: AdapterWeights) -> bool:
             return not (bool(whole(weights.w1).any()) and bool(whole(weights.w2).any()))
         case OftWeights():
             return not bool(weights.vectors.any())
+        case DiffWeights():
+            return not bool(weights.change.any())
         case _:
             assert_never(weights)
 
@@ -201,7 +233,7 @@ def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> Adapt
             return LoraWeights(change(weights.down), change(weights.up), weights.alpha)
         case DoraWeights():
             direction = LoraWeights(change(weights.direction.down), change(weights.direction.up), weights.alpha)
-            return DoraWeights(direction, change(weights.magnitude))
+            return DoraWeights(direction, change(weights.magnitude), weights.on_inputs)
         case LohaWeights():
             w1_a, w1_b, w2_a, w2_b = map(change, (weights.w1_a, weights.w1_b, weights.w2_a, weights.w2_b))
             return LohaWeights(w1_a, w1_b, w2_a, w2_b, weights.alpha)
@@ -209,6 +241,8 @@ def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> Adapt
             return LokrWeights(_mapped_factor(weights.w1, change), _mapped_factor(weights.w2, change), weights.alpha)
         case OftWeights():
             return OftWeights(change(weights.vectors), weights.block_size)
+        case DiffWeights():
+            return DiffWeights(change(weights.change))
         case _:
             assert_never(weights)
 

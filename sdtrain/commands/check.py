@@ -18,6 +18,7 @@ from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.text import say
+from sdtrain.training.weights_files import reader_lines
 
 
 def check_config(path: Path, overrides: Sequence[str], console: Console) -> None:
@@ -48,6 +49,7 @@ def _model_lines(config: Config, facts: OpenedModel) -> list[str]:
         f"model: {config.model.path}, {facts.prediction}, {end}",
         f"no caption: {nothing}, for empty and dropped captions and for an empty negative prompt",
         f"method: {config.method.kind} on {', '.join(config.method.train)}, {config.steps} steps",
+        *(f"file: {line}" for line in reader_lines(config)),
         f"optimizer: preset {config.optimizer.preset}, prodigy_steps {freeze}, d0 {config.optimizer.d0:g}",
     ]
 

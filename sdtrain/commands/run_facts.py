@@ -19,6 +19,7 @@ from sdtrain.training.ending.one_process import holder_of
 from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.text import shell_word
+from sdtrain.training.weights_files import weights_files
 
 Standing = Literal["running", "stopped", "finished", "damaged"]
 LARGEST = 1e300
@@ -134,8 +135,15 @@ def _state_damage(folder: Path, steps: tuple[int, ...]) -> str:
 
 
 def finished_weights(folder: Path) -> Path | None:
-    """Return the weights file of a run that is finished, None for one that is not. Raises UserError for no run."""
-    return _weights_of(folder, stored_config(folder), state_steps(folder))
+    """Return the weights file of a run that is finished, None for one that is not. Raises UserError for no run.
+
+    Where the adapters as they were trained stand beside another form of them, it is theirs.
+    """
+    config = stored_config(folder)
+    path = _weights_of(folder, config, state_steps(folder))
+    if path is None:
+        return None
+    return next((exact for file in weights_files(config) if (exact := file.at(path)).is_file()), path)
 
 
 def _weights_of(folder: Path, config: Config, states: tuple[int, ...]) -> Path | None:

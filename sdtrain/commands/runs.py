@@ -33,3 +33,17 @@ def _row(facts: RunFacts) -> tuple[str, ...]:
     steps = facts.config.steps if facts.config else "?"
     loss = "" if facts.last.loss is None else f"loss {facts.last.loss:.4f}"
     return facts.folder.name, facts.standing, f"{facts.step} of {steps} steps", loss, size_text(facts.num_bytes)
+
+
+def run_answer(facts: RunFacts) -> dict[str, object]:
+    """Return how a run stands, for `--json`."""
+    return {
+        "folder": str(facts.folder),
+        "standing": facts.standing,
+        "step": facts.step,
+        "steps": facts.config.steps if facts.config else None,
+        "loss": facts.last.loss,
+        "states": list(facts.states),
+        "num_bytes": facts.num_bytes,
+        "damage": facts.damage,
+    }

@@ -12,10 +12,25 @@ NO_PRODUCT = ("dora", "oft")
 """The kinds whose change dW is not a multiple of one product of their tensors."""
 
 
-def names_of_oft(config: Config) -> Iterator[Problem]:
-    """OFT exports under diffusers' names only."""
-    if isinstance(config.method, LoraConfig) and config.method.adapter == "oft" and config.export.names == "sd-scripts":
-        yield Problem("method.adapter", 'oft has no words in sd-scripts names; set export.names = "diffusers"')
+def words_for_the_form(config: Config) -> Iterator[Problem]:
+    """OFT itself exports under diffusers' names only, and a whole change under those of sd-scripts."""
+    if not isinstance(config.method, LoraConfig):
+        return
+    names, form = config.export.names, config.export.form
+    if config.method.adapter == "oft" and form == "native" and names == "sd-scripts":
+        what = 'oft has no words in sd-scripts names; leave export.form at "auto", or set export.names = "diffusers"'
+        yield Problem("method.adapter", what)
+    if form == "diff" and names == "diffusers":
+        what = 'diff has no words in diffusers names; set export.names = "sd-scripts", or export.form = "lora"'
+        yield Problem("export.form", what)
+
+
+def oft_rotates_no_convolutions(config: Config) -> Iterator[Problem]:
+    """A rotation of the inputs has no meaning for a layer that looks at several pixels."""
+    method = config.method
+    if isinstance(method, LoraConfig) and method.adapter == "oft" and method.targets == "all":
+        what = 'all, but its convolutions look at several pixels, which oft cannot rotate; use "all-linear"'
+        yield Problem("method.targets", what)
 
 
 def dropout_needs_ranks(config: Config) -> Iterator[Problem]:

@@ -83,7 +83,7 @@ class LoraConfig(Settings):
     kind: Literal["lora"]
     train: list[TrainableNetwork] = Field(default=[DENOISER], min_length=1, description="Networks that get adapters.")
     adapter: Literal["lora", "rslora", "dora", "loha", "lokr", "oft"] = Field(
-        default="lora", description="Kind of adapter; `lora` loads everywhere."
+        default="lora", description="Kind of adapter; see `export.form` for who reads which."
     )
     rank: Count = Field(default=16, description="Rank of the adapters; for `oft` the size of the rotated blocks.")
     alpha: float = Field(default=16.0, gt=0, description="The adapter counts alpha / rank.")
@@ -387,6 +387,22 @@ class ExportConfig(Settings):
     names: Literal["sd-scripts", "diffusers"] = Field(
         default="sd-scripts",
         description="Names of a LoRA's layers: `sd-scripts` loads everywhere, `diffusers` in diffusers and peft.",
+    )
+    form: Literal["auto", "native", "lora", "diff"] = Field(
+        default="auto",
+        description="How adapters are written: `native` as they were trained, `lora` as an ordinary LoRA (the nearest "
+        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` where "
+        "no tool reads the adapters themselves right, as of `dora` and `oft`, else `native`. What was trained is then "
+        "kept beside it, as `NAME-native`.",
+    )
+    rank: Count = Field(default=64, description="Highest rank of a layer in the form `lora`.")
+    every: Whole = Field(
+        default=0,
+        description="Steps between files of averaged weights along the way, `NAME-step-000250.safetensors`; 0: none.",
+    )
+    keep: Count = Field(default=4, description="How many of those stay, the newest ones.")
+    energy: Share = Field(
+        default=0.9999, description="In the form `lora`: the fewest ranks that hold this share of each |dW|^2 are kept."
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         default="auto", description="Type of the stored weights; `auto`: adapters float32, checkpoints as their base."

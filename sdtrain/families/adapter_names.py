@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+ADAPTER = "default"
+"""What the one adapter of each layer is called: peft keeps several apart by name."""
+
 BELOW = ".base_layer"
 """The name that peft gives to the frozen layer inside an adapter."""
 

@@ -25,7 +25,17 @@ from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer, group_records
-from sdtrain.training.outputs import Training, checkpoint, export, leave, newest_text, preview, save, validate
+from sdtrain.training.outputs import (
+    Training,
+    checkpoint,
+    export,
+    export_along,
+    leave,
+    newest_text,
+    preview,
+    save,
+    validate,
+)
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
@@ -154,6 +164,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             validate(training, objective, watchers, stop)
         if due(training.step, config.checkpoint.every, config.steps) or training.state_is_owed:
             checkpoint(training, watchers)
+        if due(training.step, config.export.every, config.steps):
+            export_along(training, watchers)
     if training.is_finished:
         save(training, watchers)
         export(training, watchers, run.weights_path)

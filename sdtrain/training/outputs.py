@@ -17,7 +17,7 @@ from sdtrain.models.model import Model
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
-from sdtrain.training.export import export_weights, format_of
+from sdtrain.training.export import export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Background, UnusableNumbersError, save_state
 from sdtrain.training.objective import Objective
@@ -30,6 +30,7 @@ from sdtrain.training.watching.preview import preview_grid, render, sampling_set
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
+from sdtrain.training.weights_files import NATIVE
 
 TRY_AGAIN_STEPS = 25
 """After how many steps a training state that could not be written is tried again."""
@@ -201,16 +202,13 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
     if not run.ranks.is_first:
         return
     with averaged(optimizer):
-        export_weights(
-            training.model,
-            run.config,
-            path,
-            kind=format_of(run.config),
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
+        written = export_files(
+            training.model, run.config, path, step=step, examples=training.data.examples, groups=optimizer.metrics()
         )
-    watchers.tell(SavedRecord(step, path, "weights"))
+    for file in written:
+        watchers.tell(SavedRecord(step, file.path, "weights"))
+        if file.note:
+            watchers.tell(NoteRecord(step, f"note: {file.note}"))
 
 
 def leave(training: Training, watchers: Watchers, cause: str | Exception) -> list[str]:
@@ -242,11 +240,35 @@ def _export_early(training: Training, watchers: Watchers) -> Path | None:
     run = training.run
     path = run.weights_path.with_name(f"{run.config.name}-step-{training.step:06d}.safetensors")
     export(training, watchers, path)
-    name = re.compile(re.escape(run.config.name) + r"-step-\d+\.safetensors")
-    early = sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name))
-    for file in early[: -run.config.checkpoint.keep]:
-        file.unlink(missing_ok=True)
+    settings = run.config
+    _keep_newest(
+        path.parent, settings.name, settings.export.keep if settings.export.every else settings.checkpoint.keep
+    )
     return path
+
+
+def _keep_newest(folder: Path, run: str, number: int) -> None:
+    name = re.compile(re.escape(run) + r"-step-\d+\.safetensors")
+    early = sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
+    for file in early[:-number]:
+        for one in (file, file.with_name(f"{file.stem}{NATIVE}{file.suffix}")):
+            one.unlink(missing_ok=True)
+
+
+def export_along(training: Training, watchers: Watchers) -> None:
+    """Write the averaged weights of the way, as many of which stay as `export.keep` says.
+
+    Where that fails it is told, and the training goes on: they can be had from a training state, too.
+    """
+    if training.is_finished or not training.is_sound or not training.run.ranks.is_first:
+        return
+    training.doing = f"finishing step {training.step}"
+    try:
+        _export_early(training, watchers)
+    except (UserError, OSError, MemoryError) as error:
+        release(error)
+        text = f"note: no weights of step {training.step} were written: {sentence(error)}; the training goes on"
+        watchers.tell(NoteRecord(training.step, text))
 
 
 def _newest(training: Training) -> Path | None:

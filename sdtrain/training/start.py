@@ -9,16 +9,16 @@ from typing import Any
 
 from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
-from sdtrain.config.schema import Config, FolderConfig, LoraConfig
+from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
 from sdtrain.errors import Problem, UserError, user_error
-from sdtrain.files.header import explain, read_header
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
 from sdtrain.training.keeping.manifest import state_folders
 from sdtrain.training.keeping.stored import copy_of_settings, settings_path
+from sdtrain.training.warm_start_check import warm_start_misfits, warm_start_problems
 
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
@@ -139,7 +139,7 @@ def inspect_run(
     nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
     examples, problems = _pictures(draft, decode=decode, on_progress=on_progress)
-    draft = draft.with_problems(problems).with_new_problems(_warm_start_problems(draft.config))
+    draft = draft.with_problems(problems).with_new_problems(warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)
     opened = None
@@ -156,6 +156,7 @@ def inspect_run(
                 *_network_problems(config, opened),
                 *_timestep_problems(config, opened),
                 *_weighting_problems(config, opened),
+                *warm_start_misfits(config, opened),
             ]
         )
     draft.require_sound()
@@ -191,20 +192,6 @@ def _scan(
         problem if problem.where.startswith(f"{setting}[") else replace(problem, settings=(setting,))
         for problem in problems
     ]
-
-
-def _warm_start_problems(config: Config) -> list[Problem]:
-    """Return what keeps the file in `method.init_from` from being opened.
-
-    Whether it fits the networks can only be told once these are there.
-    """
-    if not isinstance(config.method, LoraConfig) or not config.method.init_from:
-        return []
-    try:
-        read_header(Path(config.method.init_from).expanduser())
-    except UserError as error:
-        return [Problem("method.init_from", explain(error))]
-    return []
 
 
 def _network_problems(config: Config, facts: OpenedModel) -> list[Problem]:

@@ -100,7 +100,7 @@ def test_a_run_that_is_not_finished_can_be_looked_at(stopped: Path, tmp_path: Pa
     assert newest.rows[0][0].tobytes() != earlier.rows[0][0].tobytes()
     from sdtrain.commands.files.export import export_run
 
-    weights = export_run(stopped, "sd-scripts", 2, tmp_path / "two.safetensors")
+    weights = export_run(stopped, "sd-scripts", 2, tmp_path / "two.safetensors").path
     exported = draw(weights, ["a red circle"], [0], None, [])
     assert near(exported.rows[0][0], earlier.rows[0][0]), "the averaged weights, as in every file"
     with pytest.raises(UserError, match="no training state of step 7; there are 2, 3"):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
+from sdtrain.commands.run_facts import finished_weights
 from sdtrain.errors import UserError
 
 Train = Callable[..., tuple[Path, str]]
@@ -104,11 +105,33 @@ def test_a_run_can_start_from_an_earlier_file_and_its_d(train: Train) -> None:
 @pytest.mark.parametrize("adapter", ["rslora", "dora", "loha", "lokr", "oft"])
 def test_every_kind_of_adapter_trains_and_is_written(train: Train, adapter: str) -> None:
     changes = {"steps": 2, "method.adapter": adapter, "method.rank": 4, "optimizer.d0": 1e-2}
-    names = {"export.names": "diffusers"} if adapter == "oft" else {}
-    run, _ = train(changes | names)
-    assert adapter.removeprefix("rs") in sdtrain("info", run / "weights" / "small.safetensors")
+    run, _ = train(changes)
+    apart = adapter in ("dora", "oft")
+    native = run / "weights" / f"small{'-native' if apart else ''}.safetensors"
+    assert f"{adapter.removeprefix('rs')} in" in sdtrain("info", native)
+    assert native.with_name("small-native.safetensors").exists() == apart
+    assert apart <= ("lora in sd-scripts names" in sdtrain("info", run / "weights" / "small.safetensors"))
     sdtrain("sample", run, "--prompt", "a red circle", "--seed", "0", "--set", "preview.num_inference_steps=1")
     assert (run / "samples" / "grid.png").exists()
+
+
+def test_a_dora_run_goes_on_from_what_was_trained_and_says_what_the_lora_misses(train: Train) -> None:
+    changes = {"steps": 3, "method.adapter": "dora", "method.rank": 4, "optimizer.d0": 1e-2, "export.rank": 4}
+    run, said = train(changes)
+    assert "small.safetensors is a LoRA that misses" in said.replace("\n", " ")
+    native = run / "weights" / "small-native.safetensors"
+    assert finished_weights(run) == native, "samples show what was trained"
+    again, _ = train(changes | {"name": "again", "method.init_from": str(native), "steps": 1})
+    assert (again / "weights" / "again-native.safetensors").exists()
+
+
+@pytest.mark.parametrize("form", ["native", "lora", "diff"])
+def test_the_form_of_the_file_is_chosen(train: Train, form: str) -> None:
+    run, _ = train({"steps": 1, "method.adapter": "loha", "export.form": form, "optimizer.d0": 1e-2})
+    weights = run / "weights"
+    kind = "loha" if form == "native" else form
+    assert f"{kind} in sd-scripts names" in sdtrain("info", weights / "small.safetensors")
+    assert (weights / "small-native.safetensors").exists() == (form != "native")
 
 
 def test_a_stopped_text_encoder_stays_as_it_is(train: Train) -> None:

@@ -105,7 +105,12 @@ def test_settings_of_other_tools_are_refused_with_the_reason() -> None:
         ),
         ({"method": {"kind": "lora", "lr": {"text_encoder": 0.5}}}, "method.lr", "not trained"),
         ({"model": {"path": "x", "dtype": "mixed"}}, "model.dtype", "use bfloat16"),
-        ({"method": {"kind": "lora", "adapter": "oft"}}, "method.adapter", 'export.names = "diffusers"'),
+        (
+            {"method": {"kind": "lora", "adapter": "oft"}, "export": {"form": "native"}},
+            "method.adapter",
+            'export.names = "diffusers"',
+        ),
+        ({"export": {"form": "diff", "names": "diffusers"}}, "export.form", "no words in diffusers names"),
         ({"method": {"kind": "lora", "stop": {"text_encoder": 5}}}, "method.stop", "not trained"),
         ({"method": {"kind": "lora", "stop": {"unet": 50}}}, "method.stop", "before steps = 100"),
         ({"method": {"kind": "lora", "train": ["unet", "unet"]}}, "method.train", "twice"),

@@ -57,7 +57,7 @@ def test_what_others_wrote_there_is_no_resolution(said: str) -> None:
 def test_a_lora_and_a_checkpoint_of_one_run_say_the_same(train: Train, tmp_path: Path) -> None:
     run, _ = train({"steps": 2})
     lora = read_header(run / "weights" / "small.safetensors").metadata
-    whole = read_header(export_run(run, "single-file", None, tmp_path / "whole.safetensors")).metadata
+    whole = read_header(export_run(run, "single-file", None, tmp_path / "whole.safetensors").path).metadata
     for key in ("ss_steps", "modelspec.resolution", CONFIG_KEY):
         assert lora[key] == whole[key], key
     assert steps_of(whole) == describe_file(tmp_path / "whole.safetensors").steps == 2

@@ -149,7 +149,7 @@ def test_the_best_weights_are_those_of_the_lowest_loss(train: Train, others: dic
     assert "held-out loss" in text and f"step {kept['step']}, held-out loss" in text
     from sdtrain.commands.files.export import export_run
 
-    again = load_file(export_run(run, "sd-scripts", kept["step"], run / "again.safetensors"))
+    again = load_file(export_run(run, "sd-scripts", kept["step"], run / "again.safetensors").path)
     best = load_file(run / "weights" / "small-best.safetensors")
     last = load_file(run / "weights" / "small.safetensors")
     assert all(torch.equal(again[name], best[name]) for name in again)

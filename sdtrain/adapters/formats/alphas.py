@@ -15,6 +15,7 @@ from sdtrain.adapters.formats.tensor_names import encode
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
+    DiffWeights,
     DoraWeights,
     LohaWeights,
     LokrWeights,
@@ -135,7 +136,7 @@ def rescaled(weights: AdapterWeights, alpha: float) -> AdapterWeights:
                 return replace(weights, alpha=alpha)
             w1 = weights.w1
             return replace(weights, w1=(scaled(w1[0]), w1[1]) if isinstance(w1, tuple) else scaled(w1), alpha=alpha)
-        case OftWeights():
+        case OftWeights() | DiffWeights():
             return weights
         case _:
             assert_never(weights)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sdtrain.adapters.formats.conventions import known_keys
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, is_number, json_table
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
@@ -25,7 +26,14 @@ RANK_AXIS = {
     "lokr_w1_b": 0,
 }
 """The tensors whose shape tells the rank, and the axis that has its length."""
-KINDS = {"dora_scale": "dora", "lora_magnitude": "dora", "hada_": "loha", "lokr_": "lokr", "oft_": "oft"}
+KINDS = {
+    "dora_scale": "dora",
+    "lora_magnitude": "dora",
+    "hada_": "loha",
+    "lokr_": "lokr",
+    "oft_": "oft",
+    ".diff": "diff",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,9 @@ class FileDescription:
 
 def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
     """Return what is in a safetensors file of adapters. Raises UserError when it is missing or damaged."""
-    header = read_header(path)
+    stored = read_header(path)
+    keys = known_keys(stored.entries)
+    header = replace(stored, entries={keys[key]: entry for key, entry in stored.entries.items() if key in keys})
     metadata = header.metadata
     layers = _layers(header)
     first = next((name for name, _ in layers), "")
@@ -88,7 +98,7 @@ def _layers(header: Header) -> list[tuple[str, str]]:
     prefixes = _prefixes()
     for key in header.entries:
         for prefix, component in prefixes.items():
-            if key.startswith(prefix):
+            if key.startswith(prefix) and not key.endswith((".w_norm", ".b_norm")):
                 layer = key.split(".")[0] if prefix.startswith("lora_") else _diffusers_layer(key)
                 found[layer] = component
                 break
@@ -106,7 +116,7 @@ def _prefixes() -> dict[str, str]:
 
 
 def _diffusers_layer(key: str) -> str:
-    for part in (".lora", ".hada_", ".lokr_", ".oft_"):
+    for part in (".lora", ".hada_", ".lokr_", ".oft_", ".diff"):
         if part in key:
             return key[: key.index(part)]
     return key

@@ -9,9 +9,9 @@ there were several the difference is multiplied into the up matrices.
 again bit for bit, it is, and every reader computes the same dW. Where it cannot, the matrices stay as they are and
 alpha stands in the `lora_adapter_metadata` of the header, which diffusers reads since 0.35.
 
-Readers do not agree on DoRA in sd-scripts names. `dora_scale` is what LyCORIS means by it, the length of the rows of
-the sum; ComfyUI divides by the length of the base's rows instead (its dW is 4 to 11 % off, for changes of 1 to 20 % of
-a layer), and diffusers leaves it out with a warning. In diffusers names diffusers and peft read DoRA exactly.
+Who computes the trained change from which kind and names is the table of `sdtrain/families/readers.py`. A DoRA's
+`dora_scale` is what LyCORIS means by it, the length of the rows of the sum; in diffusers names, where diffusers and
+peft read it exactly, transformers wants `.weight` after its name in text encoders and diffusers none in the U-Net.
 
 `sdtrain.alpha` in the header keeps the alphas that were multiplied in, so that reading gives the same bits back.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,10 +35,11 @@ from sdtrain.adapters.formats.alphas import (
     scale_of_one,
     unpack_alpha,
 )
+from sdtrain.adapters.formats.conventions import BUNDLE, embeddings, known_keys, known_metadata
 from sdtrain.adapters.formats.layer_names import diffusers_names, family_of, sd_scripts_names
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, FileFacts, Shape, header_metadata
 from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata
-from sdtrain.adapters.formats.tensor_names import Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.formats.tensor_names import SUFFIXES, Names, decode, encode, expressible, shape_problem
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
@@ -60,6 +61,8 @@ class LoraFile:
     """component -> module -> weights; the tensors are on the CPU, as they were stored."""
     metadata: dict[str, str]
     names: Names
+    left_out: tuple[Problem, ...] = ()
+    """What was asked to be left out, for it cannot be used here: a layer or an embedding each."""
 
 
 def write_lora(
@@ -130,11 +133,20 @@ def adapter_tensors(adapters: Adapters, networks: Mapping[str, nn.Module], names
     """Return every tensor of a file by its name in it."""
     table = sd_scripts_names(networks) if names == "sd-scripts" else diffusers_names(networks)
     return {
-        f"{table[component][module]}.{part}": tensor.detach().cpu().contiguous()
+        f"{table[component][module]}.{_key(part, component, names)}": tensor.detach().cpu().contiguous()
         for component, modules in adapters.items()
         for module, weights in modules.items()
         for part, tensor in encode(weights, names).items()
     }
+
+
+def _key(part: str, component: str, names: Names) -> str:
+    """Return what a part is called: in text encoders transformers, which loads them, wants a magnitude's `.weight`.
+
+    diffusers, which loads the U-Net, wants it without.
+    """
+    is_magnitude = names == "diffusers" and part == SUFFIXES["diffusers"]["magnitude"]
+    return f"{part}.weight" if is_magnitude and component != DENOISER else part
 
 
 def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
@@ -153,21 +165,29 @@ def _shape(scaled: Scaled, networks: Mapping[str, nn.Module]) -> Shape:
     )
 
 
-def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
-    """Read the adapters in a file, in either naming, for the layers of these networks (on any device, meta too).
+def read_lora(path: Path, networks: Mapping[str, nn.Module], *, partial: bool = False) -> LoraFile:
+    """Read the adapters in a file, in any naming, for the layers of these networks (on any device, meta too).
 
-    Raises UserError, naming the key, for a file that is damaged or no adapter, for layers that these networks do
-    not have, and for adapters of other shapes than their layers.
+    partial: whether what cannot be used is left out, as long as something is left. Raises UserError, naming the key,
+    for a file that is damaged or no adapter, for layers that these networks do not have, and for adapters of other
+    shapes than their layers.
     """
-    header = read_header(path)
+    stored = read_header(path)
+    keys = known_keys(stored.entries)
+    tensors = {keys[key]: _widened(tensor) for key, tensor in read_tensors(stored).items() if key in keys}
+    entries = {keys[key]: entry for key, entry in stored.entries.items() if key in keys}
+    header = replace(stored, entries=entries, metadata=known_metadata(stored))
     names = names_of(path, header)
     layers = _layers(networks, names)
     weight = {component: dict(plain_modules(network)) for component, network in networks.items()}
     found: dict[str, dict[str, AdapterWeights]] = {}
-    problems = []
-    for name, parts in _grouped(read_tensors(header), layers).items():
+    problems = [
+        Problem(f"{BUNDLE}{name}", "is a text embedding, which belongs to no layer; load it as an embedding")
+        for name in embeddings(stored.entries)
+    ]
+    for name, parts in _grouped(tensors, layers).items():
         if name not in layers:
-            problems.append(Problem(name, _no_such_layer(name, header)))
+            problems.append(Problem(name, _no_such_layer(name, header, parts)))
             continue
         component, module = layers[name]
         try:
@@ -180,10 +200,20 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> LoraFile:
         problem = shape_problem(weights, base)
         if problem:
             problems.append(Problem(name, f"{problem}: it was made for another model"))
+            continue
         found.setdefault(component, {})[module] = weights
-    if problems:
-        raise UserError(str(path), shortened(problems))
-    return LoraFile(found, dict(header.metadata), names)
+    if problems and not (partial and found):
+        told = shortened(problems)
+        if found and not partial:
+            num = sum(map(len, found.values()))
+            told.append(Problem("--partial", f"uses the {num} layers that fit, in `sdtrain merge` and `resize`"))
+        raise UserError(str(path), told)
+    return LoraFile(found, dict(header.metadata), names, tuple(problems))
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Return numbers of eight bits as float16, which holds all of them exactly and can be computed with."""
+    return tensor.to(torch.float16) if tensor.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else tensor
 
 
 def names_of(path: Path, header: Header) -> Names:
@@ -263,8 +293,10 @@ def _decoded(
     return weights if original is None else rescaled(weights, original)
 
 
-def _no_such_layer(name: str, header: Header) -> str:
+def _no_such_layer(name: str, header: Header, parts: Mapping[str, Tensor]) -> str:
     """Return the likely reason why a layer of the file is not in the model."""
+    if {"w_norm", "b_norm"} & set(parts):
+        return "changes a normalisation, which has no place for an adapter here"
     if name.startswith("lora_te_"):
         return "is a text encoder of SD 1.x or 2.x; this file is not for the model in use, choose one made for it"
     widths = {header.entries[key].shape[-1] for key in header.entries if "attn2_to_k.lora_down" in key}

@@ -69,6 +69,8 @@ def _settings(path: Path, component: str, modules: Mapping[str, AdapterWeights])
             factor = _decompose_factor(path, [w for w in modules.values() if isinstance(w, LokrWeights)])
             both = any(isinstance(w, LokrWeights) and isinstance(w.w1, tuple) for w in modules.values())
             return found | {"alpha": alpha, "decompose_both": both, "decompose_factor": factor}
+        case "diff":
+            raise user_error(str(path), component, "has whole changes, which peft has no words for")
         case "oft":
             if rank_pattern:
                 raise user_error(str(path), component, "has OFT blocks of several sizes, which peft has no words for")

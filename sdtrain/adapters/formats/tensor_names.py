@@ -15,12 +15,14 @@ from torch import Tensor
 
 from sdtrain.adapters.kinds import (
     AdapterWeights,
+    DiffWeights,
     DoraWeights,
     LohaWeights,
     LokrWeights,
     LoraWeights,
     OftWeights,
     kind_of,
+    whole,
 )
 
 Names = Literal["sd-scripts", "diffusers"]
@@ -41,23 +43,30 @@ OTHER_SPELLINGS = {
 """Names that earlier diffusers wrote, and what they are called now."""
 
 TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
-"""Parts of a decomposition of convolutions that has no counterpart here."""
+"""Parts of Tucker's decomposition of convolutions, which is multiplied out on reading."""
 
 
 def expressible(weights: AdapterWeights, names: Names) -> bool:
     """Return whether a family of names has words for this kind of adapter."""
-    return names == "diffusers" or not isinstance(weights, OftWeights)
+    if names == "diffusers" and isinstance(weights, DoraWeights) and weights.on_inputs:
+        return False
+    return not isinstance(weights, OftWeights if names == "sd-scripts" else DiffWeights)
 
 
 def encode(weights: AdapterWeights, names: Names) -> dict[str, Tensor]:
-    """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it."""
+    """Return part's name -> tensor; alpha is a float32 scalar, and only sd-scripts names have a part for it.
+
+    A `diff` has none in either, for nothing scales it.
+    """
     parts = _parts(weights)
     found = {SUFFIXES[names].get(part, part): tensor for part, tensor in parts.items()}
     if isinstance(weights, DoraWeights):
         dimensions = weights.direction.down.dim()
         key = SUFFIXES[names]["magnitude"]
         found[key] = _magnitude_shape(weights.magnitude, dimensions, names)
-    if names == "sd-scripts":
+        if weights.on_inputs:
+            found[key] = weights.magnitude.reshape(1, -1, *[1] * (dimensions - 2))
+    if names == "sd-scripts" and not isinstance(weights, DiffWeights):
         found["alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
     return found
 
@@ -75,6 +84,8 @@ def _parts(weights: AdapterWeights) -> dict[str, Tensor]:
             return _factor("lokr_w1", weights.w1) | _factor("lokr_w2", weights.w2)
         case OftWeights():
             return {"oft_R.weight": weights.vectors}
+        case DiffWeights():
+            return {"diff": weights.change}
         case _:
             assert_never(weights)
 
@@ -104,9 +115,8 @@ def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None
     parts = {OTHER_SPELLINGS.get(name, name): tensor for name, tensor in parts.items()}
     if "alpha" in parts:
         alpha = _number(parts.pop("alpha"))
-    for name in TUCKER:
-        if name in parts:
-            raise ValueError(f"has `{name}`, a Tucker decomposition, which is not read here")
+    if any(name in parts for name in TUCKER):
+        return _nothing_left(_tucker(parts, alpha), parts)
     words = SUFFIXES[names]
     if words["down"] in parts or words["up"] in parts:
         return _decode_lora(parts, names, alpha)
@@ -120,6 +130,8 @@ def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None
     if "oft_R.weight" in parts:
         vectors = _take(parts, "oft_R.weight")
         return _nothing_left(OftWeights(vectors, (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2), parts)
+    if "diff" in parts:
+        return _nothing_left(DiffWeights(_take(parts, "diff")), parts)
     raise ValueError(f"has `{next(iter(parts), 'alpha')}`, which belongs to no kind of adapter known here")
 
 
@@ -132,9 +144,46 @@ def _decode_lora(parts: dict[str, Tensor], names: Names, alpha: float | None) ->
     if words["magnitude"] not in parts:
         return _nothing_left(lora, parts)
     magnitude = _take(parts, words["magnitude"], sides=1)
+    width = down.shape[1] if down.dim() > 1 else 0
+    if names == "sd-scripts" and magnitude.shape[0] == 1 < magnitude.dim() and magnitude.numel() == width:
+        return _nothing_left(DoraWeights(lora, magnitude.reshape(-1), on_inputs=True), parts)
     if magnitude.numel() != up.shape[0] or (names == "sd-scripts" and magnitude.shape[0] != up.shape[0]):
-        raise ValueError("has a `dora_scale` for each input; only those for each output are read here")
+        raise ValueError("has a `dora_scale` that is neither one for each output nor one for each input")
     return _nothing_left(DoraWeights(lora, magnitude.reshape(-1)), parts)
+
+
+def _tucker(parts: dict[str, Tensor], alpha: float | None) -> AdapterWeights:
+    """Return a decomposed convolution multiplied out, as a LoRA or as the change itself.
+
+    LoCon: dW[o, i] = up[o, a] mid[a, b] down[b, i], of which mid and down make the down matrix. LoHa and LoKr, whose
+    cores have (rank, rank, kh, kw): W[o, i] = core[a, b] first[a, o] second[b, i] (LyCORIS, arXiv 2309.14859, sec. 3).
+    """
+    if "lora_mid.weight" in parts:
+        down, up = _take(parts, "lora_down.weight"), _take(parts, "lora_up.weight")
+        mid = _take(parts, "lora_mid.weight", sides=3)
+        if mid.shape[:2] != (up.shape[1], down.shape[0]):
+            raise ValueError(f"has a `lora_mid.weight` of shape {list(mid.shape)}, which does not fit its matrices")
+        core = torch.einsum("ab...,bi->ai...", mid.float(), down.float().flatten(1)).to(down.dtype)
+        return LoraWeights(core, up, _or_rank(alpha, core))
+    if "hada_t1" in parts:
+        left, rank = _core(parts, "hada_t1", "hada_w1_a", "hada_w1_b")
+        right, _ = _core(parts, "hada_t2", "hada_w2_a", "hada_w2_b")
+        if left.shape != right.shape:
+            raise ValueError(f"has factors of shapes {list(left.shape)} and {list(right.shape)}, where one belongs")
+        return DiffWeights((1.0 if alpha is None else alpha / rank) * left * right)
+    second, rank = _core(parts, "lokr_t2", "lokr_w2_a", "lokr_w2_b")
+    first = whole(_take_factor(parts, "lokr_w1"))
+    scale = 1.0 if alpha is None else alpha / rank
+    return DiffWeights(scale * torch.kron(first.view(*first.shape, *[1] * (second.dim() - 2)), second.contiguous()))
+
+
+def _core(parts: dict[str, Tensor], core: str, first: str, second: str) -> tuple[Tensor, int]:
+    """Return a convolution in float32, made of its core and two matrices, and its rank."""
+    found = _take(parts, core, sides=3), _take(parts, first), _take(parts, second)
+    t, a, b = (tensor.float() for tensor in found)
+    if t.shape[:2] != (a.shape[0], b.shape[0]):
+        raise ValueError(f"has a `{core}` of shape {list(t.shape)}, which does not fit its matrices")
+    return torch.einsum("ab...,ao,bi->oi...", t, a, b), b.shape[0]
 
 
 def _or_rank(alpha: float | None, factor: Tensor) -> float:
@@ -194,6 +243,8 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
             flat = (out1 * second[0], in1 * math.prod(second[1:]))
         case OftWeights():
             flat = (wanted[0], weights.vectors.shape[0] * weights.block_size)
+        case DiffWeights():
+            return tuple(weights.change.shape)
         case _:
             assert_never(weights)
     return wanted if flat == (wanted[0], math.prod(wanted[1:])) else flat

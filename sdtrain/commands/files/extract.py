@@ -33,10 +33,15 @@ def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path,
     return sum(map(len, adapters.values()))
 
 
-def resize_lora(file: Path, base: str, rule: RankRule, out: Path, components: str = "") -> LoraFile:
-    """Write a LoRA file with another rank, as near as that allows; return what was read. Raises UserError."""
+def resize_lora(
+    file: Path, base: str, rule: RankRule, out: Path, components: str = "", *, partial: bool = False
+) -> LoraFile:
+    """Write a LoRA file with another rank, as near as that allows; return what was read. Raises UserError.
+
+    partial: whether layers that cannot be used are left out.
+    """
     model, size = read_base(base, components)
-    read = read_lora(file, model.networks)
+    read = read_lora(file, model.networks, partial=partial)
     _write(out, resize(read.adapters, rule), model, base, read.metadata, resolution_of(read.metadata) or size)
     return read
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,12 +11,24 @@ import torch
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.config.schema import ModelConfig
+from sdtrain.errors import Problem
 from sdtrain.families.metadata import resolution_of
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import Resolution
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
 from sdtrain.models.model import Layout, Model
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did."""
+
+    changed: int
+    """The number of layers that changed."""
+    left_out: tuple[Problem, ...]
+    """What of the files could not be used."""
+
 
 CPU = torch.device("cpu")
 
@@ -36,15 +49,26 @@ def trained_size(opened: OpenedModel) -> Resolution:
     return size or opened.family.native_resolution(predicts_v=opened.prediction == "v_prediction")
 
 
-def merge(base: str, files: Sequence[tuple[Path, float]], out: Path, layout: Layout, components: str = "") -> int:
-    """Write `base` with adapter files merged in, each times its weight; return how many layers changed.
+def merge(
+    base: str,
+    files: Sequence[tuple[Path, float]],
+    out: Path,
+    layout: Layout,
+    components: str = "",
+    *,
+    partial: bool = False,
+) -> Merged:
+    """Write `base` with adapter files merged in, each times its weight; return what was done.
+
+    partial: whether layers that cannot be used are left out.
 
     The base's author and licence are kept: the result is a work made of theirs. Raises UserError.
     """
     config = ModelConfig(path=base, components=components)
     opened = open_model(config, base)
     model = load_model(opened, config, device=CPU, dtype=torch.float32)
-    adapters = [(read_lora(path, model.networks).adapters, weight) for path, weight in files]
+    read = [read_lora(path, model.networks, partial=partial) for path, _ in files]
+    adapters = [(file.adapters, weight) for file, (_, weight) in zip(read, files, strict=True)]
     changed = merge_into(model.networks, adapters)
     described = Description(
         title=out.stem,
@@ -53,4 +77,4 @@ def merge(base: str, files: Sequence[tuple[Path, float]], out: Path, layout: Lay
         license=opened.metadata.get("modelspec.license", ""),
     )
     model.write_checkpoint(out, described, layout=layout)
-    return changed
+    return Merged(changed, tuple(problem for file in read for problem in file.left_out))

@@ -12,7 +12,7 @@ from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.family import Family
 from sdtrain.families.words import DENOISER, Component, NoCaption
-from sdtrain.files.header import Header, explain, read_header
+from sdtrain.files.header import BITS, Header, explain, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
 from sdtrain.models.checkpoints.locate import (
     Checkpoint,
@@ -106,6 +106,8 @@ def inspect_model(config: ModelConfig) -> tuple[OpenedModel | None, list[Problem
     opened = None
     if not problems:
         opened = _attempt("model.path", problems, lambda: _opened(checkpoint, headers, vae, fallback, tokenizers))
+    if opened is not None:
+        problems += untrainable_problems(opened)
     if opened is None:
         markers = _attempt("model.path", [], lambda: markers_of(checkpoint)) or Markers()
         return None, [*problems, *_contradictions(config, markers)]
@@ -192,6 +194,25 @@ def _opened(
         latent_step_px=pixels * halvings,
         no_caption=no_caption_of(checkpoint),
     )
+
+
+def untrainable_problems(opened: OpenedModel) -> list[Problem]:
+    """Return the problem of weights in eight bits or less, which hold too little to be trained or merged into."""
+    folder = isinstance(opened.checkpoint, DiffusersFolder)
+    for component, headers in opened.headers.items():
+        prefix = "" if folder else opened.family.prefix_of(component)
+        stored = {
+            entry.dtype: key
+            for header in headers
+            for key, entry in header.entries.items()
+            if key.startswith(prefix) and key.endswith(".weight") and BITS[entry.dtype] <= 8
+        }
+        for dtype, key in sorted(stored.items()):
+            what = (
+                f"{opened.checkpoint.path.name}: {key} is stored as {dtype}, which cannot be trained; get fp16 or more"
+            )
+            return [Problem("model.path", what)]
+    return []
 
 
 def _shrinking(config: dict[str, Any], checkpoint: Checkpoint, component: Component) -> int:

@@ -36,9 +36,11 @@ def needed(folder: Path, config: Config, opened: OpenedModel, trainable: Trainab
     if settings.keep_every:
         num_states += to_come // settings.keep_every
     num_previews = to_come // config.preview.every + 1 if config.preview.every and config.preview.prompts else 0
+    export = config.export
+    num_weights = min(export.keep, to_come // export.every) if export.every else 0
     return {
         f"{num_states} training states": num_states * state,
-        "weights": _weights_bytes(config, opened, trainable),
+        "weights": (1 + num_weights) * _weights_bytes(config, opened, trainable),
         f"{num_previews} previews": num_previews * _preview_bytes(config),
     }
 

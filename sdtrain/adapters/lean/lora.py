@@ -1,0 +1,84 @@
+"""LoRA on a frozen layer: y = W x + bias + scale * up(down(x))."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sdtrain.adapters.lean.inputs import Remade, kept_of
+from sdtrain.adapters.lean.products import (
+    POINT,
+    Window,
+    add_input_gradient,
+    add_product,
+    input_gradient,
+    product,
+    weight_gradient,
+)
+
+
+class LowRank(torch.autograd.Function):
+    """A frozen layer and its LoRA in one (arXiv 2106.09685, eq. 3): sums are written into what is there already.
+
+    What is inside is computed again in backward. The weight is nobody's to train: it gets no gradient.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        inputs: Tensor,
+        down: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        window: Window | None,
+        how: Remade | None,
+    ) -> Tensor:
+        """Return W inputs + bias + scale * up(down(inputs)), (..., out) or (n, out, h, w).
+
+        window: of the weight and of `down`, None for linear layers. how: the inputs are made, where it is known.
+        """
+        ctx.scale, ctx.window = scale, window
+        ctx.compute, kept = kept_of(inputs, how)
+        ctx.save_for_backward(down, up, weight, *kept)
+        hidden = product(inputs, down.to(inputs.dtype), window)
+        return add_product(
+            product(inputs, weight, window, bias), hidden, (up * scale).to(inputs.dtype), window and POINT
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of inputs, down and up."""
+        down, up, weight, *kept = ctx.saved_tensors
+        inputs, scale, window = ctx.compute(*kept), ctx.scale, ctx.window
+        hidden = product(inputs, down.to(inputs.dtype), window)
+        of_inputs = input_gradient(gradient, inputs, weight, window) if ctx.needs_input_grad[0] else None
+        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, of_inputs)
+        return of_inputs, *found, None, None, None, None, None
+
+
+def low_rank_gradients(
+    gradient: Tensor,
+    inputs: Tensor,
+    hidden: Tensor,
+    down: Tensor,
+    up: Tensor,
+    scale: float,
+    window: Window | None,
+    of_inputs: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of down and up, from that of scale * up(hidden), hidden = down(inputs).
+
+    The gradient of the inputs is added to `of_inputs`, where it is wanted.
+    """
+    point = window and POINT
+    of_up = weight_gradient(gradient, hidden, up, point).mul_(scale)
+    of_hidden = input_gradient(gradient, hidden, (up * scale).to(inputs.dtype), point)
+    if of_inputs is not None:
+        add_input_gradient(of_inputs, of_hidden, inputs, down.to(inputs.dtype), window)
+    return weight_gradient(of_hidden, inputs, down, window), of_up

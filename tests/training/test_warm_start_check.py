@@ -1,0 +1,140 @@
+"""Whether a run can start from a file is told from headers, before a model is loaded, and in one round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdtrain.adapters.formats.layer_names import diffusers_names, sd_scripts_names
+from sdtrain.adapters.layers import plain_modules
+from sdtrain.config.read import overridden
+from sdtrain.config.schema import ModelConfig
+from sdtrain.errors import UserError
+from sdtrain.families.modelspec import Description
+from sdtrain.models.checkpoints.inspect import open_model
+from sdtrain.training.start import draft_run, inspect_run
+from sdtrain.training.warm_start_check import unet_layers
+
+BASE = "builtin:tiny-sdxl"
+BUILTIN = Path(__file__).parents[2] / "sdtrain" / "builtin" / "tiny-sdxl"
+Problems = Callable[[dict[str, Any]], list[tuple[str, str]]]
+
+
+@cache
+def layers() -> dict[str, tuple[int, ...]]:
+    return unet_layers(open_model(ModelConfig(path=BASE), BASE))
+
+
+def lora(path: Path, rank: int = 2, names: str = "lora_unet_", wrong_width: int = 0, **more: Tensor) -> Path:
+    """A LoRA on the attention layers of the embedded model."""
+    tensors = dict(more)
+    for name, shape in layers().items():
+        if name.startswith(names) and name.endswith("attn2_to_k" if "_" in names else "attn2.to_k"):
+            down, up = ("lora_down", "lora_up") if "_" in names else ("lora_A", "lora_B")
+            tensors[f"{name}.{down}.weight"] = torch.zeros(rank, wrong_width or shape[1])
+            tensors[f"{name}.{up}.weight"] = torch.zeros(shape[0], rank)
+    assert len(tensors) > len(more)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def problems(table: dict[str, Any], tmp_path: Path) -> Callable[..., list[str]]:
+    def look(file: Path, **method: object) -> list[str]:
+        table["method"] |= {"init_from": str(file), **method}
+        try:
+            inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
+        except UserError as error:
+            assert {problem.where for problem in error.problems} == {"method.init_from"}, error
+            return [problem.what for problem in error.problems]
+        return []
+
+    return look
+
+
+@pytest.mark.parametrize("names", ["lora_unet_", "unet."])
+def test_a_file_that_fits_has_no_problems(problems: Problems, tmp_path: Path, names: str) -> None:
+    assert problems(lora(tmp_path / "a.safetensors", names=names)) == []
+
+
+def test_kind_networks_rank_and_model_are_told_before_loading(problems: Problems, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
+    strange = {"lora_unet_nothing_here.lora_down.weight": torch.zeros(2, 4)}
+    assert "no adapters known here" in problems(_saved(path, {"a": torch.zeros(2)}))[0]
+    assert (
+        'holds lora adapters, but method.adapter = dora: set method.adapter = "lora"'
+        in problems(lora(path), adapter="dora")[0]
+    )
+    assert "has rank 3, but method.rank = 2: set method.rank = 3" in problems(lora(path, 3), adapter="lora")[0]
+    assert "has adapters for text_encoder, too" in problems(lora(path, **text))[0]
+    assert "no adapters for text_encoder_2" in problems(lora(path), train=["unet", "text_encoder_2"])[0]
+    assert "has 7 inputs, this one's" in problems(lora(path, wrong_width=7), train=["unet"])[0]
+    assert "its lora_unet_nothing_here is no layer of this one" in problems(lora(path, **strange))[0]
+
+
+def test_the_native_file_is_named_where_it_lies_beside(problems: Problems, tmp_path: Path) -> None:
+    lora(tmp_path / "a-native.safetensors")
+    assert "name a-native.safetensors beside it" in problems(lora(tmp_path / "a.safetensors"), adapter="dora")[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "missing"])
+def test_what_is_no_file_is_told_and_never_waited_for(problems: Problems, tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    if kind == "folder":
+        path.mkdir()
+    said = {"pipe": "a device or a pipe", "folder": "is a folder", "missing": "no such file"}
+    assert said[kind] in problems(path)[0]
+
+
+def _saved(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def test_the_layers_that_headers_tell_are_those_of_the_network(tmp_path: Path) -> None:
+    from sdtrain.commands.files.merge import read_base
+
+    model, size = read_base(BASE)
+    unet = {"unet": model.networks["unet"]}
+    shapes = {
+        name: tuple(module.weight.shape) for name, module in plain_modules(unet["unet"]) if hasattr(module, "weight")
+    }
+    by_name = sd_scripts_names(model.networks)["unet"]
+    wanted = {by_name[module]: shapes[module] for module in by_name}
+    also = {name: shapes[module] for module, name in diffusers_names(unet)["unet"].items()}
+    assert (wanted | also).items() <= layers().items()
+    model.write_checkpoint(tmp_path / "whole.safetensors", Description("test", size), layout="single-file")
+    opened = open_model(ModelConfig(path=str(tmp_path / "whole.safetensors"), components=str(BUILTIN)), "test")
+    assert {name: shape[:2] for name, shape in unet_layers(opened).items()} == {n: s[:2] for n, s in wanted.items()}
+
+
+def test_a_base_in_eight_bits_is_refused_by_check(table: dict[str, Any], tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "fp8"
+    shutil.copytree(BUILTIN, folder)
+    [file] = (folder / "unet").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("to_q.weight"))
+    file.unlink()
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, file)
+    table["model"]["path"] = str(folder)
+    with pytest.raises(UserError, match="F8_E4M3, which cannot be trained; get fp16 or more"):
+        inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
+
+
+def test_oft_on_convolutions_is_a_mistake_in_the_settings(table: dict[str, Any]) -> None:
+    table["method"] |= {"adapter": "oft", "targets": "all"}
+    with pytest.raises(UserError, match='oft cannot rotate; use "all-linear"'):
+        inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
