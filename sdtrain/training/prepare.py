@@ -71,7 +71,7 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
 
 def prepare_held_out(model: Model, run: Run, examples: Sequence[Example], console: Console) -> HeldOut | None:
     """Return the pictures that are held out, encoded; None where there are none. Raises UserError as `make_batches`."""
-    apart = [replace(example, repeats=1) for example in examples]
+    apart = [replace(example, repeats=1, varied=None) for example in examples]  # each with one caption, all of its tags
     if not apart:
         return None
     whole = {"caption_dropout": 0.0, "gradient_accumulation": 1}  # every picture once an epoch, one micro-batch a step
