@@ -53,6 +53,7 @@ DECIDED = (
 )
 """The settings of the optimizer that presets decide, noted with every run of ours."""
 WARM_UP = 0.1  # share of the steps, of "cosine"
+CLIMB = (1, 2, 3, 5, 7, 10, 14, 20, 28, 40)  # steps at which d is noted beside those at which a loss is measured
 
 app = typer.Typer(add_completion=False, help="Evidence for the default presets.")
 
@@ -199,8 +200,9 @@ def run_job(job: Job) -> list[results.Result]:
         contestant.optimizer.zero_grad(set_to_none=True)
         if contestant.scheduler is not None:
             contestant.scheduler.step()
-        if step + 1 in looks:
+        if step + 1 in looks or step + 1 in CLIMB:
             d[step + 1] = contestant.d()
+        if step + 1 in looks:
             with contestant.shipped():
                 measured[step + 1] = tasks.held_out_losses(model, job.task, encodes=encodes)
                 if job.judged and step + 1 in job.lengths:
@@ -241,7 +243,11 @@ def result_of(
         best=min(finite, default=None),
         before=round(before, 6),
         curve=[[step, loss] for step, loss in zip(looks, curve, strict=True)],
-        d=[[step, float(f"{d[step]:.4g}")] for step in looks if math.isfinite(d[step])],
+        d=[
+            [step, float(f"{value:.4g}")]
+            for step, value in sorted(d.items())
+            if step <= length and math.isfinite(value)
+        ],
         parts={part: rounded(value) for part, value in measured[length].items() if part != "all"},
         rates={name: round(rate, 4) for name, rate in rates.items()},
         seconds=round(seconds * length / max(job.lengths), 1),
@@ -362,9 +368,12 @@ def table(
     contestants: str = "ours;prodigyopt schedule=constant;prodigyopt schedule=cosine;prodigy-plus",
     everything: Annotated[bool, typer.Option("--all", help="and every contestant's losses")] = False,
     unet: Annotated[str, typer.Option(help="only results of the U-Net with this digest")] = "",
+    seeds: Annotated[str, typer.Option(help="only contestants that have all of these")] = "",
 ) -> None:
     """Print regret against the best of the AdamW sweep, ranks, and whether we are within one standard error of it."""
     found = results.read_results(file, unet or tasks.unet_hash())
+    if seeds:
+        found = results.with_all_seeds(found, [int(seed) for seed in listed(seeds)])
     print(results.table(found, contestants.split(";")))
     if everything:
         for task, steps in results.cells(found):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,6 +63,13 @@ def append_result(path: Path, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(asdict(result), separators=(",", ":")) + "\n")
+
+
+def with_all_seeds(results: Sequence[Result], seeds: Sequence[int]) -> list[Result]:
+    """Return the results of these seeds, of those contestants that have all of them in a task and length."""
+    kept = [one for one in results if one.seed in seeds]
+    num = Counter((one.task, one.steps, one.contestant) for one in kept)
+    return [one for one in kept if num[one.task, one.steps, one.contestant] == len(set(seeds))]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:

@@ -35,6 +35,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("validation.folder", schema.FolderConfig),
     ("export", schema.ExportConfig),
     ("memory", schema.MemoryConfig),
+    ("tracking", schema.TrackingConfig),
 ]
 
 

@@ -292,6 +292,40 @@ def runs(
         answer("runs", {"runs": [run_answer(facts) for facts in found]})
 
 
+@app.command()
+def report(
+    run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+) -> None:
+    """Write the report.html of runs anew, from their logs and previews."""
+    from sdtrain.commands.pages.report import write_report
+
+    for folder in run:
+        say(Console(), f"wrote {write_report(folder)}")
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="What to show, repeatedly; default the run's previews.")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatedly; default the previews' seeds.")] = None,
+    strength: Annotated[
+        list[float] | None, typer.Option("--strength", help="Repeatedly; 0 is the base. Default 0, 0.5, 1.")
+    ] = None,
+    step: Annotated[
+        list[int] | None, typer.Option("--step", help="Training states, repeatedly; default those that are there.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the files; default RUN/compare.")] = None,
+    set_: Overrides = None,
+) -> None:
+    """Draw steps of a run, or several runs, side by side at several strengths: a page, a PNG and an animation."""
+    quiet_libraries()
+    from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
+
+    compare_to_files(runs, prompt or [], seed or [], strength or STRENGTHS, step or [], out, set_ or [], Console())
+
+
 @app.command("verify-resume")
 def verify_resume(
     config: ConfigPath,

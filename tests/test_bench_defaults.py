@@ -220,3 +220,9 @@ def test_a_drawing_is_made_of_what_there_is(tmp_path: Path) -> None:
     paths = plot_defaults.draw_all([*found, result("ours", 0.22), result("ours", 0.24, 1)], tmp_path)
     assert [path.name for path in paths] == ["defaults-lr.svg", "defaults-regret.svg", "defaults-d.svg"]
     assert all(path.read_text().startswith("<svg") and "nan" not in path.read_text() for path in paths)
+
+
+def test_a_table_of_some_seeds_has_only_who_ran_them_all() -> None:
+    found = [result("ours", 0.2), result("ours", 0.3, 1), result("adamw lr=1 schedule=constant", 0.1)]
+    assert results.with_all_seeds(found, [0, 1]) == found[:2]
+    assert results.with_all_seeds(found, [0]) == [found[0], found[2]]

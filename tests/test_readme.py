@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,7 +35,9 @@ def test_the_preset_table_is_what_the_presets_say() -> None:
     from sdtrain.config.schema import OptimizerConfig
 
     rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", TEXT, flags=re.M)
-    described = {row[0]: row[1:] for row in rows if row[0] in str(OptimizerConfig.model_fields["preset"].annotation)}
+    described = {
+        row[0]: row[1:] for row in rows if row[0] in get_args(OptimizerConfig.model_fields["preset"].annotation)
+    }
     assert len(described) == 6
     for preset, (steps, d0, mean) in described.items():
         values = OptimizerConfig(**preset_values(preset))  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import training_examples
+from sdtrain.data.report.facts import fact_lines
 from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.one_process import only_process
@@ -31,6 +32,7 @@ from sdtrain.training.ranks.refused import facts_of, rank_problems
 from sdtrain.training.start import draft_run, inspect_run, run_folder
 from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
+from sdtrain.training.watching.report.about import Told
 from sdtrain.training.watching.terminal import outliving
 from sdtrain.training.watching.text import say
 
@@ -153,7 +155,9 @@ def _fit_written(
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
 
         config, folder = begun.config, run_folder(begun.config.output, begun.config.name)
-        steps, is_finished = train(config, begun.opened, begun.standing, console, stop, watchers=watchers, ranks=ranks)
+        steps, is_finished = train(
+            *(config, begun.opened, begun.standing, console, stop), watchers=watchers, ranks=ranks, told=begun.told
+        )
         if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
         return FitResult(folder, steps, False, None, stop.number)
@@ -166,6 +170,7 @@ class _Begun:
     config: Config
     opened: OpenedModel
     standing: Standing
+    told: Told
 
 
 def _begin(
@@ -205,9 +210,10 @@ def _begin(
             accept_data=accept_data,
             on_progress=progress.show,
         )
-    pictures = picture_report_notes(config, opened, trained, summarise(trained, config.data))
-    say(console, *note_lines([*setting_notes(config, opened), *pictures]))
-    return _Begun(config, opened, standing)
+    report = summarise(trained, config.data)
+    told = [*setting_notes(config, opened), *picture_report_notes(config, opened, trained, report)]
+    say(console, *note_lines(told))
+    return _Begun(config, opened, standing, Told(tuple(fact_lines(report, config.steps)), tuple(told)))
 
 
 def _resumes(written: Written, resume: Resume) -> bool:

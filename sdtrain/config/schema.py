@@ -11,6 +11,7 @@ from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
@@ -424,6 +425,19 @@ class MemoryConfig(Settings):
     )
 
 
+class TrackingConfig(Settings):
+    """Experiment trackers that are told what `log.jsonl` tells, and shown the previews."""
+
+    to: list[TrackerName] = Field(
+        default=[],
+        description="Trackers, each an extra to install: `pip install sdtrain[tensorboard]`. `tensorboard` writes into "
+        "`<run>/tensorboard`; `WANDB_MODE=offline` keeps `wandb` off the network.",
+    )
+    project: str = Field(
+        default="sdtrain", min_length=1, max_length=100, description="Name of the project, for `wandb` and `trackio`."
+    )
+
+
 class Config(Settings):
     """A whole run."""
 
@@ -447,3 +461,4 @@ class Config(Settings):
     validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -19,6 +19,7 @@ from sdtrain.training.keeping.changes import refused_changes, wants_more, with_m
 from sdtrain.training.keeping.manifest import state_folders
 from sdtrain.training.keeping.stored import copy_of_settings, settings_path
 from sdtrain.training.warm_start_check import warm_start_misfits, warm_start_problems
+from sdtrain.training.watching.tracking.trackers import tracker_problems
 
 ANOTHER_NAME = "or choose another `name` (--set name=...)"
 
@@ -139,6 +140,7 @@ def inspect_run(
     nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
     examples, problems = _pictures(draft, decode=decode, on_progress=on_progress)
+    problems += tracker_problems(draft.config.tracking)
     draft = draft.with_problems(problems).with_new_problems(warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)

@@ -87,13 +87,21 @@ class Room:
 
 def memory_used(device: torch.device) -> str:
     """Return how much memory was used and how much there is, as a part of a sentence."""
+    peak = peak_memory_gib(device)
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
-        return f" ({_gib(torch.cuda.max_memory_allocated(device))} were in use at most, of {_gib(total)} on the card)"
+        return f" ({peak:.2f} GiB were in use at most, of {_gib(total)} on the card)"
+    return "" if peak is None else f" ({peak:.2f} GiB were in use at most by this process)"
+
+
+def peak_memory_gib(device: torch.device) -> float | None:
+    """Return the most memory in use so far: of the card by tensors, of this process on a CPU; None if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
-        return ""  # the standard library does not know it there
+        return None  # the standard library does not know it there
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return f" ({_gib(peak)} were in use at most by this process)"
+    return float(peak) / 2**30
 
 
 @contextmanager

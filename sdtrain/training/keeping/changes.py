@@ -12,7 +12,7 @@ from sdtrain.config.schema import Config
 from sdtrain.errors import Problem
 
 CHANGEABLE = (
-    *("steps", "output", "device", "preview.", "checkpoint.", "export.", "memory.", "data.cache"),
+    *("steps", "output", "device", "preview.", "checkpoint.", "export.", "memory.", "tracking.", "data.cache"),
     *("model.dtype", "optimizer.d_coef", "optimizer.prodigy_steps", "optimizer.freeze_share"),
     *("validation.every", "validation.patience"),
 )

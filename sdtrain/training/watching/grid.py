@@ -19,6 +19,9 @@ SMALLEST_CELL_PX = 128
 DRAWN_BY = "sdtrain preview"
 """The key of the text in the base's PNG that says what it was drawn from."""
 
+CELLS = "sdtrain cells"
+"""The key of the text in a grid's PNG that says where each picture of it stands, so that it can be cut out again."""
+
 Rows = Sequence[Sequence[Image.Image]]
 """Pictures of one size: a row for each prompt, a column for each seed."""
 
@@ -37,6 +40,8 @@ def labelled_grid(
 ) -> Image.Image:
     """Return the pictures in a grid, with the prompt above each row and the seed above each picture.
 
+    Where each picture stands is told in the grid's `info`, which its PNG keeps.
+
     beside: pictures of the same prompts and seeds that are shown to the left of each.
     """
     shown = 2 if beside else 1
@@ -50,6 +55,7 @@ def labelled_grid(
     draw = ImageDraw.Draw(grid)
     draw.text((4, 2), title, fill="black", font=font)
     top = LABEL_PX
+    corners = []
     for row, lines in enumerate(folded):
         for line in lines:
             draw.text((4, top + 2), line, fill="black", font=font)
@@ -62,7 +68,11 @@ def labelled_grid(
         for column, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
             draw.text((column * width + 4, top + 2), label, fill="grey", font=font)
             grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (column * width, top + LABEL_PX))
+        corners.append([[column * width, top + LABEL_PX] for column in range(shown - 1, len(pictures), shown)])
         top += LABEL_PX + height
+    grid.info[CELLS] = json.dumps(
+        {"prompts": list(prompts), "seeds": list(seeds), "size": [width, height], "corners": corners}
+    )
     return grid
 
 
@@ -71,6 +81,8 @@ def save_picture(picture: Image.Image, path: Path, text: str = "") -> None:
     about = PngImagePlugin.PngInfo()
     if text:
         about.add_itxt(DRAWN_BY, text)
+    if CELLS in picture.info:
+        about.add_itxt(CELLS, picture.info[CELLS])
     with atomic_file(path) as file:
         picture.save(file, format="PNG", pnginfo=about)
 

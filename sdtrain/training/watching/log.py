@@ -107,6 +107,7 @@ def log_line(record: StepRecord) -> str:
             "step": record.step,
             "loss": record.loss if math.isfinite(record.loss) else None,
             "images_per_s": round(record.images_per_s, 3),
+            **({} if record.peak_memory_gib is None else {"peak_memory_gib": round(record.peak_memory_gib, 3)}),
             **({"skipped": True, "pictures": list(record.pictures)} if record.skipped else {}),
             "groups": groups,
         }

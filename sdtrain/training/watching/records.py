@@ -78,6 +78,8 @@ class StepRecord:
     """Whether the step was left out, because its loss or a gradient was not finite."""
     pictures: tuple[str, ...] = ()
     """The files of the step's pictures, where it was skipped."""
+    peak_memory_gib: float | None = None
+    """The most memory used so far: of the GPU by tensors, or of this process on a CPU; None where it is not known."""
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: fl
     previews = sorted((run.folder / "previews").glob("step-*.png"))
     if previews:
         rows["previews"] = f"{previews[0]} ... {previews[-1].name}" if len(previews) > 1 else str(previews[0])
+    rows["report"] = str(run.folder / "report.html")
     rows["log"] = str(run.folder / "log.jsonl")
     for group in optimizer.metrics():
         rate = f"effective_lr {group.effective_lr:.2e}" if group.active else "stopped"
@@ -94,6 +95,7 @@ def farewell(run: Run, step: int, cause: str, kept: Kept) -> list[str]:
         lines.append(f'look: sdtrain sample {shell_word(kept.weights)} --prompt "..."')
     if kept.state is not None:
         lines.append(f"other formats: sdtrain export {shell_word(run.folder)} --format diffusers")
+    lines.append(f"report: {run.folder / 'report.html'}")
     resume = f"sdtrain fit {shell_word(run.folder / 'config.toml')} --resume"
     lines.append(f"go on: {resume}" if kept.state is not None else f"begin again: {resume}")
     return lines

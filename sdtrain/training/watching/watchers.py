@@ -12,6 +12,7 @@ from sdtrain.training.watching.advice import Adviser
 from sdtrain.training.watching.log import Log, log_to
 from sdtrain.training.watching.records import EndRecord, NoteRecord, Record, RunRecord, Watcher
 from sdtrain.training.watching.screen import Screen
+from sdtrain.training.watching.tracking.watcher import TrackerWatcher
 
 
 class Watchers:
@@ -73,6 +74,8 @@ class Watchers:
 def name_of(watcher: Watcher) -> str:
     """Return what a person would call a watcher: the name of a function or method, the class of anything else."""
     match watcher:
+        case TrackerWatcher():
+            name = str(watcher)
         case FunctionType() | MethodType() | BuiltinFunctionType():
             name = watcher.__qualname__
         case _:
