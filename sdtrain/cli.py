@@ -18,7 +18,7 @@ from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands,
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.watching.text import say
+from sdtrain.training.watching.text import hand_out, say
 
 app = typer.Typer(
     name="sdtrain",
@@ -258,10 +258,10 @@ def import_kohya(
 
     imported = run_import(files, out)
     if out is None:
-        typer.echo(imported.text, nl=False)
-        typer.echo(summary(imported), err=True)
+        hand_out(imported.text)
+        say(Console(stderr=True), summary(imported))
     else:
-        typer.echo(f"wrote {out}: {summary(imported)}")
+        say(Console(), f"wrote {out}: {summary(imported)}")
 
 
 @app.command()

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import typer
+from sdtrain.training.watching.text import hand_out
 
 ANSWER_VERSION = 1
 """Rises when a key of an answer changes its meaning or goes; new keys do not raise it."""
@@ -15,4 +15,4 @@ ANSWER_VERSION = 1
 def answer(command: str, facts: Mapping[str, Any]) -> None:
     """Print what a command found as one JSON object in one line, with its version. What is no JSON is shown as text."""
     text = json.dumps({"version": ANSWER_VERSION, "command": command, **facts}, default=str, ensure_ascii=True)
-    typer.echo(text)
+    hand_out(text + "\n")

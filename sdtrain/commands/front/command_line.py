@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from sdtrain.commands.front.answers import answer
 from sdtrain.errors import UserError
-from sdtrain.training.watching.text import facts_table, say
+from sdtrain.training.watching.text import facts_table, hand_out, say
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
@@ -103,7 +103,7 @@ def schema() -> None:
     """Print the JSON schema of a config, for editors that know `#:schema FILE` in TOML."""
     from sdtrain.commands.front.settings import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    hand_out(json.dumps(json_schema(), indent=2) + "\n")
 
 
 def doctor(
