@@ -13,13 +13,13 @@ from typer.core import TyperGroup
 
 from sdtrain.commands.front.answers import answer
 from sdtrain.errors import UserError
-from sdtrain.training.watching.text import facts_table, hand_out, say
+from sdtrain.training.watching.text import facts_table, say
 
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
 GROUPS = {
     "Train": ("fit", "check", "view", "verify-resume"),
-    "Look and use": ("sample", "export", "runs", "info"),
+    "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),
 }
@@ -103,7 +103,7 @@ def schema() -> None:
     """Print the JSON schema of a config, for editors that know `#:schema FILE` in TOML."""
     from sdtrain.commands.front.settings import json_schema
 
-    hand_out(json.dumps(json_schema(), indent=2) + "\n")
+    say(Console(), *json.dumps(json_schema(), indent=2).split("\n"))
 
 
 def doctor(
