@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from sdtrain.config.schema import Config
 from sdtrain.data.captions.drawing import variants_of
 from sdtrain.data.examples import Example
+from sdtrain.data.placing import placements_of, views_of
 from sdtrain.data.report.names import counted, shown_name, shown_text
 from sdtrain.data.report.notes import batch_notes, caption_notes, picture_notes
 from sdtrain.data.report.summary import DataReport
-from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.token_counts import CHUNK_TOKENS, caption_bytes, too_long
+from sdtrain.training.keeping.disk import LATENT_BYTES_PER_PIXEL
+from sdtrain.training.start import trains_text
 
 _SHOWN = 60  # letters of what is cut
 WEIGHS_NOISE = ("none", "debiased_kohya")
@@ -23,11 +26,13 @@ def picture_report_notes(
     config: Config, opened: OpenedModel, examples: Sequence[Example], report: DataReport
 ) -> list[str]:
     """Return what is worth a look before training, one line each, the most important first."""
+    once = list({example.path: example for example in examples}.values())  # of several resolutions
     return [
-        *_cut_captions(config, opened, examples),
-        *caption_notes(examples, config.data),
+        *_cut_captions(config, opened, once),
+        *caption_notes(once, config.data),
         *batch_notes(examples, config.data, report),
-        *picture_notes(examples, report),
+        *picture_notes(once, report),
+        *_views(config, examples),
         *_variants(config, opened, examples),
     ]
 
@@ -48,6 +53,19 @@ def setting_notes(config: Config, facts: OpenedModel) -> list[str]:
 def note_lines(notes: Sequence[str]) -> list[str]:
     """Return notes as they are printed, under a line of their own; nothing where there are none."""
     return ["worth a look:", *(f"  {note}" for note in notes)] if notes else []
+
+
+def _views(config: Config, examples: Sequence[Example]) -> list[str]:
+    """How many views of pictures are encoded, where they are more than the pictures, and what they take."""
+    pairs = zip(examples, placements_of(examples, config.data), strict=True)
+    views = [view for example, placement in pairs for view in views_of(example, placement)]
+    num = len({example.path for example in examples})
+    if len(views) == num:
+        return []
+    flipped = sum(view.flipped for view in views)
+    size = sum(math.prod(view.bucket) for view in views) * LATENT_BYTES_PER_PIXEL / 1e6
+    text = f"views: {counted(len(views), 'view', 'views')} of {counted(num)} are encoded"
+    return [text + (f", {flipped:,} of them flipped" if flipped else "") + f", {size:,.1f} MB in the cache"]
 
 
 def _cut_captions(config: Config, opened: OpenedModel, examples: Sequence[Example]) -> list[str]:
@@ -76,7 +94,7 @@ def _variants(config: Config, opened: OpenedModel, examples: Sequence[Example]) 
     if not varied:
         return []
     what = f"captions that vary: {len(varied):,} of {len(examples):,}"
-    if any(network != DENOISER for network in config.method.train):
+    if trains_text(config):
         return [f"{what}; text encoders are trained, so each step words them anew"]
     num = sum(len(variants) for variants in variants_of(varied, config.data.caption_variants).values())
     size = num * caption_bytes(opened, config.data.caption_chunks) / 1e6

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sdtrain.config import method_rules
 from sdtrain.config.presets import LEAST_TRAVEL, first_useful_step, misfits
-from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.config.schema import Config, FolderConfig, FullConfig, LoraConfig
 from sdtrain.errors import Problem
 from sdtrain.families.words import LATENT_FACTOR_PX
 
@@ -130,6 +130,55 @@ def _tags_that_stay(config: Config) -> Iterator[Problem]:
             yield Problem(where + kept[1], "is set, and keep_tags too: both say which tags stay; choose one")
 
 
+def _resolutions(config: Config) -> Iterator[Problem]:
+    folders = {"data.folder": config.data.folder, "validation.folder": config.validation.folder}
+    for setting, those in folders.items():
+        for index, folder in enumerate(those):
+            where = f"{setting}[{index}].resolutions_px"
+            for low in (one for one in folder.resolutions_px if one < config.data.bucket_step_px):
+                yield Problem(where, f"{low} is below data.bucket_step_px = {config.data.bucket_step_px}")
+            if len(set(folder.resolutions_px)) < len(folder.resolutions_px):
+                yield Problem(
+                    where, f"{folder.resolutions_px} names one twice; use `repeats` to see pictures more often"
+                )
+    for index, folder in enumerate(config.validation.folder):
+        for name in ("flip", "crops"):
+            if folder.model_dump()[name] != FolderConfig.model_fields[name].default:
+                what = "is set, but pictures are validated on as they are; leave it out"
+                yield Problem(f"validation.folder[{index}].{name}", what)
+        if len(folder.resolutions_px) > 1:
+            yield Problem(f"validation.folder[{index}].resolutions_px", "names several; pictures are validated at one")
+
+
+def _regularisation(config: Config) -> Iterator[Problem]:
+    folders = config.data.folder
+    if folders and all(folder.regularisation for folder in folders):
+        what = "true, and no other folder has pictures that are taught; set it to false in one"
+        yield Problem("data.folder[0].regularisation", what)
+    for index, folder in enumerate(config.validation.folder):
+        for name in ("regularisation", "loss_weight"):
+            if folder.model_dump()[name] != FolderConfig.model_fields[name].default:
+                what = "is set, but these pictures are not trained on; leave it out"
+                yield Problem(f"validation.folder[{index}].{name}", what)
+
+
+def _masks(config: Config) -> Iterator[Problem]:
+    folders = {"data.folder": config.data.folder, "validation.folder": config.validation.folder}
+    for setting, index, folder in (
+        (setting, index, one) for setting, those in folders.items() for index, one in enumerate(those)
+    ):
+        where = f"{setting}[{index}]."
+        if folder.masks == "folder" and not folder.mask_path:
+            yield Problem(where + "masks", "folder, but mask_path does not say which; set it")
+        elif folder.mask_path and folder.masks != "folder":
+            what = f'is set, but masks = "{folder.masks}"; set masks = "folder", or leave it out'
+            yield Problem(where + "mask_path", what)
+        if folder.mask_floor and folder.masks == "none":
+            yield Problem(where + "mask_floor", f"{folder.mask_floor:g}, but there are no masks; set masks")
+        elif folder.mask_floor == 1:
+            yield Problem(where + "mask_floor", "1, so that all counts whatever the masks say; set a smaller one")
+
+
 def _freezes_within_the_run(config: Config) -> Iterator[Problem]:
     prodigy_steps = config.optimizer.prodigy_steps
     if isinstance(prodigy_steps, int) and prodigy_steps > config.steps:
@@ -230,6 +279,9 @@ RULES = (
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("data.folder",), _tags_that_stay),
+    Rule(("data.folder", "validation.folder"), _masks),
+    Rule(("data.folder", "validation.folder"), _regularisation),
+    Rule(("data.folder", "validation.folder", "data.bucket_step_px"), _resolutions),
     Rule(("optimizer.prodigy_steps", "optimizer.preset", "steps"), _freezes_within_the_run),
     Rule(("optimizer.freeze_share", "optimizer.prodigy_steps", "optimizer.preset"), _share_of_auto),
     Rule(("optimizer.split_groups_mean", "optimizer.split_groups", "optimizer.preset"), _mean_of_one),

@@ -163,7 +163,19 @@ class FolderConfig(Settings):
         default=[],
         description='Sub-folders and files that are left out, by name or pattern, e.g. `["masks", "*_old*"]`.',
     )
-    repeats: Count = Field(default=1, description="How often each picture is seen in an epoch.")
+    repeats: Annotated[float, Field(ge=0.001, le=100_000)] = Field(
+        default=1,
+        description="How often each picture is seen in an epoch. 0.2: an epoch has a fifth of them, drawn anew each "
+        "time; 2.5: twice, and half of them once more.",
+    )
+    loss_weight: Annotated[float, Field(gt=0, le=1000.0)] = Field(
+        default=1.0, description="How much the error of each picture counts against that of others."
+    )
+    regularisation: bool = Field(
+        default=False,
+        description="Pictures of what the model knows already, such as other dogs: their `repeats` are scaled so that "
+        "an epoch has as many of them as of all others.",
+    )
     folder_names: Literal["plain", "repeats_concept"] = Field(
         default="plain",
         description="`repeats_concept`: as in sd-scripts, pictures in `10_sks dog` are seen 10 times as often, and "
@@ -193,6 +205,29 @@ class FolderConfig(Settings):
         default="", description="Tags before this sign stay where they are, e.g. `|||`; the sign is taken out."
     )
     wildcards: bool = Field(default=False, description="Whether `{red|blue}` means that one of the two is drawn.")
+    resolutions_px: list[Annotated[int, Field(ge=64, le=16384)]] = Field(
+        default=[],
+        description="Resolutions of this folder, instead of data.resolution_px; at each of several a picture is seen "
+        "`repeats` times.",
+    )
+    flip: bool = Field(
+        default=False,
+        description="Whether pictures are seen mirrored half of the time. Not where left and right matter: "
+        "writing, the face of one person.",
+    )
+    crops: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=1,
+        description="How many crops of a picture are encoded, of which each step draws one, from one end of what does "
+        "not fit to the other; 1: the middle.",
+    )
+    masks: Literal["none", "beside", "folder", "alpha"] = Field(
+        default="none",
+        description="What says which part of a picture counts: `name.mask.png` beside it, `name.png` in the folder "
+        "`mask_path`, or its own alpha channel. White counts, black does not; a picture without a mask counts as a "
+        "whole.",
+    )
+    mask_path: PathText = Field(default="", description='Folder of the masks, for masks = "folder".')
+    mask_floor: Share = Field(default=0.0, description="What counts at least where a mask says less; 0: nothing.")
 
 
 class DataConfig(Settings):
@@ -209,6 +244,11 @@ class DataConfig(Settings):
     max_aspect: Annotated[float, Field(ge=1.0, le=100.0)] = Field(
         default=2.5, description="Longest side over shortest side of the most extreme bucket."
     )
+    enlarge: bool = Field(
+        default=True,
+        description="Whether pictures smaller than their bucket are enlarged; `false`: they go into smaller buckets.",
+    )
+    min_side_px: Whole = Field(default=0, description="Pictures with a shorter side are refused; 0: 16 px, the least.")
     batch_size: Count = Field(default=4, description="Pictures in a micro-batch.")
     gradient_accumulation: Count = Field(default=1, description="Micro-batches in a step.")
     ragged: Literal["keep", "merge"] = Field(

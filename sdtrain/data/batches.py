@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,8 +17,10 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, captions_to_encode, variants_of
 from sdtrain.data.encoding import encode_captions, encode_pictures
 from sdtrain.data.examples import Example
+from sdtrain.data.identity.digests import picture_digests
+from sdtrain.data.masks.encoding import encode_masks, mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
-from sdtrain.data.placing import placements_of
+from sdtrain.data.placing import drawn_view, placements_of, views_of
 
 
 @dataclass(frozen=True)
@@ -48,15 +51,26 @@ class Batch:
     text: dict[str, Tensor] | None  # name -> (n, ...) float32; None: the loop encodes the captions itself
     sizes: dict[str, Tensor]  # name -> (n, ...), what a model is told of the pictures' sizes
     examples: tuple[Example, ...]
+    weights: Tensor | None = None  # (n,) float32, factors on the pictures' errors in training; None: 1
+    counts: Tensor | None = None  # (n, h, w) float32, how much each place counts in the loss; None: everywhere 1
 
 
 @dataclass(frozen=True)
-class _Row:
-    """One picture and where its latents lie, ready to be batched."""
+class _View:
+    """One view of a picture, and where its latents and its mask lie."""
 
     example: Example
     placement: Placement
     latents: Path
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One picture in all its views, ready to be batched."""
+
+    example: Example
+    views: tuple[_View, ...]
 
 
 class Batches:
@@ -78,7 +92,8 @@ class Batches:
         """batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows."""
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
-        paths = [*(row.latents for row in rows), *(captions or {}).values()]
+        views = [view for row in rows for view in row.views]
+        paths = [*(one.latents for one in views), *(one.mask for one in views if one.mask), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
 
     @property
@@ -87,8 +102,8 @@ class Batches:
         return self._order.steps_per_epoch
 
     @property
-    def num_examples(self) -> int:
-        """The number of pictures in an epoch, repeats counted."""
+    def num_examples(self) -> float:
+        """The number of pictures in an epoch, repeats counted; a mean where parts of repeats are drawn."""
         return self._order.num_images
 
     def examples_at(self, step: int) -> list[Example]:
@@ -121,11 +136,15 @@ class Batches:
         for index in deal(costs, hands)[hand]:
             pieces = parts[index]
             places = [(piece.index, place) for piece in pieces for place in range(piece.start, piece.stop)]
-            rows = [self._rows[planned[batch][place]] for batch, place in places]
-            batch = self._batch(index, pieces, rows, [captions[batch][place] for batch, place in places])
-            yield batch, len(rows) / sum(sizes)
+            views = [self._view(step, batch, place, planned[batch][place]) for batch, place in places]
+            batch = self._batch(index, pieces, views, [captions[batch][place] for batch, place in places])
+            yield batch, len(views) / sum(sizes)
 
-    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_Row], captions: Sequence[str]) -> Batch:
+    def _view(self, step: int, index: int, place: int, number: int) -> _View:
+        views = self._rows[number].views
+        return views[drawn_view(self._drawing.seed, step, index, place, len(views))]
+
+    def _batch(self, index: int, pieces: tuple[Piece, ...], rows: Sequence[_View], captions: Sequence[str]) -> Batch:
         latents = [self._entries.get(row.latents)["latents"] for row in rows]
         return Batch(
             index=index,
@@ -135,6 +154,21 @@ class Batches:
             text=self._text(captions),
             sizes=self._encode_sizes(torch.tensor([row.placement.sizes() for row in rows], dtype=torch.float32)),
             examples=tuple(row.example for row in rows),
+            weights=_weights([row.example.loss_weight for row in rows]),
+            counts=self._counts(rows, (latents[0].shape[-2], latents[0].shape[-1])),
+        )
+
+    def _counts(self, rows: Sequence[_View], size: tuple[int, int]) -> Tensor | None:
+        """How much each place of the pictures counts, by their masks; None where none has one."""
+        if not any(row.mask for row in rows):
+            return None
+        return torch.stack(
+            [
+                mask_at(self._entries.get(row.mask)["mask"], row.example.mask.floor, size)
+                if row.mask and row.example.mask
+                else torch.ones(size)
+                for row in rows
+            ]
         )
 
     def _text(self, captions: Sequence[str]) -> dict[str, Tensor] | None:
@@ -142,6 +176,10 @@ class Batches:
             return None
         encoded = [self._entries.get(self._captions[caption]) for caption in captions]
         return {name: torch.stack([one[name] for one in encoded]).to(torch.float32) for name in sorted(encoded[0])}
+
+
+def _weights(weights: Sequence[float]) -> Tensor | None:
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
 
 
 def prepare_batches(
@@ -163,10 +201,11 @@ def prepare_batches(
     be encoded and cannot be read, before any is encoded; also if an encoding is not finite or the cache cannot be
     written.
     """
-    pictures = list(zip(examples, placements_of(examples, config), strict=True))
+    views = [views_of(*one) for one in zip(examples, placements_of(examples, config), strict=True)]
+    pictures = [(example, view) for example, those in zip(examples, views, strict=True) for view in those]
     plan = plan or Plan(config.batch_size, config.gradient_accumulation)
     order = Order(
-        [placement.bucket for _, placement in pictures],
+        [those[0].bucket for those in views],
         [example.repeats for example in examples],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,
@@ -174,13 +213,17 @@ def prepare_batches(
         start=plan.start,
     )
     captions, drawing = None, Drawing(seed, config.caption_dropout)
+    digests = digests or picture_digests([example.path for example in examples], on_progress=on_progress)
+    digests = [digest for digest, those in zip(digests, views, strict=True) for _ in those]
     with torch.no_grad():
+        masks, wrong = encode_masks(pictures, digests, cache, on_progress)
         paths = encode_pictures(
-            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests
+            pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress, digests=digests, wrong=wrong
         )
         if encoders.captions is not None:
             drawing = replace(drawing, variants=variants_of(examples, config.caption_variants))
             needed = captions_to_encode(examples, drawing.variants, config.caption_dropout)
             captions = encode_captions(needed, encoders.captions, encoders.text_fingerprint, cache, on_progress)
-    rows = [_Row(example, placement, path) for (example, placement), path in zip(pictures, paths, strict=True)]
+    found = iter([_View(*one, path, mask) for one, path, mask in zip(pictures, paths, masks, strict=True)])
+    rows = [_Row(example, tuple(islice(found, len(those)))) for example, those in zip(examples, views, strict=True)]
     return Batches(rows, captions, order, encode_sizes=encoders.sizes, drawing=drawing, batch_size=config.batch_size)

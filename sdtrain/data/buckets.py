@@ -18,6 +18,7 @@ class Placement:
     scaled: tuple[int, int]
     crop_left: int
     crop_top: int
+    flipped: bool = False  # left and right changed places, after all of the above
 
     @property
     def upscale(self) -> float:
@@ -29,13 +30,27 @@ class Placement:
         """The share of the picture's area that lies outside of the bucket, from 0 to 1."""
         return 1.0 - (self.bucket[0] * self.bucket[1]) / (self.scaled[0] * self.scaled[1])
 
+    @property
+    def source_box(self) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what lies in the bucket, in pixels of the original, which may be parts."""
+        (width, height), (scaled_width, scaled_height) = self.original, self.scaled
+        right, bottom = self.crop_left + self.bucket[0], self.crop_top + self.bucket[1]
+        return (
+            self.crop_left * width / scaled_width,
+            self.crop_top * height / scaled_height,
+            min(width, right * width / scaled_width),
+            min(height, bottom * height / scaled_height),
+        )
+
     def sizes(self) -> tuple[int, int, int, int, int, int]:
         """Return the sizes in pixels that models are told.
 
-        They are original height and width, crop top and left, target height and width.
+        They are original height and width, crop top and left, target height and width; those of the flipped picture
+        where it is flipped.
         """
         (width, height), (target_width, target_height) = self.original, self.bucket
-        return height, width, self.crop_top, self.crop_left, target_height, target_width
+        left = self.scaled[0] - target_width - self.crop_left if self.flipped else self.crop_left
+        return height, width, self.crop_top, left, target_height, target_width
 
 
 def bucket_sizes(resolution_px: int, step_px: int, max_aspect: float) -> list[tuple[int, int]]:
@@ -81,6 +96,17 @@ def place(width_px: int, height_px: int, buckets: Iterable[tuple[int, int]]) -> 
         crop_left=(scaled[0] - width) // 2,
         crop_top=(scaled[1] - height) // 2,
     )
+
+
+def place_unscaled(width_px: int, height_px: int, step_px: int, max_aspect: float) -> Placement:
+    """Return the placement of a picture in the largest bucket that it fills without being enlarged.
+
+    Its sides are multiples of step_px; a picture with a side below step_px is enlarged to it all the same.
+    """
+    width, height = (max(1, side // step_px) * step_px for side in (width_px, height_px))
+    width = min(width, max(step_px, int(height * max_aspect) // step_px * step_px))
+    height = min(height, max(step_px, int(width * max_aspect) // step_px * step_px))
+    return place(width_px, height_px, [(width, height)])
 
 
 def _divide(numerator: int, denominator: int) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.data.buckets import Placement
+from sdtrain.data.masks.area import AREA_VERSION
 from sdtrain.data.pixels import PIXELS_VERSION
 from sdtrain.errors import UserError, user_error
 from sdtrain.files.header import read_header
@@ -33,8 +34,13 @@ class DamagedError(Exception):
 
 def latents_path(cache: Path, file_digest: bytes, placement: Placement, vae_fingerprint: str) -> Path:
     """Return the path of the latents of a picture file in this placement by this VAE."""
-    geometry = (placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top)
-    return _path(cache, "latents", file_digest, repr(geometry), vae_fingerprint, str(PIXELS_VERSION))
+    return _path(cache, "latents", file_digest, _geometry(placement), vae_fingerprint, str(PIXELS_VERSION))
+
+
+def mask_path(cache: Path, file_digest: bytes, placement: Placement, *, is_alpha: bool) -> Path:
+    """Return the path of a mask in the placement of its picture; it is a file of its own, or a picture's alpha."""
+    kind = "alpha" if is_alpha else "file"
+    return _path(cache, "masks", file_digest, _geometry(placement), kind, str(AREA_VERSION))
 
 
 def caption_path(cache: Path, caption: str, text_fingerprint: str) -> Path:
@@ -107,6 +113,11 @@ def _read_for_use(path: Path) -> dict[str, Tensor]:
         path.unlink(missing_ok=True)
         what = "was damaged or removed during the run; go on with --resume, and it is encoded anew"
         raise user_error("cache", str(path), what) from error
+
+
+def _geometry(placement: Placement) -> str:
+    sizes = (placement.original, placement.bucket, placement.scaled, placement.crop_left, placement.crop_top)
+    return repr((*sizes, "flipped") if placement.flipped else sizes)
 
 
 def _path(cache: Path, kind: str, *fields: str | bytes) -> Path:

@@ -36,12 +36,14 @@ def encode_pictures(
     on_progress: Progress,
     *,
     digests: Sequence[bytes] | None = None,
+    wrong: Sequence[tuple[Path, str]] = (),
 ) -> list[Path]:
     """Return the paths of the pictures' cache entries, in their order; entries missing or damaged are encoded first.
 
     `encode` takes (1, 3, H, W) and returns (1, c, h, w). digests: those of the pictures' files, None: they are read
-    here. Raises UserError with all pictures that would have to be encoded and cannot be read, before any is encoded;
-    also if an encoding is not finite, or if a picture is no longer what its digest was taken of.
+    here. wrong: files that cannot be used and why, by what was looked at before. Raises UserError with these and all
+    pictures that would have to be encoded and cannot be read, before any is encoded; also if an encoding is not finite,
+    or if a picture is no longer what its digest was taken of.
     """
     digests = digests or picture_digests([example.path for example, _ in pictures], on_progress=on_progress)
     paths = [
@@ -50,7 +52,7 @@ def encode_pictures(
     ]
     digest_of = dict(zip(paths, digests, strict=True))
     missing = _missing(dict(zip(paths, pictures, strict=True)))
-    _check(list(missing.values()), on_progress)
+    _check(list(missing.values()), wrong, on_progress)
     loaded = map_ahead(_load, ((picture, digest_of[path]) for path, picture in missing.items()))
     for done, ((path, (example, _)), pixels) in enumerate(zip(missing.items(), loaded, strict=True), 1):
         _store(path, {"latents": encode(pixels[None])}, str(example.path), "VAE")
@@ -86,8 +88,8 @@ def _missing(wanted: dict[Path, T]) -> dict[Path, T]:
     return {path: thing for path, thing in wanted.items() if not store.is_whole(path, thorough=thorough)}
 
 
-def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
-    """Raise UserError with all pictures that cannot be read or that are not what was scanned."""
+def _check(pictures: Sequence[Picture], before: Sequence[tuple[Path, str]], on_progress: Progress) -> None:
+    """Raise UserError with all pictures that cannot be read or that are not what was scanned, and what was before."""
 
     def reason(picture: Picture) -> str:
         example, _ = picture
@@ -98,7 +100,7 @@ def _check(pictures: Sequence[Picture], on_progress: Progress) -> None:
         changed = size != (example.width_px, example.height_px)
         return _CHANGED if changed else ""
 
-    wrong: list[tuple[Path, str]] = []
+    wrong = list(before)
     for done, ((example, _), what) in enumerate(zip(pictures, map_ahead(reason, pictures), strict=True), 1):
         if what:
             wrong.append((example.path, what))

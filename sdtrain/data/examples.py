@@ -9,6 +9,8 @@ from pathlib import Path
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions.text import CaptionError, read_text, texts_of
 from sdtrain.data.captions.wording import Varied, holds_word, worded, wording_of
+from sdtrain.data.masks.mask import Mask, look_at_mask
+from sdtrain.data.masks.places import find_masks, with_masks
 from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
 from sdtrain.data.scanning.files import files_below
 from sdtrain.data.scanning.findings import Finding, shortened
@@ -32,15 +34,21 @@ class Example:
     caption: str
     width_px: int  # of the upright picture
     height_px: int
-    repeats: int
+    repeats: float
     varied: Varied | None = None  # how the caption varies from step to step; None: it is the same every time
     held_out: bool = False  # only validated on, never trained on
     folder: int = 0  # its place in data.folder, or in validation.folder
+    loss_weight: float = 1.0  # factor on its error in training
+    resolution_px: int = 0  # what it is trained at; 0: data.resolution_px
+    flip: bool = False  # whether it is also seen with left and right exchanged
+    crops: int = 1  # how many crops of it are seen in turn
+    mask: Mask | None = None  # which part of it counts; None: all
     beside: str = field(default="", compare=False)  # what was found in place of a caption that is missing
     concept: str = field(default="", compare=False)  # a folder above it that is named as in sd-scripts: 10_sks dog
     num_lines: int = field(default=1, compare=False)  # of the caption as it is written; 0: it has none of its own
     has_trigger: bool = field(default=False, compare=False)  # whether the folder's trigger stood in the caption before
     look: Look | None = field(default=None, compare=False)  # where every pixel was read
+    masked_share: float | None = field(default=None, compare=False)  # of it that its mask lets count, where it was read
 
 
 def scan_folders(
@@ -67,7 +75,7 @@ def scan_folders(
         found, wrong = _scan(f"{setting}[{index}]", folder)
         pairs += [(index, pair) for pair in found]
         findings += wrong + read_twice(setting, index, found, owners)
-    examples, wrong = _read(pairs, decode=decode, on_progress=on_progress)
+    examples, wrong = _read(pairs, config.min_side_px, decode=decode, on_progress=on_progress)
     return examples, shortened(findings + wrong)
 
 
@@ -77,8 +85,12 @@ def _scan(setting: str, folder: FolderConfig) -> tuple[list[Pair], list[Finding]
     if reason := _unusable(folder, root):
         return [], [Finding("folder", Problem(where, reason))]
     files, findings = files_below(root, folder.exclude)
+    found = find_masks(root, files, folder, setting)
+    files = found.others
     findings += foreign_pictures(files)
     pairs, wrong = pair_up(root, files, folder, f"{setting}.captions")
+    pairs, of_masks = with_masks(root, pairs, found, folder, setting)
+    wrong = [*wrong, *of_masks]
     if not pairs and not findings and not wrong:
         allowed = ", ".join(sorted(SUFFIXES))
         findings.append(Finding("folder", Problem(where, f"no pictures in {root} (looked for {allowed})")))
@@ -101,12 +113,12 @@ def _unusable(folder: FolderConfig, root: Path) -> str:
 
 
 def _read(
-    pairs: Sequence[tuple[int, Pair]], *, decode: bool, on_progress: Progress | None
+    pairs: Sequence[tuple[int, Pair]], least_px: int, *, decode: bool, on_progress: Progress | None
 ) -> tuple[list[Example], list[Finding]]:
     """Opens all pictures and captions, several at a time; results keep the order of the pairs."""
 
     def read(pair: tuple[int, Pair]) -> tuple[Example | None, list[Finding]]:
-        return _read_one(*pair, decode=decode)
+        return _read_one(*pair, least_px, decode=decode)
 
     examples: list[Example] = []
     findings: list[Finding] = []
@@ -118,9 +130,9 @@ def _read(
     return examples, findings
 
 
-def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, list[Finding]]:
+def _read_one(index: int, pair: Pair, least_px: int, *, decode: bool) -> tuple[Example | None, list[Finding]]:
     findings: list[Finding] = []
-    size, look = (0, 0), None
+    size, look, masked_share = (0, 0), None, None
     try:
         if decode:
             size, look = look_at(pair.picture)
@@ -130,6 +142,11 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         findings.append(Finding("unreadable picture", Problem(str(pair.picture), str(error))))
         if not pair.picture.exists():
             return None, findings  # a link that points nowhere needs no caption
+    if pair.mask is not None and not findings:
+        try:
+            masked_share = look_at_mask(pair.mask, pair.picture, size, decode=decode)
+        except PictureError as error:
+            findings.append(Finding("mask that cannot be used", Problem(str(pair.mask.path), str(error))))
     try:
         texts, num_lines = _texts(pair)
     except CaptionError as error:
@@ -137,6 +154,11 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
     else:
         if not texts and pair.folder.missing_captions == "error":
             findings.append(Finding("picture without a caption", _uncaptioned(pair)))
+    if not findings and min(size) < least_px:
+        what = (
+            f"is {size[0]} x {size[1]} px, and data.min_side_px = {least_px}; replace it, or leave it out (`exclude`)"
+        )
+        findings.append(Finding("picture that is too small", Problem(str(pair.picture), what)))
     if findings:
         return None, findings
     wording = wording_of(pair.folder)
@@ -147,6 +169,10 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         width_px=size[0],
         height_px=size[1],
         repeats=pair.repeats,
+        loss_weight=pair.folder.loss_weight,
+        resolution_px=next(iter(pair.folder.resolutions_px), 0),
+        flip=pair.folder.flip,
+        crops=pair.folder.crops,
         varied=varied,
         folder=index,
         beside=pair.beside,
@@ -154,6 +180,8 @@ def _read_one(index: int, pair: Pair, *, decode: bool) -> tuple[Example | None, 
         num_lines=num_lines,
         has_trigger=any(holds_word(text, wording.trigger) for text in texts),
         look=look,
+        mask=pair.mask,
+        masked_share=masked_share,
     ), []
 
 

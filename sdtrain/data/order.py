@@ -7,9 +7,16 @@ the planned micro-batches, and every picture keeps its draws.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
+
+from sdtrain.data.counts import Counts, stream
+
+_EPOCHS = 16
+"""So many first epochs stand for all where they differ in length."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,8 @@ class Plan:
 class Order:
     """The endless row of micro-batches, epoch after epoch; each step takes the next `accumulation` of them.
 
-    Within an epoch every picture is there exactly `repeats` times, no micro-batch mixes buckets, the last one of a
+    Within an epoch every picture is there exactly `repeats` times, or the next whole number below or above it (see
+    `Counts`), no micro-batch mixes buckets, the last one of a
     bucket may be smaller, and those of all buckets are shuffled together. Pictures are numbered as they were handed in.
     The only state is the epoch that was drawn last, which saves drawing it again at every step.
     """
@@ -58,7 +66,7 @@ class Order:
     def __init__(
         self,
         buckets: Sequence[tuple[int, int]],
-        repeats: Sequence[int],
+        repeats: Sequence[float],
         *,
         batch_size: int,
         accumulation: int,
@@ -66,12 +74,18 @@ class Order:
         start: Start | None = None,
     ) -> None:
         """start: where the order begins; None: at step 0, with a whole epoch."""
-        self.buckets, self._repeats = tuple(buckets), tuple(repeats)
+        self.buckets, self._counts = tuple(buckets), Counts(repeats, seed)
         self.batch_size, self._accumulation, self._seed = batch_size, accumulation, seed
-        self._start, self._has_taken_over = start or Start(0, 0, self._repeats), start is not None
+        self._start, self._has_taken_over = start or Start(0, 0, self._counts.at(0)), start is not None
         self._last: tuple[int, list[tuple[int, ...]]] | None = None
-        self.num_images = sum(self._repeats)
-        self.batches_per_epoch = self._num_batches(self._repeats)
+        self._whole = Counter[tuple[int, int]]()
+        for bucket, times in zip(self.buckets, self._counts.whole, strict=True):
+            self._whole[bucket] += times
+        self._ends: list[int] = []  # where each epoch after the first one ends, as far as they were asked for
+        self.num_images = sum(repeats)  # on average, as the next one
+        self.batches_per_epoch: float = self._num_batches_of(0)
+        if self._counts.are_drawn:
+            self.batches_per_epoch = sum(map(self._num_batches_of, range(_EPOCHS))) / _EPOCHS
         self._in_first_epoch = self._num_batches(self._start.left)
         if not self.num_images:
             raise ValueError("no pictures to order")
@@ -92,8 +106,16 @@ class Order:
                 random = stream(self._seed, "order", epoch, "from", self._start.step)
                 self._last = (epoch, self._draw(random, self._start.left))
             else:
-                self._last = (epoch, self._draw(stream(self._seed, "order", epoch), self._repeats))
+                self._last = (epoch, self._draw(stream(self._seed, "order", epoch), self._counts.at(epoch)))
         return self._last[1]
+
+    def counts(self, epoch: int) -> tuple[int, ...]:
+        """Return how often each picture is seen in a whole epoch."""
+        return self._counts.at(epoch)
+
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that a step begins in."""
+        return self._place(step, 0)[0]
 
     def left(self, step: int) -> tuple[int, tuple[int, ...]]:
         """Return the epoch that a step begins in, and how often each picture is still seen in it, as in `Start`."""
@@ -111,8 +133,15 @@ class Order:
         place = (step - self._start.step) * self._accumulation + index
         if place < self._in_first_epoch:
             return self._start.epoch, place
-        epochs, position = divmod(place - self._in_first_epoch, self.batches_per_epoch)
-        return self._start.epoch + 1 + epochs, position
+        place -= self._in_first_epoch
+        if not self._counts.are_drawn:
+            epochs, position = divmod(place, self._num_batches_of(0))
+            return self._start.epoch + 1 + epochs, position
+        while not self._ends or self._ends[-1] <= place:
+            length = self._num_batches_of(self._start.epoch + 1 + len(self._ends))  # it may be 0
+            self._ends.append((self._ends[-1] if self._ends else 0) + length)
+        epochs = bisect_right(self._ends, place)
+        return self._start.epoch + 1 + epochs, place - (self._ends[epochs - 1] if epochs else 0)
 
     def _in_buckets(self, counts: Sequence[int]) -> list[list[int]]:
         """Return the numbers of the pictures of each bucket, each as often as it counts."""
@@ -120,6 +149,13 @@ class Order:
         for number, (bucket, times) in enumerate(zip(self.buckets, counts, strict=True)):
             by_bucket[bucket] += [number] * times
         return list(by_bucket.values())
+
+    def _num_batches_of(self, epoch: int) -> int:
+        """The number of micro-batches of a whole epoch."""
+        sizes = self._whole
+        if self._counts.are_drawn:
+            sizes = sizes + Counter(self.buckets[number] for number in self._counts.drawn(epoch))
+        return sum(-(-size // self.batch_size) for size in sizes.values())
 
     def _num_batches(self, counts: Sequence[int]) -> int:
         return sum(-(-len(numbers) // self.batch_size) for numbers in self._in_buckets(counts))
@@ -179,14 +215,6 @@ def dropped(seed: int, step: int, index: int, num: int, share: float) -> list[bo
     """Return for each of the `num` captions of planned micro-batch `index` of a step whether it is left empty."""
     random = stream(seed, "dropout", step, index)
     return [random.random() < share for _ in range(num)]
-
-
-def stream(*names: int | str) -> Random:
-    """Return a generator that depends on these names only.
-
-    A seed that is text is hashed with SHA-512, which gives the same numbers on every machine.
-    """
-    return Random("/".join(str(name) for name in names))
 
 
 def _chunks(numbers: Sequence[int], size: int) -> Iterable[Sequence[int]]:

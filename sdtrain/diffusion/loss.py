@@ -14,12 +14,24 @@ KOHYA_SNR_LIMIT = 1000.0
 """sd-scripts counts no more signal than this in its weights."""
 
 
-def error_per_image(prediction: Tensor, target: Tensor, *, kind: LossKind, huber_delta: float | Tensor = 0.1) -> Tensor:
+def error_per_image(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    kind: LossKind,
+    huber_delta: float | Tensor = 0.1,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Return the mean error of each picture, (n,) float32, for predictions and targets of shape (n, c, h, w).
 
     l2 is the squared error and l1 the absolute one. huber is 2 delta (sqrt(e^2 + delta^2) - delta), the smooth form:
     e^2 for small errors e, linear for large ones. smooth_l1 is the same over delta: 2 |e| for large errors, whatever
     delta is. huber_delta: one for all pictures, or one for each, (n,).
+
+    counts: how much the error of each place counts, (n, h, w) from 0 to 1; None: 1. The mean is over all places, also
+    those that count 0, as in sd-scripts and, unless told otherwise, OneTrainer: so a place that counts is trained
+    exactly as hard as without a mask, and a tiny mask does not make a step of noise out of a few places. Over the
+    places that count instead, their errors would weigh the more the fewer they are.
     """
     difference = prediction.float() - target.float()
     match kind:
@@ -31,6 +43,8 @@ def error_per_image(prediction: Tensor, target: Tensor, *, kind: LossKind, huber
             error = _pseudo_huber(difference, huber_delta, times_delta=kind == "huber")
         case _:
             assert_never(kind)
+    if counts is not None:
+        error = error * counts.unsqueeze(1)
     return error.flatten(1).mean(dim=1)
 
 

@@ -12,7 +12,10 @@ from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
+from sdtrain.data.placing import at_resolutions
+from sdtrain.data.scanning.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
@@ -166,6 +169,11 @@ def inspect_run(
     return opened, examples
 
 
+def trains_text(config: Config) -> bool:
+    """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
+    return any(network != DENOISER for network in config.method.train)
+
+
 def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tuple[list[Example], list[Problem]]:
     """Return the pictures to train on and those that are held out, and what is wrong with them."""
     validation = draft.config.validation
@@ -173,7 +181,10 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     apart, more = _scan(draft, "validation.folder", validation.folder, decode, on_progress)
     if problems or more or not draft.knows("validation", "data.folder"):
         return [*examples, *apart], [*problems, *more]
-    return hold_out(examples, apart, validation)
+    marked, problems = hold_out(examples, apart, validation)
+    folders = draft.config.data.folder
+    marked = at_resolutions(marked, [folder.resolutions_px for folder in folders])
+    return with_regularisation(marked, folders), problems
 
 
 def _scan(

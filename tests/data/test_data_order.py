@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sdtrain.data.counts import Counts
 from sdtrain.data.order import Order, Piece, Start, dropped, split
 
 SHAPES = [(64, 64), (96, 32), (32, 96)]
@@ -149,3 +151,80 @@ def test_an_order_that_takes_over_in_an_epoch_shows_what_is_left_of_it_and_then_
     expected = [numbers for at in range(epoch, epoch + 200) for numbers in after.epoch(at)]
     assert drawn == expected[: len(drawn)]
     assert after.left(step) == ((epoch, start.left) if any(start.left) else (epoch + 1, after.left(step)[1]))
+
+
+@st.composite
+def parts(draw: st.DrawFn) -> tuple[list[tuple[int, int]], list[float], int, int, int]:
+    """Orders with parts of repeats."""
+    buckets, _, *rest = draw(orders())
+    some = st.sampled_from([0.05, 0.2, 0.5, 1.0, 1.5, 2])
+    repeats = draw(st.lists(some, min_size=len(buckets), max_size=len(buckets)))
+    return buckets, repeats, *rest
+
+
+@given(parts(), st.integers(0, 12))
+def test_an_epoch_has_each_picture_whole_times_and_a_part_of_those_alike(setting: Setting, epoch: int) -> None:
+    buckets, repeats, batch_size, _, _ = setting
+    order = make(setting)
+    seen = Counter(number for batch in order.epoch(epoch) for number in batch)
+    assert [seen[number] for number in range(len(repeats))] == list(order.counts(epoch))
+    for part in {times % 1 for times in repeats}:
+        alike = [number for number, times in enumerate(repeats) if times % 1 == part]
+        more = [seen[number] - int(repeats[number]) for number in alike]
+        assert set(more) <= {0, 1}
+        assert sum(more) in {int(len(alike) * part), int(len(alike) * part) + 1} or part == 0 == sum(more)
+    assert all(len({buckets[number] for number in batch}) == 1 for batch in order.epoch(epoch))
+    assert all(1 <= len(batch) <= batch_size for batch in order.epoch(epoch))
+
+
+@given(parts(), st.lists(st.integers(0, 80), min_size=1, max_size=8))
+def test_steps_follow_one_another_through_epochs_of_several_lengths(setting: Setting, steps: list[int]) -> None:
+    """Also through those that have no picture at all; and a step does not depend on the ones asked for before."""
+    order, accumulation = make(setting), setting[3]
+    flat: list[tuple[int, ...]] = []
+    epochs = itertools.count()
+    while len(flat) < 81 * accumulation:
+        flat += make(setting).epoch(next(epochs))
+    for step in steps:
+        assert order.step(step) == flat[step * accumulation : (step + 1) * accumulation]
+
+
+@given(parts(), st.integers(0, 30), st.data())
+def test_an_order_with_parts_goes_on_where_another_one_left_it(
+    setting: Setting, step: int, data: st.DataObject
+) -> None:
+    """What was drawn for the epoch that is under way stays drawn, whatever comes after."""
+    before, accumulation = make(setting), setting[3]
+    epoch, left = before.left(step)
+    seen = Counter(
+        number
+        for index in range(step * accumulation)
+        for at, position in [before._place(*divmod(index, accumulation))]
+        if at == epoch
+        for number in before.epoch(at)[position]
+    )
+    assert [count - seen[number] for number, count in enumerate(before.counts(epoch))] == list(left)
+    buckets, repeats, batch_size, _, seed = setting
+    after = Order(
+        buckets, repeats, batch_size=batch_size, accumulation=accumulation, seed=seed, start=Start(step, epoch, left)
+    )
+    drawn = [numbers for later in range(step, step + 20) for numbers in after.step(later)]
+    expected = [numbers for at in range(epoch, epoch + 2000) for numbers in after.epoch(at)]
+    assert drawn == expected[: len(drawn)]
+    seen.update(number for numbers in after.epoch(epoch) for number in numbers)
+    assert [seen[number] for number in range(len(buckets))] == list(before.counts(epoch))
+    assert after.counts(epoch + 1) == before.counts(epoch + 1)
+
+
+def test_a_part_is_a_probability_and_epochs_and_seeds_differ() -> None:
+    repeats = [0.25] * 10
+    counts = [Counts(repeats, seed=3).at(epoch) for epoch in range(2000)]
+    shares = [sum(column) / len(counts) for column in zip(*counts, strict=True)]
+    assert all(0.21 < share < 0.29 for share in shares)
+    assert {sum(count) for count in counts} == {2, 3}
+    assert len(set(counts)) > 50 and Counts(repeats, seed=4).at(0) != counts[0]
+
+
+def test_whole_numbers_are_ordered_as_they_were_before_there_were_parts() -> None:
+    whole, also = make(([SHAPES[0]] * 6, [1] * 6, 2, 1, 3)), make(([SHAPES[0]] * 6, [1.0] * 6, 2, 1, 3))
+    assert [whole.step(step) for step in range(9)] == [also.step(step) for step in range(9)]

@@ -8,8 +8,8 @@ _CACHED = "the encoded pictures, and the captions where no text encoder is train
 _THREADS = "pictures are read ahead by threads, without processes to count"
 _TAGS = "tags are shuffled and left out alike from the first step to the last"
 _AUGMENT = "pictures are encoded once and trained as they are; put changed copies into the folder instead"
-_REGULAR = "there are no regularisation pictures; list the folder among the others if it is to be trained on too"
-_MASKS = "the whole picture counts, there are no masks"
+_REGULAR = "as many of these pictures as of all others are seen"
+_MASKS = "masks say so folder by folder; the mean is over the whole picture, as there"
 _JSON = 'captions = "meta_cap" reads it where it stands in the folder of pictures as meta_cap.json'
 _HELD_OUT = "validation counts in steps, validation.every, and looks at all pictures that are held out"
 _MADE_ELSEWHERE = "pictures and captions are read as they lie in the folder, nothing is prepared before"
@@ -23,6 +23,11 @@ DATA: Answers = {
     **becomes("data.bucket_step_px", "bucket_reso_steps"),
     **becomes("data.max_aspect", "enable_bucket", why="buckets are always on, and max_aspect = 1 crops to the square"),
     **becomes("data.max_aspect", "min_bucket_reso", "max_bucket_reso", why="longest over shortest side of a bucket"),
+    **becomes("data.folder[0].regularisation", "reg_data_dir", "is_reg", why=_REGULAR),
+    **becomes("data.folder[0].loss_weight", "prior_loss_weight", why="in the folder with regularisation = true"),
+    **becomes("data.folder[0].masks", "masked_loss", why=_MASKS),
+    **becomes("data.folder[0].masks", "alpha_mask", why='masks = "alpha"'),
+    **becomes("data.folder[0].mask_path", "conditioning_data_dir", why='with masks = "folder"; grey PNGs'),
     **becomes("data.caption_dropout", "caption_dropout_rate"),
     **becomes("data.caption_chunks", "max_token_length", why="in chunks of 75 tokens, so 225 is 3"),
     **becomes("data.folder[0].captions", "caption_extension", "caption_extention", why="txt or caption"),
@@ -60,15 +65,12 @@ DATA: Answers = {
     ),
     **missing("(word:1.3) is trained as it is written", "weighted_captions"),
     **missing("captions are padded as the model was trained", "no_token_padding"),
-    **missing(_AUGMENT, "flip_aug", "color_aug", "random_crop", "face_crop_aug_range"),
-    **missing(
-        "pictures smaller than their bucket are enlarged; `sdtrain check` says how many and how much",
-        "bucket_no_upscale",
-    ),
-    **missing(_REGULAR, "reg_data_dir", "is_reg", "prior_loss_weight"),
-    **missing(_MASKS, "masked_loss", "alpha_mask", "conditioning_data_dir"),
+    **missing(_AUGMENT, "color_aug", "face_crop_aug_range"),
+    **becomes("data.folder[0].flip", "flip_aug"),
+    **becomes("data.folder[0].crops", "random_crop", why="so many crops are cached, of which one is drawn"),
+    **becomes("data.enlarge", "bucket_no_upscale", why="enlarge = false"),
     **missing(_JSON, "in_json", "metadata_file", "caption_metadata_filename", "prefer_json_caption"),
-    **missing("small pictures are not left out; move them out of the folder", "skip_image_resolution"),
+    **becomes("data.min_side_px", "skip_image_resolution", why="the shorter side; they are refused, not skipped"),
     **missing("pictures come from folders only", "dataset_class"),
     **missing("all pictures of a folder have the same weight", "network_multiplier", "custom_attributes"),
     **missing(

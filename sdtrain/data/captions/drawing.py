@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sdtrain.data.captions.wording import Varied
+from sdtrain.data.counts import stream
 from sdtrain.data.examples import Example
-from sdtrain.data.order import dropped, stream
+from sdtrain.data.order import dropped
 
 
 @dataclass(frozen=True)

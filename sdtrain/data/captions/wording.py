@@ -9,7 +9,7 @@ from random import Random
 
 from sdtrain.config.schema import FolderConfig
 from sdtrain.data.captions.text import normalise
-from sdtrain.data.order import stream
+from sdtrain.data.counts import stream
 
 _WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 _CLOSES = tuple(",.;:!?)")

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sdtrain.data.masks.mask import Mask
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import user_error
 from sdtrain.files.remembered import RememberedDigests
@@ -34,6 +35,12 @@ def picture_digests(
         digests.append(found)
         on_progress("reading pictures", len(digests), len(paths))
     return digests
+
+
+def mask_digests(masks: Sequence[Mask], remembered: RememberedDigests | None = None) -> dict[Path, bytes]:
+    """Return a digest of each file that is a mask and nothing else. Raises UserError for one that cannot be read."""
+    paths = sorted({mask.path for mask in masks if not mask.is_alpha})
+    return dict(zip(paths, picture_digests(paths, remembered), strict=True))
 
 
 def _digest(path: Path) -> str:

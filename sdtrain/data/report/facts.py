@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sdtrain.data.report.names import shown_name
+from sdtrain.data.report.names import about, shown_name
 from sdtrain.data.report.summary import DataReport
 
 MAX_BUCKETS = 12
@@ -15,7 +15,7 @@ def fact_lines(report: DataReport, steps: int) -> list[str]:
     epochs = steps / report.steps_per_epoch
     times = round(epochs * report.num_images / report.num_pictures)
     lines = [
-        f"pictures: {report.num_pictures}, {report.num_images} an epoch of {report.steps_per_epoch:.1f} steps; "
+        f"pictures: {report.num_pictures}, {about(report.num_images)} an epoch of {report.steps_per_epoch:.1f} steps; "
         f"{report.num_captioned} with a caption, {report.num_uncaptioned} without",
         f"epochs: {steps} steps are {epochs:.1f}, so a picture is seen "
         + (f"about {times:,} times" if times > 1 else "about once"),

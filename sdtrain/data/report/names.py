@@ -33,3 +33,8 @@ def names_of(examples: Sequence[Example], numbers: Sequence[str] = ()) -> str:
 def counted(num: int, one: str = "picture", many: str = "pictures") -> str:
     """Return a number with its noun."""
     return f"{num:,} {one if num == 1 else many}"
+
+
+def about(num: float) -> str:
+    """Return a number that may be a mean: whole ones as they are, others to one place."""
+    return f"{num:,.0f}" if round(num, 6) == round(num) else f"about {num:,.1f}"

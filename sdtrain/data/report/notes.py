@@ -10,11 +10,13 @@ from sdtrain.data.captions.literal import has_words, literal_signs
 from sdtrain.data.captions.wording import wording_of
 from sdtrain.data.examples import Example
 from sdtrain.data.report.alike import find_alike
-from sdtrain.data.report.names import counted, names_of, shown_name, shown_text
+from sdtrain.data.report.names import about, counted, names_of, shown_name, shown_text
 from sdtrain.data.report.summary import DataReport, summarise
 
 HARD_CROP = 0.15
 """The share of a picture from which on its crop is told."""
+LITTLE = 0.01
+"""The share of a picture below which what a mask lets count is told."""
 _WORTH = 1.1  # how much fuller batches must get for a setting to be advised
 
 
@@ -24,12 +26,13 @@ def caption_notes(examples: Sequence[Example], config: DataConfig) -> list[str]:
 
 
 def batch_notes(examples: Sequence[Example], config: DataConfig, report: DataReport) -> list[str]:
-    """Return what is worth a look in batches: that they are small, what would help, and pictures that were moved."""
-    notes = []
+    """Return what is worth a look in batches: folders that count otherwise than others, batches that are small, what
+    would help, and pictures that were moved."""
+    notes = _folders(examples, config)
     if report.mean_batch * _WORTH < config.batch_size:
         alone = f"; alone: {names_of(report.alone)}" if report.alone else ""
         notes.append(
-            f"batches: {report.num_batches:,}, of {report.mean_batch:.1f} pictures on average where "
+            f"batches: {about(report.num_batches)}, of {report.mean_batch:.1f} pictures on average where "
             f"{config.batch_size} were asked for, because a batch holds pictures of one size{alone}"
             + _fuller(examples, config, report)
         )
@@ -55,9 +58,48 @@ def picture_notes(examples: Sequence[Example], report: DataReport) -> list[str]:
         notes.append(
             f"enlarged: {counted(len(report.upscales))}: {names_of([one for _, one in report.upscales], factors)}"
         )
-    clear = [example for example in examples if example.look and example.look.has_clear_parts]
+    notes += _masks(examples)
+    clear = [
+        example
+        for example in examples
+        if example.look and example.look.has_clear_parts and not (example.mask and example.mask.is_alpha)
+    ]
     if clear:
         notes.append(f"on white: {counted(len(clear))} with transparent parts, which become white: {names_of(clear)}")
+    return notes
+
+
+def _folders(examples: Sequence[Example], config: DataConfig) -> list[str]:
+    """How often pictures of folders are seen that are drawn or weighed, or that stand for what the model knows."""
+    notes = []
+    for index, folder in enumerate(config.folder):
+        own = [example for example in examples if example.folder == index]
+        is_plain = folder.repeats == round(folder.repeats) and folder.loss_weight == 1
+        if own and (folder.regularisation or not is_plain):
+            kind = ", regularisation" if folder.regularisation else ""
+            weight = f", each counting {folder.loss_weight:g}" if folder.loss_weight != 1 else ""
+            num = about(sum(example.repeats for example in own))
+            notes.append(f"data.folder[{index}]{kind}: {counted(len(own))}, {num} of them an epoch{weight}")
+    return notes
+
+
+def _masks(examples: Sequence[Example]) -> list[str]:
+    """How many pictures have a mask, how much these leave, and which have none or nearly nothing left."""
+    masked = [example for example in examples if example.mask]
+    if not masked:
+        return []
+    shares = sorted([(one.masked_share, one) for one in masked if one.masked_share is not None], key=lambda one: one[0])
+    text = f"masks: {len(masked):,} of {counted(len(examples))}"
+    if shares:
+        mean = sum(share for share, _ in shares) / len(shares)
+        text += f", which let {mean:.0%} of them count on average, at least {shares[0][0]:.1%}"
+        text += f" ({shown_name(shares[0][1].path)})"
+    bare = [example for example in examples if not example.mask]
+    notes = [text + (f"; without, so that all of it counts: {names_of(bare)}" if bare else "")]
+    little = [(share, one) for share, one in shares if share < LITTLE]
+    if little:
+        percents = [f"{share:.2%}" for share, _ in little]
+        notes.append(f"nearly all masked: {counted(len(little))}: {names_of([one for _, one in little], percents)}")
     return notes
 
 
@@ -75,7 +117,7 @@ def _fuller(examples: Sequence[Example], config: DataConfig, report: DataReport)
             best = changed.mean_batch * _WORTH
             settings = " and ".join(f"data.{name} = {_toml(value)}" for name, value in change.items())
             worst = f", cropping {changed.crops[0][0]:.0%} at most" if changed.crops else ""
-            advice.append(f"{settings} makes {changed.num_batches:,} of {changed.mean_batch:.1f}{worst}")
+            advice.append(f"{settings} makes {about(changed.num_batches)} of {changed.mean_batch:.1f}{worst}")
     return "; " + ", or ".join(advice) if advice else ""
 
 

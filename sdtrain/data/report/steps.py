@@ -10,7 +10,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import Drawing, variants_of
 from sdtrain.data.examples import Example
 from sdtrain.data.order import Order
-from sdtrain.data.placing import placements_of
+from sdtrain.data.placing import drawn_view, placements_of, views_of
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,23 @@ class Steps:
             seed=seed,
         )
         variants = variants_of(examples, config.caption_variants) if captions_are_encoded_ahead else {}
+        self._seed = seed
         self._drawing = Drawing(seed, config.caption_dropout, variants)
 
-    @property
-    def per_epoch(self) -> float:
-        """Steps in an epoch."""
-        return self._order.steps_per_epoch
+    def epoch_of(self, step: int) -> int:
+        """Return the epoch that a step begins in, both counted from 0."""
+        return self._order.epoch_of(step)
 
     def at(self, step: int) -> list[list[Planned]]:
         """Return the planned micro-batches of a step, counted from 0."""
         batches = []
         for index, numbers in enumerate(self._order.step(step)):
             examples = [self._examples[number] for number in numbers]
-            placements = [self._placements[number] for number in numbers]
+            placements = [self._view(step, index, place, number) for place, number in enumerate(numbers)]
             captions = self._drawing.captions(step, index, examples)
             batches.append([Planned(*one) for one in zip(examples, placements, captions, strict=True)])
         return batches
+
+    def _view(self, step: int, index: int, at: int, number: int) -> Placement:
+        views = views_of(self._examples[number], self._placements[number])
+        return views[drawn_view(self._seed, step, index, at, len(views))]

@@ -18,10 +18,10 @@ class DataReport:
     """Counts and extremes of a set of pictures. Sizes are (width, height) in pixels, shares 0 to 1."""
 
     num_pictures: int
-    num_images: int  # in an epoch: pictures times repeats
+    num_images: float  # in an epoch, on average: pictures times repeats
     num_captioned: int
     num_uncaptioned: int
-    num_batches: int  # micro-batches in an epoch
+    num_batches: float  # micro-batches in an epoch, on average
     steps_per_epoch: float
     buckets: tuple[tuple[tuple[int, int], int], ...]  # (size, pictures in it), sorted by size; empty buckets left out
     upscales: tuple[tuple[float, Example], ...]  # factors above 1, the largest first
@@ -53,19 +53,20 @@ def summarise(examples: Sequence[Example], config: DataConfig) -> DataReport:
     own = placements_of(examples, config.model_copy(update={"ragged": "keep"}))
     crops = [(placement.cropped_share, example) for example, placement in placed]
     upscales = [(placement.upscale, example) for example, placement in placed]
-    num_captioned = sum(bool(example.caption) for example in examples)
+    once = {example.path: example for example in examples}.values()  # of several resolutions
+    num_captioned = sum(bool(example.caption) for example in once)
     return DataReport(
-        num_pictures=len(examples),
+        num_pictures=len(once),
         num_images=order.num_images,
         num_captioned=num_captioned,
-        num_uncaptioned=len(examples) - num_captioned,
+        num_uncaptioned=len(once) - num_captioned,
         num_batches=order.batches_per_epoch,
         steps_per_epoch=order.steps_per_epoch,
         buckets=tuple(sorted(buckets.items())),
         upscales=_sorted([(factor, example) for factor, example in upscales if factor > 1.0]),
         crops=_sorted([(share, example) for share, example in crops if share > 0.0]),
         mean_cropped_share=sum(share for share, _ in crops) / len(crops),
-        alone=tuple(one for one, placement in placed if buckets[placement.bucket] == 1 and one.repeats == 1),
+        alone=tuple(one for one, placement in placed if buckets[placement.bucket] == 1 and one.repeats <= 1),
         moved=tuple((one, new) for (one, new), old in zip(placed, own, strict=True) if new != old),
     )
 

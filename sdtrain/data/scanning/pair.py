@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdtrain.config.schema import FolderConfig
+from sdtrain.data.masks.mask import Mask
 from sdtrain.data.pictures import HEIF_SUFFIXES, SUFFIXES, UNSUPPORTED_SUFFIXES, heif_is_there
 
 
@@ -16,15 +17,17 @@ class Pair:
     caption: the file that it stands in; None: it has none. texts: what it says, where that is known already.
     beside: what was found instead of a caption, and what to do about it; empty: nothing.
     concept: the name of a folder above it that is named as in sd-scripts; empty: none is.
+    mask: which part of the picture counts; None: all of it.
     """
 
     picture: Path
     folder: FolderConfig
     caption: Path | None = None
     texts: tuple[str, ...] | None = None
-    repeats: int = 1
+    repeats: float = 1
     beside: str = ""
     concept: str = ""
+    mask: Mask | None = None
 
 
 def is_picture(path: Path) -> bool:

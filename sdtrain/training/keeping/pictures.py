@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 from sdtrain.data.examples import Example
@@ -22,14 +23,16 @@ SHOWN_NAMES = 3
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as it was trained on. digest: of its file. caption: the digest of its caption."""
+    """One picture as it was trained on. digest: of its file. caption: the digest of its caption. mask: of its mask."""
 
     name: str
     digest: str
     caption: str
     width_px: int
     height_px: int
-    repeats: int
+    repeats: float
+    mask: str = ""  # states of before there were masks do not say
+    resolution_px: int = 0  # of its folder; 0: that of all
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Changes:
     """What has become of the pictures of a state.
 
     before: for each picture of now its number then, None for one that was added. removed: the numbers then of those
-    that are gone. changed: the numbers now of those with other pixels, another caption or other repeats.
+    that are gone. changed: the numbers now of those with other pixels, another caption, another mask or other repeats.
     """
 
     before: tuple[int | None, ...]
@@ -54,8 +57,10 @@ class Changes:
         return bool(self.added or self.removed or self.changed)
 
 
-def pictures_of(examples: Sequence[Example], digests: Sequence[bytes]) -> tuple[Picture, ...]:
-    """Return the register of examples, whose files have these digests."""
+def pictures_of(
+    examples: Sequence[Example], digests: Sequence[bytes], masks: Mapping[Path, bytes]
+) -> tuple[Picture, ...]:
+    """Return the register of examples, whose files have these digests; masks: those of the files of their masks."""
     return tuple(
         Picture(
             name=str(example.path),
@@ -64,9 +69,17 @@ def pictures_of(examples: Sequence[Example], digests: Sequence[bytes]) -> tuple[
             width_px=example.width_px,
             height_px=example.height_px,
             repeats=example.repeats,
+            mask=_mask(example, masks),
+            resolution_px=example.resolution_px,
         )
         for example, digest in zip(examples, digests, strict=True)
     )
+
+
+def _mask(example: Example, masks: Mapping[Path, bytes]) -> str:
+    if example.mask is None:
+        return ""
+    return "alpha" if example.mask.is_alpha else masks[example.mask.path].hex()[:DIGEST_DIGITS]
 
 
 def _said(example: Example) -> str:
@@ -92,8 +105,8 @@ def compare(before: Sequence[Picture], now: Sequence[Picture]) -> Changes:
     """Return what has become of the pictures of a state, each of which is found again at most once."""
     found: dict[int, int] = {}  # number now -> number then
     known_by: tuple[Callable[[Picture], Hashable], ...] = (
-        lambda picture: (picture.digest, picture.name),
-        lambda picture: (picture.digest, picture.caption, picture.repeats),
+        lambda picture: (picture.digest, picture.name, picture.resolution_px),
+        lambda picture: (picture.digest, picture.caption, picture.repeats, picture.resolution_px),
         lambda picture: picture.digest,
         lambda picture: picture.name,
     )
@@ -115,7 +128,11 @@ def compare(before: Sequence[Picture], now: Sequence[Picture]) -> Changes:
 
 
 def _differ(one: Picture, other: Picture) -> bool:
-    return (one.digest, one.caption, one.repeats) != (other.digest, other.caption, other.repeats)
+    told = (
+        (picture.digest, picture.caption, picture.repeats, picture.mask, picture.resolution_px)
+        for picture in (one, other)
+    )
+    return len(set(told)) > 1
 
 
 def told(changes: Changes, before: Sequence[Picture], now: Sequence[Picture]) -> str:
@@ -135,15 +152,23 @@ def _some(names: Sequence[str]) -> str:
 
 
 def left_now(
-    changes: Changes, before: Sequence[Picture], now: Sequence[Picture], left_before: Sequence[int]
+    changes: Changes,
+    before: Sequence[Picture],
+    now: Sequence[Picture],
+    left_before: Sequence[int],
+    counts: tuple[Sequence[int], Sequence[int]],
 ) -> tuple[int, ...]:
     """Return how often each picture of now is still seen in the epoch that was begun with those of before.
 
-    left_before: the same of the pictures of then. What a picture was seen belongs to it, so none is lost or doubled;
-    one that was added is seen as often as its folder says. Below 0: see `Start`.
+    left_before: the same of the pictures of then. counts: how often a whole one has the pictures of then, and those of
+    now. What a picture was seen belongs to it, and so does whether it was drawn, so none is lost or doubled; one that
+    was added is seen as often as its folder says. Below 0: see `Start`.
     """
     left = []
-    for picture, number in zip(now, changes.before, strict=True):
-        seen = 0 if number is None else before[number].repeats - left_before[number]
-        left.append(picture.repeats - seen)
+    for picture, number, count in zip(now, changes.before, counts[1], strict=True):
+        if number is None:
+            left.append(count)
+        else:
+            more = 0 if picture.repeats == before[number].repeats else count - counts[0][number]
+            left.append(left_before[number] + more)
     return tuple(left)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdtrain.config.schema import Config
-from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
-from sdtrain.data.identity.digests import picture_digests
+from sdtrain.data.identity.digests import mask_digests, picture_digests
 from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
+from sdtrain.data.placing import placements_of
 from sdtrain.errors import Problem, UserError
 from sdtrain.files.remembered import RememberedDigests
 from sdtrain.models.checkpoints.inspect import OpenedModel
@@ -89,12 +89,13 @@ def find_standing(
     trained = training_examples(examples)
     remembered = RememberedDigests(cache_folder(config) / "digests.json")
     digests = picture_digests([example.path for example in trained], remembered, on_progress)
+    masks = mask_digests([example.mask for example in trained if example.mask], remembered)
     standing = Standing(
         newest=Newest(None, ()),
         examples=trained,
         digests=digests,
         plan=Plan(config.data.batch_size, config.data.gradient_accumulation),
-        register=pictures.pictures_of(trained, digests),
+        register=pictures.pictures_of(trained, digests, masks),
         base=base_digest(opened, remembered),
         held_out=tuple(held_out_examples(examples)),
     )
@@ -171,8 +172,10 @@ def _with_pictures_of(
     if not accept_data:
         what = f"{since}; undo it, or add --accept-data to go on with the pictures as they are now"
         return standing, [Problem("data.folder", what)]
-    epoch, left_before = _order(config, before, plan).left(state.step)
-    left = pictures.left_now(changes, before, now, left_before)
+    then = _order(config, before, plan)
+    epoch, left_before = then.left(state.step)
+    counts = then.counts(epoch), _order(config, now, replace(plan, start=None)).counts(epoch)
+    left = pictures.left_now(changes, before, now, left_before, counts)
     standing = replace(standing, plan=replace(plan, start=Start(state.step, epoch, left)))
     return _with_note(
         standing, f"{since}; {sum(max(0, times) for times in left)} are still to be seen in the epoch that was begun"
@@ -180,10 +183,8 @@ def _with_pictures_of(
 
 
 def _order(config: Config, register: Sequence[Picture], plan: Plan) -> Order:
-    data = config.data
-    sizes = bucket_sizes(data.resolution_px, data.bucket_step_px, data.max_aspect)
     return Order(
-        [place(picture.width_px, picture.height_px, sizes).bucket for picture in register],
+        [placement.bucket for placement in placements_of(register, config.data)],
         [picture.repeats for picture in register],
         batch_size=plan.batch_size,
         accumulation=plan.accumulation,

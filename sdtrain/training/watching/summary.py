@@ -9,6 +9,7 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.data.report.names import about
 from sdtrain.training.ending.rescue import Kept
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
@@ -28,7 +29,9 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     images = config.data.batch_size * config.data.gradient_accumulation
     if run.ranks.are_several:
         rows["processes"] = f"{run.ranks.place.size}, which share the pictures of a step"
-    rows["pictures"] = f"{batches.num_examples} an epoch of {batches.steps_per_epoch:.1f} steps, up to {images} a step"
+    rows["pictures"] = (
+        f"{about(batches.num_examples)} an epoch of {batches.steps_per_epoch:.1f} steps, up to {images} a step"
+    )
     epochs = f"{config.steps / batches.steps_per_epoch:.1f} epochs"
     rows["steps"] = f"{config.steps}, {epochs}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)

@@ -25,7 +25,7 @@ def say(console: Console, *lines: str) -> None:
 
 
 def hand_out(document: str) -> None:
-    """Print a document for other programs, such as JSON or a config, as it is.
+    """Print a document for other programs, such as a config, as it is.
 
     In a terminal, where a person reads it, what could steer that is spelt out.
     """

@@ -301,18 +301,22 @@ DATASETS = {
 def test_a_dataset_config_counts_before_the_training_beside_it() -> None:
     result = imported(script(train_data_dir="unused"), DATASETS)
     data = resolve(tomllib.loads(result.text), "test").data
-    assert [(folder.path, folder.repeats) for folder in data.folder] == [("one", 2), ("two", 5), ("three", 1)]
+    assert [(folder.path, folder.repeats) for folder in data.folder] == [
+        ("one", 2),
+        ("two", 5),
+        ("regular", 2),
+        ("three", 1),
+    ]
+    assert [folder.regularisation for folder in data.folder] == [False, False, True, False]
     assert (data.resolution_px, data.batch_size) == (768, 3)
+    assert all(folder.flip for folder in data.folder)
     assert sort_of(result, "file0.json: more.train_data_dir")[0] == "not needed"
     counts = ("not needed", "file1.json: datasets[0].batch_size counts, there too")
     assert sort_of(result, "file0.json: training.train_batch_size") == counts
     lost = {one.option.place for one in result.outcomes if one.sort == "no counterpart"}
     assert lost == {
-        "file1.json: general.flip_aug",
         "file1.json: general.keep_tokens",
         "file1.json: datasets[0].subsets[0].class_tokens",
-        "file1.json: datasets[0].subsets[2].image_dir",
-        "file1.json: datasets[0].subsets[2].is_reg",
         "file1.json: datasets[1].resolution",
         "file1.json: datasets[1].subsets[0].image_dir",
     }
@@ -322,6 +326,13 @@ def test_a_folder_that_switches_off_what_the_others_do_is_told() -> None:
     folders = [{"image_dir": "one", "caption_dropout_rate": 0.1}, {"image_dir": "two", "caption_dropout_rate": 0}]
     result = imported({"datasets": [{"subsets": folders}]})
     assert sort_of(result, "datasets[0].subsets[1].caption_dropout_rate")[0] == "no counterpart"
+
+
+def test_masks_there_are_masks_here() -> None:
+    subsets = [{"image_dir": "one", "conditioning_data_dir": "masks"}, {"image_dir": "two"}]
+    config = meaning({"masked_loss": True, "alpha_mask": True, "datasets": [{"subsets": subsets}]})
+    masks = [(folder.path, folder.masks, folder.mask_path) for folder in config.data.folder]
+    assert masks == [("one", "folder", "masks"), ("two", "alpha", "")]
 
 
 def test_captions_vary_as_they_did_folder_by_folder() -> None:

@@ -111,7 +111,9 @@ def test_however_often_the_pictures_change_an_epoch_shows_each_as_often_as_its_f
             epoch, seen = at, [0] * len(pictures)
         assert [picture.repeats - count for picture, count in zip(pictures, seen, strict=True)] == list(left_before)
         changes = compare(pictures, later)
-        left = left_now(changes, pictures, later, left_before)
+        counts = [pictures, later]
+        whole = tuple(tuple(order_of(those, None).counts(epoch)) for those in counts)
+        left = left_now(changes, pictures, later, left_before, whole)
         seen = [0 if old is None else seen[old] for old in changes.before]
         for picture, count, rest in zip(later, seen, left, strict=True):
             assert rest == picture.repeats - count, "neither lost nor doubled"

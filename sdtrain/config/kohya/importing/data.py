@@ -61,6 +61,10 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
     yield from direct(options, "data.gradient_accumulation", _count, "gradient_accumulation_steps")
     yield from _bucket_step(options)
     yield from _aspects(options)
+    small = options.find("bucket_no_upscale")
+    yield from unread(small, flag)
+    if small is not None and read_as(small, flag, False):
+        yield Became("data.enlarge", False, (small,))
     yield from direct(options, "data.caption_dropout", _share, "caption_dropout_rate")
     length = options.find("max_token_length")
     if length is not None and not is_off(length.value):
@@ -78,14 +82,19 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
     seen: set[str] = set()
     index = 0
     for folder in _folders(config):
-        if _regular(config, folder):
-            yield Lost(folder.option, "there are no regularisation pictures; the folder is left out")
-        elif folder.path in seen:
+        if folder.path in seen:
             yield Lost(folder.option, "named before: a folder is trained at one resolution, data.resolution_px")
         else:
             seen.add(folder.path)
             yield Became(f"data.folder[{index}].path", folder.path, (folder.option,), folder.note)
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
+            yield from _masks(folder, f"data.folder[{index}]")
+            yield from _flipped(folder, f"data.folder[{index}].flip")
+            if regular := _regular(config, folder):
+                weight = config.arguments.find("prior_loss_weight")
+                yield Became(f"data.folder[{index}].regularisation", True, (regular,))
+                yield from direct(config.arguments, f"data.folder[{index}].loss_weight", _weight, "prior_loss_weight")
+                yield from unread(weight, _weight)
             yield from _wording(f"data.folder[{index}]", folder.options)
             index += 1
     for subset in config.subsets:
@@ -139,6 +148,8 @@ def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
                 return None
             images += found * folder.repeats
             paths.add(folder.path)
+    if any(_regular(config, folder) for folder in _folders(config)):
+        images *= 2  # as many of these are seen, there and here
     return images or None
 
 
@@ -198,12 +209,34 @@ def _repeated(folder: Path) -> list[tuple[str, int]]:
     return [(name, int(match[1][:9])) for name, match in found if match and int(match[1][:9]) > 0]
 
 
-def _regular(config: ForeignConfig, folder: _Folder) -> bool:
-    """Return whether a folder holds regularisation pictures."""
+def _regular(config: ForeignConfig, folder: _Folder) -> Option | None:
+    """Return the option that says that a folder holds regularisation pictures; None where it does not."""
     for subset in config.subsets:
         if folder.option in subset.options.all:
-            return read_as(subset.options.find("is_reg"), flag, False)
-    return False
+            option = subset.options.find("is_reg")
+            return option if read_as(option, flag, False) else None
+    return None
+
+
+def _flipped(folder: _Folder, setting: str) -> Iterator[Finding]:
+    option = folder.options.find("flip_aug")
+    yield from unread(option, flag)
+    if option is not None and read_as(option, flag, False):
+        yield Became(setting, True, (option,))
+
+
+def _masks(folder: _Folder, setting: str) -> Iterator[Finding]:
+    """Yield what says there which part of a folder's pictures counts: their alpha channel, or pictures of their own."""
+    options = folder.options
+    masked, alpha = options.find("masked_loss"), options.find("alpha_mask")
+    for option in (masked, alpha):
+        yield from unread(option, flag)
+    path = options.find("conditioning_data_dir")
+    if path is not None and isinstance(path.value, str) and path.value:
+        yield Became(f"{setting}.masks", "folder", (masked,) if masked else (), "the red of masks there, grey here")
+        yield Became(f"{setting}.mask_path", text(path.value), (path,), "masks must be PNG files")
+    elif alpha is not None and read_as(alpha, flag, False):
+        yield Became(f"{setting}.masks", "alpha", (alpha, *((masked,) if masked else ())))
 
 
 def _bucket_step(options: Options) -> Iterator[Finding]:
@@ -271,6 +304,10 @@ def _resolution(value: object) -> int:
 
 def _count(value: object) -> int:
     return whole(value, least=1)
+
+
+def _weight(value: object) -> float:
+    return number(value, above=0, most=1000)
 
 
 def _share(value: object) -> float:

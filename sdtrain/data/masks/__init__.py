@@ -1,0 +1,1 @@
+"""Masks: which part of a picture counts in the loss."""
