@@ -18,7 +18,7 @@ from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands,
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.watching.text import say
+from sdtrain.training.watching.text import hand_out, say
 
 app = typer.Typer(
     name="sdtrain",
@@ -327,7 +327,7 @@ def import_kohya(
 
     imported = run_import(files, out)
     if out is None:
-        say(Console(), *imported.text.splitlines())
+        hand_out(imported.text)
         say(Console(stderr=True), summary(imported))
     else:
         say(Console(), f"wrote {out}: {summary(imported)}")

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shlex
+import sys
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +29,7 @@ from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.captions.text import CaptionError, decode, read_text, texts_of
 from sdtrain.errors import Problem, UserError, printable
-from sdtrain.training.watching.text import facts_table, say, shell_word
+from sdtrain.training.watching.text import facts_table, hand_out, say, shell_word
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted(path for package in ("sdtrain", "optim") for path in (ROOT / package).rglob("*.py"))
@@ -109,6 +110,18 @@ def test_a_line_is_shown_letter_by_letter(text: str) -> None:
         Console(file=table, width=10_000).print(facts_table({text: text}))
         assert "\x1b" not in table.getvalue()
         assert printable(text).strip() in table.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_document_is_handed_out_as_it_is_and_in_a_terminal_letter_by_letter(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool
+) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", out)
+    document = 'a = "b"\n# \x9b31m\u202e\u2028\nb = 2\n'
+    hand_out(document)
+    assert out.getvalue() == ('a = "b"\n# \\x9b31m\\u202e\\u2028\nb = 2\n' if terminal else document)
 
 
 @given(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=30))

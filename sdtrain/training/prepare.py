@@ -94,8 +94,11 @@ def prepare_held_out(model: Model, run: Run, standing: Standing, console: Consol
 
 
 def seen_whole(examples: Sequence[Example]) -> list[Example]:
-    """Return pictures that are held out, each once and in one view."""
-    return [replace(example, repeats=1, flip=False, crops=1) for example in examples]
+    """Return pictures that are held out, each once, in one view and with one caption.
+
+    So the loss of each follows from the picture alone, whatever others there are.
+    """
+    return [replace(example, repeats=1, flip=False, crops=1, varied=None) for example in examples]
 
 
 def held_out_config(config: Config) -> Config:

@@ -46,10 +46,17 @@ def test_without_out_the_config_is_printed_and_nothing_is_written(training: Path
     assert [path.name for path in training.parent.iterdir()] == ["their.toml"]
 
 
+def test_what_is_printed_is_what_is_written(training: Path, tmp_path: Path) -> None:
+    training.write_text(TRAINING + 'train_data_dir = "a\\u2028b\\u0085c"\n', encoding="utf-8")
+    printed = CliRunner().invoke(app, ["import-kohya", str(training)])
+    CliRunner().invoke(app, ["import-kohya", str(training), "--out", str(tmp_path / "ours.toml")])
+    assert printed.stdout == (tmp_path / "ours.toml").read_text(encoding="utf-8")
+
+
 def test_what_is_written_passes_check(training: Path, pictures: Path, tmp_path: Path) -> None:
     dataset = tmp_path / "dataset.toml"
     dataset.write_text(
-        f"[general]\nenable_bucket = true\n[[datasets]]\nresolution = 64\nbatch_size = 2\n"
+        f"[general]\nenable_bucket = true\ncaption_extension = '.txt'\n[[datasets]]\nresolution = 64\nbatch_size = 2\n"
         f'[[datasets.subsets]]\nimage_dir = "{pictures}"\nnum_repeats = 2\n',
         encoding="utf-8",
     )

@@ -90,6 +90,18 @@ def test_a_validation_can_be_repeated_bit_for_bit(train: Train, others: dict[str
     assert [one["step"] for one in history[0]] == [0, 2, 4]
 
 
+def test_captions_that_vary_are_validated_whole_and_in_their_order(train: Train, others: dict[str, Any]) -> None:
+    (folder,) = others["validation.folder"]
+    for caption in Path(folder["path"]).glob("*.txt"):
+        caption.write_text("blue, round, thing, {small|large}", encoding="utf-8")
+    vary = {"shuffle_tags": True, "tag_dropout": 0.5, "wildcards": True}
+    varied, _ = train(others | {"name": "varied", "validation.folder": [folder | vary], "validation.every": 2})
+    for caption in Path(folder["path"]).glob("*.txt"):
+        caption.write_text("blue, round, thing, small", encoding="utf-8")
+    plain, _ = train(others | {"name": "plain", "validation.every": 2})
+    assert validations(varied) == validations(plain)
+
+
 def test_a_resumed_run_validates_as_one_that_was_not_interrupted(train: Train, others: dict[str, Any]) -> None:
     settings = others | {"validation.every": 1, "checkpoint.every": 1, "checkpoint.keep": 9}
     straight, _ = train(settings | {"name": "straight"})

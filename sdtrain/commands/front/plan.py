@@ -10,7 +10,7 @@ from rich.console import Console
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.training.start import inspect_run
-from sdtrain.training.watching.text import facts_table, say, shown
+from sdtrain.training.watching.text import facts_table, say
 
 
 def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budget: str = "") -> None:
@@ -37,4 +37,4 @@ def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budge
         return
     say(console, f"fits into {budget} with {' '.join(f'--set {setting}' for setting in choice.settings)}")
     for cost in choice.costs:
-        console.print(shown(f"  costs {cost}"))
+        say(console, f"  costs {cost}")

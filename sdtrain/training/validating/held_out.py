@@ -31,8 +31,9 @@ class HeldOut:
     def losses(self, objective: Objective, is_given_up: Callable[[], bool]) -> dict[str, float] | None:
         """Return the loss of each picture by its identity, with the weights as they are now; None if it is given up.
 
-        It is the mean over the noise levels of what the training minimises, without dropped captions and without
-        perturbed inputs. Noise and timesteps of a picture follow from its identity and `validation.seed`.
+        It is the mean over the noise levels of what the training minimises, without dropped captions, tags that move
+        or are left out, and perturbed inputs. Noise and timesteps of a picture follow from its identity and
+        `validation.seed`.
         """
         found: dict[str, float] = {}
         for batch in self._batches():

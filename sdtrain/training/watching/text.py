@@ -1,12 +1,13 @@
 """What a person is shown: lines, tables of two columns, durations, commands to copy; no torch.
 
-Everything that is shown in the terminal goes through `say` or `facts_table`, and nothing of it is read as rich's
-markup, as an emoji's name or as an escape code: paths, prompts and metadata are other people's.
+Everything that is shown in the terminal goes through `say`, `facts_table` or `hand_out`, and nothing of it is read as
+rich's markup, as an emoji's name or as an escape code: paths, prompts and metadata are other people's.
 """
 
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,6 +22,17 @@ def say(console: Console, *lines: str) -> None:
     """Print lines as they are, each on one line of its own."""
     for line in lines:
         console.print(shown(line), soft_wrap=True)
+
+
+def hand_out(document: str) -> None:
+    """Print a document for other programs, such as a config, as it is.
+
+    In a terminal, where a person reads it, what could steer that is spelt out.
+    """
+    if sys.stdout.isatty():
+        document = "\n".join(printable(line) for line in document.split("\n"))
+    sys.stdout.write(document)
+    sys.stdout.flush()
 
 
 def shown(text: str) -> Text:

@@ -354,6 +354,25 @@ def test_captions_vary_as_they_did_folder_by_folder() -> None:
     assert (three.keep_separator, three.tag_dropout, three.tag_separator) == ("|||", 0.25, ";")
 
 
+DEFAULT_OF_SCRIPTS = "no caption_extension in the file; there it is .caption then"
+
+
+@pytest.mark.parametrize(
+    ("tables", "captions"),
+    [
+        ([script(train_data_dir="here")], "caption"),
+        ([script(), {"datasets": [{"subsets": [{"image_dir": "one"}]}]}], "caption"),
+        ([script(caption_extension=".txt"), {"datasets": [{"subsets": [{"image_dir": "one"}]}]}], "txt"),
+        ([GUI | {"train_data_dir": "here"}], "txt"),
+        ([GUI | {"train_data_dir": "here", "caption_extension": ""}], "caption"),
+    ],
+)
+def test_captions_stand_where_they_stood_when_no_suffix_is_said(tables: list[dict[str, Any]], captions: str) -> None:
+    (folder,) = meaning(*tables).data.folder
+    assert folder.captions == captions
+    assert (DEFAULT_OF_SCRIPTS in imported(*tables).text) == (captions == "caption")
+
+
 def test_pictures_that_were_held_out_are_held_out() -> None:
     result = meaning(script(validation_split=0.1, validation_seed=7, validate_every_n_steps=50)).validation
     assert (result.share, result.seed, result.every) == (0.1, 7, 50)

@@ -28,6 +28,7 @@ CountPictures = Callable[[str], int | None]
 _REPEATED = re.compile(r"([0-9]+)_.*")
 _TOKENS = 75
 _LEAST_PX = 64
+_EXTENSION = ("caption_extension", "caption_extention")
 _DATA_DIRS = ("train_data_dir", "image_folder")
 _GUI_MARKS = ("LoRA_type", "max_resolution", "num_cpu_threads_per_process", "model_list")
 
@@ -106,7 +107,11 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
 
 def _wording(folder: str, options: Options) -> Iterator[Finding]:
     """Yield what becomes of the options that say where captions stand and how they vary."""
-    yield from direct(options, f"{folder}.captions", _extension, "caption_extension", "caption_extention")
+    yield from direct(options, f"{folder}.captions", _extension, *_EXTENSION)
+    if options.find(*_EXTENSION) is None and (options.having(*_EXTENSION) or not is_of_gui(options)):
+        yield Became(
+            f"{folder}.captions", "caption", note="no caption_extension in the file; there it is .caption then"
+        )
     yield from direct(options, f"{folder}.caption_prefix", text, "caption_prefix")
     yield from direct(options, f"{folder}.caption_suffix", text, "caption_suffix")
     yield from direct(options, f"{folder}.shuffle_tags", flag, "shuffle_caption")
@@ -189,8 +194,6 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
 def _subset_folder(path: Option, options: Options) -> _Folder:
     repeats = options.find("num_repeats", "dataset_repeats")
     note = ""
-    if options.find("caption_extension", "caption_extention") is None:
-        note = "captions are .caption files there, where nothing else is said; here .txt"
     if (named := _REPEATED.fullmatch(PureWindowsPath(path.value).name)) and repeats is None:
         note = f"the {named[1]} in its name counts in train_data_dir only"
     return _Folder(text(path.value), path, read_as(repeats, _count, 1), (repeats,) if repeats else (), note)
