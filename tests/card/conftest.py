@@ -34,7 +34,7 @@ def on_card(
     tmp_path: Path, pictures: Path, small_model: Path, card_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Card]]:
     """Runs `sdtrain fit` on the card, from loading the model to the exported file. Keywords are dotted settings."""
-    monkeypatch.setattr("sdtrain.training.run.pick_device", lambda config: card())
+    monkeypatch.setattr("sdtrain.training.run.pick_device", lambda *_: card())
 
     def run(changes: dict[str, Any], watch: Watch = lambda found, record: None) -> Card:
         from sdtrain.commands.fit import fit

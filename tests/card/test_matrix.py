@@ -54,7 +54,7 @@ QUICK: list[Cell] = [
     (("text_encoder", "text_encoder_2"), "full", "mixed", "accumulation"),
     (("text_encoder", "text_encoder_2"), "oft", "bfloat16", "checkpointing"),
     (NETWORKS, "loha", "float32", "checkpointing"),
-    (NETWORKS, "full", "float32", "fused"),
+    (("text_encoder",), "full", "float32", "fused"),
 ]
 """Those of the default suite."""
 

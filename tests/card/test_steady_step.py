@@ -12,7 +12,7 @@ from tests.card.fake_card import NAME, Card, card_in_use
 from tests.card.test_matrix import MEMORY, settings_of
 
 LISTED = {
-    ("reads a number", "sdtrain/training/fit.py: total, groups = float(sum(losses)), group_records(optimizer)"),
+    ("reads a number", "sdtrain/training/fit.py: total, groups = float(loss), group_records(optimizer)"),
     ("reads a number", "optim/metrics.py: columns = torch.cat((buffer, marks)).T.tolist()"),
 }
 """Where a step waits: at its end, for the loss and for what the optimizer did. Both are read in one go."""
@@ -21,9 +21,13 @@ LISTED = {
 @pytest.mark.parametrize(
     "changes",
     [
-        settings_of(("unet",), "lora", "bfloat16", "accumulation"),
+        {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "preserve.weight": 0.5},
         {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
-        {**settings_of(("unet",), "full", "float32", "fused"), "loss.kind": "huber", "loss.huber_schedule": "snr"},
+        {
+            **settings_of(("text_encoder",), "full", "float32", "fused"),
+            "loss.kind": "huber",
+            "loss.huber_schedule": "snr",
+        },
     ],
     ids=["lora", "text encoder", "full"],
 )
@@ -66,7 +70,7 @@ def test_the_card_holds_the_trained_network_and_nothing_of_the_others(on_card: C
             return model
 
         patch.setattr(fit, "load", loaded)
-        on_card(settings_of(("unet",), "lora", "bfloat16", "plain"), watch)
+        on_card({**settings_of(("unet",), "lora", "bfloat16", "plain"), "preview.prompts": []}, watch)
     assert 0 <= held["before"] - expected["unet"] - expected["adapters"] < 16384  # the optimizer's few numbers
 
 
