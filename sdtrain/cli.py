@@ -258,10 +258,10 @@ def import_kohya(
 
     imported = run_import(files, out)
     if out is None:
-        typer.echo(imported.text, nl=False)
-        typer.echo(summary(imported), err=True)
+        say(Console(), *imported.text.splitlines())
+        say(Console(stderr=True), summary(imported))
     else:
-        typer.echo(f"wrote {out}: {summary(imported)}")
+        say(Console(), f"wrote {out}: {summary(imported)}")
 
 
 @app.command()
@@ -307,16 +307,23 @@ def report(
 def compare(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several.")],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to show, repeatedly; default the run's previews.")
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="What to show, repeatedly; default the run's previews."),
     ] = None,
-    seed: Annotated[list[int] | None, typer.Option("--seed", help="Repeatedly; default the previews' seeds.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option("--seed", metavar="NUMBER", help="Repeatedly; default the previews' seeds.")
+    ] = None,
     strength: Annotated[
-        list[float] | None, typer.Option("--strength", help="Repeatedly; 0 is the base. Default 0, 0.5, 1.")
+        list[float] | None,
+        typer.Option("--strength", metavar="NUMBER", help="Repeatedly; 0 is the base. Default 0, 0.5, 1."),
     ] = None,
     step: Annotated[
-        list[int] | None, typer.Option("--step", help="Training states, repeatedly; default those that are there.")
+        list[int] | None,
+        typer.Option("--step", metavar="NUMBER", help="Training states, repeatedly; default those that are there."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the files; default RUN/compare.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the files; default RUN/compare.")
+    ] = None,
     set_: Overrides = None,
 ) -> None:
     """Draw steps of a run, or several runs, side by side at several strengths: a page, a PNG and an animation."""

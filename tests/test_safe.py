@@ -26,7 +26,7 @@ from sdtrain.commands.check import check_config
 from sdtrain.commands.files.info import file_info
 from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
-from sdtrain.data.captions.text import CaptionError, decode, read_text
+from sdtrain.data.captions.text import CaptionError, decode, read_text, texts_of
 from sdtrain.errors import Problem, UserError, printable
 from sdtrain.training.watching.text import facts_table, say, shell_word
 
@@ -127,7 +127,7 @@ def test_an_error_is_shown_letter_by_letter() -> None:
 )
 def test_everything_is_shown_by_the_one_function(path: Path) -> None:
     """Tables and panels are printed as they are; their cells and titles go through it too."""
-    renderables = ("banner(", "summary(", "file_info(", "run_info(", "runs_table(")
+    renderables = ("banner(", "summary(", "file_info(", "run_info(", "runs_table(", "facts_table(")
     for call in calls(path):
         name = name_of(call)
         assert name not in ("typer.echo", "typer.secho", "click.echo", "print"), name
@@ -199,7 +199,8 @@ def test_whatever_a_caption_holds_it_is_a_line_or_a_sentence(content: bytes) -> 
         text = decode(content)
     except CaptionError:
         return
-    assert "\n" not in text and "\0" not in text
+    for line in (*texts_of(text, "joined"), *texts_of(text, "drawn")):
+        assert "\n" not in line and "\0" not in line
 
 
 @pytest.mark.parametrize("name", ["f.png", "f.txt"])

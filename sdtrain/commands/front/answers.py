@@ -6,7 +6,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import typer
+from rich.console import Console
+
+from sdtrain.training.watching.text import say
 
 ANSWER_VERSION = 1
 """Rises when a key of an answer changes its meaning or goes; new keys do not raise it."""
@@ -15,4 +17,4 @@ ANSWER_VERSION = 1
 def answer(command: str, facts: Mapping[str, Any]) -> None:
     """Print what a command found as one JSON object in one line, with its version. What is no JSON is shown as text."""
     text = json.dumps({"version": ANSWER_VERSION, "command": command, **facts}, default=str, ensure_ascii=True)
-    typer.echo(text)
+    say(Console(), text)

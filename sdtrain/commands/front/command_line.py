@@ -19,7 +19,7 @@ Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object,
 
 GROUPS = {
     "Train": ("fit", "check", "view", "verify-resume"),
-    "Look and use": ("sample", "export", "runs", "info"),
+    "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),
 }
@@ -103,7 +103,7 @@ def schema() -> None:
     """Print the JSON schema of a config, for editors that know `#:schema FILE` in TOML."""
     from sdtrain.commands.front.settings import json_schema
 
-    typer.echo(json.dumps(json_schema(), indent=2))
+    say(Console(), *json.dumps(json_schema(), indent=2).split("\n"))
 
 
 def doctor(

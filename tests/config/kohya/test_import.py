@@ -167,7 +167,7 @@ def test_an_option_becomes_the_setting_that_means_the_same(
         ({"network_module": "lycoris.kohya", "network_args": ["algo=loha", "preset=attn-mlp"]}, "loha", "attention+ff"),
         ({"network_module": "lycoris.kohya", "network_args": "algo=lokr preset=attn-only"}, "lokr", "attention"),
         ({"network_module": "lycoris.kohya", "network_args": ["algo=lora", "dora_wd=True"]}, "dora", "all"),
-        ({"network_module": "lycoris.kohya", "network_args": ["algo=diag-oft"]}, "oft", "all"),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=diag-oft"]}, "oft", "all-linear"),
         ({"network_module": "networks.loha"}, "loha", "attention+ff"),
         ({"LoRA_type": "LyCORIS/LoKr", "LyCORIS_preset": "full-lin"}, "lokr", "all-linear"),
         ({"LoRA_type": "Standard", "conv_dim": 32}, "lora", "attention+ff"),

@@ -144,7 +144,10 @@ def _targets(config: ForeignConfig) -> Iterator[Finding]:
     conv = options.find("conv_dim")
     conv_rank = read_as(conv, whole, 0)
     yield from unread(conv, whole)
-    if preset is not None and str(preset.value) in PRESETS:
+    if _kind_of_adapter(options)[0] == "oft":
+        note = "oft rotates no convolutions that look at several pixels"
+        yield Became("method.targets", "all-linear", (preset,) if preset is not None else (), note)
+    elif preset is not None and str(preset.value) in PRESETS:
         yield Became("method.targets", PRESETS[str(preset.value)], (preset,))
     elif preset is not None:
         yield Lost(preset, "layers are chosen by `method.targets`: a preset of ours, or patterns of their names")
