@@ -38,8 +38,8 @@ from sdtrain.config.schema import Config
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable
-from sdtrain.training.prepare import trains_text
 from sdtrain.training.run import generator_of
+from sdtrain.training.start import trains_text
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / ".github" / "evidence" / "defaults.jsonl"

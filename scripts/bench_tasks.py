@@ -34,8 +34,9 @@ from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sampling import sample
 from sdtrain.training.parameters import Trainable, train_parameters
-from sdtrain.training.prepare import open_and_load, trains_text
+from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import generator_of, open_run
+from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import to_picture
 
 SIDE_PX = 128

@@ -117,16 +117,47 @@ def check(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> 
 @app.command()
 def view(
     config: ConfigPath,
-    step: Annotated[
-        int, typer.Option("--step", metavar="NUMBER", min=1, help="A step of the run, counted from 1 as in its log.")
-    ],
     set_: Overrides = None,
+    step: Annotated[
+        int | None,
+        typer.Option("--step", metavar="NUMBER", min=1, help="Print what this step trains on, counted from 1."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="PATH", help="The contact sheet to write; default OUTPUT/NAME-sheet.html."),
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Draw the contact sheet as a picture, too.")] = False,
 ) -> None:
-    """Show what a step trains on: its pictures, their captions as drawn, crops and timesteps."""
+    """Write a contact sheet of what the model will see: crops, tokens and notes; or print what a step trains on."""
+    if step is None:
+        from sdtrain.commands.sheet.write import write_sheet
+
+        write_sheet(config, set_ or [], out, Console(), png=png)
+        return
+    if out is not None or png:
+        raise user_error("view", "--step", "prints and writes nothing; leave out --out and --png, or --step")
     quiet_libraries()
     from sdtrain.commands.view import view_step
 
     view_step(config, set_ or [], step, Console())
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    set_: Overrides = None,
+    fit_to: Annotated[
+        str,
+        typer.Option(
+            "--fit-to", metavar="SIZE", help="Find the cheapest settings that fit into a memory, such as 8GB."
+        ),
+    ] = "",
+) -> None:
+    """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
+    quiet_libraries()
+    from sdtrain.commands.front.plan import plan_config
+
+    plan_config(config, set_ or [], Console(), budget=fit_to)
 
 
 @app.command()

@@ -28,8 +28,8 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*SDTRAIN, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("command", ["--help", "check"])
-def test_help_and_check_never_import_torch(tmp_path: Path, table: dict[str, Any], command: str) -> None:
+@pytest.mark.parametrize("command", ["--help", "check", "view"])
+def test_help_check_and_view_never_import_torch(tmp_path: Path, table: dict[str, Any], command: str) -> None:
     arguments = ["--help"] if command == "--help" else ["check", str(write(tmp_path, table))]
     code = f"""
 import sys

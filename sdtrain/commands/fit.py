@@ -23,6 +23,7 @@ from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.one_process import only_process
 from sdtrain.training.ending.signals import StopRequests, speaker, stop_requests
+from sdtrain.training.keeping.leftovers import remove_leftovers
 from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.keeping.standing import Standing, find_standing
 from sdtrain.training.keeping.stored import readable_config
@@ -195,6 +196,8 @@ def _begin(
         resumes = _resumes(written, resume)
         draft = draft_run(written, resume=resumes, accept_data=accept_data)  # a process may have ended in this moment
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
+            if ranks.is_first:
+                remove_leftovers(done.folder)  # of a kill in its last moment
             say(console, _done(done))
             return done
     draft = draft.with_problems(rank_problems(draft, ranks.place.size))

@@ -12,10 +12,10 @@ from sdtrain.data.placing import placements_of, views_of
 from sdtrain.data.report.names import counted, shown_name, shown_text
 from sdtrain.data.report.notes import batch_notes, caption_notes, picture_notes
 from sdtrain.data.report.summary import DataReport
-from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.token_counts import CHUNK_TOKENS, caption_bytes, too_long
 from sdtrain.training.keeping.disk import LATENT_BYTES_PER_PIXEL
+from sdtrain.training.start import trains_text
 
 _SHOWN = 60  # letters of what is cut
 WEIGHS_NOISE = ("none", "debiased_kohya")
@@ -94,7 +94,7 @@ def _variants(config: Config, opened: OpenedModel, examples: Sequence[Example]) 
     if not varied:
         return []
     what = f"captions that vary: {len(varied):,} of {len(examples):,}"
-    if any(network != DENOISER for network in config.method.train):
+    if trains_text(config):
         return [f"{what}; text encoders are trained, so each step words them anew"]
     num = sum(len(variants) for variants in variants_of(varied, config.data.caption_variants).values())
     size = num * caption_bytes(opened, config.data.caption_chunks) / 1e6

@@ -11,14 +11,14 @@ from sdtrain.commands.libraries import quiet_pillow
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import training_examples
+from sdtrain.data.report.each import scale_text
 from sdtrain.data.report.names import counted, shown_text
 from sdtrain.data.report.steps import Planned, Steps
 from sdtrain.errors import user_error
 from sdtrain.families.words import LATENT_FACTOR_PX
 from sdtrain.training.objective import draw_inputs
-from sdtrain.training.prepare import trains_text
 from sdtrain.training.run import generator_of
-from sdtrain.training.start import inspect_run
+from sdtrain.training.start import inspect_run, trains_text
 from sdtrain.training.watching.text import say
 
 
@@ -66,16 +66,7 @@ def _batch_lines(config: Config, batch: Sequence[Planned], timesteps: Sequence[i
 
 
 def _crop(one: Planned) -> str:
-    placement = one.placement
-    (width, height), (scaled_width, scaled_height) = placement.original, placement.scaled
-    text = f"{width}x{height} scaled to {scaled_width}x{scaled_height}"
-    if placement.upscale > 1:
-        text += f" (enlarged {placement.upscale:.2f}x)"
-    if placement.flipped:
-        text += ", flipped"
-    if not placement.cropped_share:
-        return text + ", whole"
-    return f"{text}, from {placement.crop_left},{placement.crop_top}: {placement.cropped_share:.1%} cropped away"
+    return scale_text(one.placement)
 
 
 def _caption(config: Config, one: Planned) -> str:

@@ -20,6 +20,7 @@ from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.single_file import Change, write_single_file
 from sdtrain.models.model import Layout
+from sdtrain.models.placing import sent
 from sdtrain.models.prompts import Tokenizer
 
 EncodeText = Callable[[Sequence[str]], dict[str, Tensor]]
@@ -51,8 +52,8 @@ def encode_captions(encode: EncodeText, captions: Sequence[str], no_caption: NoC
         encoded = encode(texts)
         nothing = {key: torch.cat([value, encoded[key]]) for key, value in nothing.items()}
     rows = iter(range(1, len(texts) + 1))
-    order = [next(rows) if caption.strip() else 0 for caption in captions]
-    return {key: value[order] for key, value in nothing.items()}
+    order = torch.tensor([next(rows) if caption.strip() else 0 for caption in captions])
+    return {key: value[sent(order, value.device)] for key, value in nothing.items()}
 
 
 def resolved_scheduler(scheduler: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import assert_never
 import torch
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
-from sdtrain.models.sd import load_sd
-from sdtrain.models.sdxl import load_sdxl
+from sdtrain.models.sd import SD
+from sdtrain.models.sdxl import SDXL
 
 
 def load_model(
@@ -21,11 +22,16 @@ def load_model(
     config: the settings it was opened with, for what the user decides instead of the model. Raises UserError for
     weights that do not fit.
     """
-    family = opened.family.name
+    return model_of(load_components(opened, dtype), config, device=device, caption_chunks=caption_chunks)
+
+
+def model_of(components: Components, config: ModelConfig, *, device: torch.device, caption_chunks: int = 1) -> Model:
+    """Return the model that components in memory make: frozen, in evaluation mode, its U-Net on `device`."""
+    family = components.family.name
     match family:
         case "sdxl":
-            return load_sdxl(opened, config, device=device, dtype=dtype, caption_chunks=caption_chunks)
+            return SDXL(components, config, device, caption_chunks)
         case "sd1" | "sd2":
-            return load_sd(opened, config, device=device, dtype=dtype, caption_chunks=caption_chunks)
+            return SD(components, config, device, caption_chunks)
         case _:
             assert_never(family)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.models import latent_diffusion
-from sdtrain.models.checkpoints.components import Components, load_components
-from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Layout
+from sdtrain.models.placing import sent
 from sdtrain.models.prompts import token_chunks
 
 
@@ -66,7 +66,7 @@ class SD:
         encoder: Any = self.networks[name]
         ids = token_chunks(tokenizer, texts, self._caption_chunks)
         num, chunks, length = ids.shape
-        output = encoder(ids.view(num * chunks, length).to(encoder.device))
+        output = encoder(sent(ids.view(num * chunks, length), encoder.device))
         return {"prompt_embeds": output.last_hidden_state.unflatten(0, (num, chunks)).flatten(1, 2)}
 
     def encode_sizes(self, sizes: Tensor) -> dict[str, Tensor]:
@@ -91,10 +91,3 @@ class SD:
     ) -> None:
         """Write the whole model as its networks are now, as one file in the original layout or a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
-
-
-def load_sd(
-    opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
-) -> SD:
-    """Load a Stable Diffusion 1.x or 2.x model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
-    return SD(load_components(opened, dtype), config, device, caption_chunks)

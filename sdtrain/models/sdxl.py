@@ -13,10 +13,10 @@ from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import Component
 from sdtrain.models import latent_diffusion
-from sdtrain.models.checkpoints.components import Components, load_components
-from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Layout
+from sdtrain.models.placing import sent
 from sdtrain.models.prompts import Tokenizer, token_chunks
 
 
@@ -73,7 +73,7 @@ class SDXL:
         encoder: Any = self.networks[name]
         ids = token_chunks(tokenizer, texts, self._caption_chunks)
         num, chunks, length = ids.shape
-        output = encoder(ids.view(num * chunks, length).to(encoder.device), output_hidden_states=True)
+        output = encoder(sent(ids.view(num * chunks, length), encoder.device), output_hidden_states=True)
         hidden = output.hidden_states[-2].unflatten(0, (num, chunks)).flatten(1, 2)
         if name == "text_encoder":
             return hidden, None
@@ -110,10 +110,3 @@ class SDXL:
     ) -> None:
         """Write the whole model as its networks are now, as one file in the original layout or a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
-
-
-def load_sdxl(
-    opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
-) -> SDXL:
-    """Load an SDXL-style model that was opened: frozen, in evaluation mode, its U-Net on `device`."""
-    return SDXL(load_components(opened, dtype), config, device, caption_chunks)

@@ -15,6 +15,7 @@ from sdtrain.diffusion.noise import draw_noise, perturb_input
 from sdtrain.diffusion.prediction import training_target
 from sdtrain.diffusion.timesteps import draw_timesteps
 from sdtrain.models.model import Model
+from sdtrain.models.placing import sent
 from sdtrain.training.preservation import Preservation
 
 
@@ -33,15 +34,15 @@ class Objective:
         generator: a fresh one for a planned micro-batch of the step, by its index; noise and timesteps come from there.
         """
         noise, seen, timesteps, chosen = self._drawn(batch, generator)
+        weights = None if batch.weights is None else sent(batch.weights, self.device)
         errors = self.errors(batch, noise, seen, timesteps)
-        if batch.weights is not None:
-            errors = errors * batch.weights.to(errors.device)
-        loss = errors.mean()
+        loss = errors.mean() if weights is None else (errors * weights).mean()
         if self.preservation is None:
             return loss
-        noisy = self.model.schedule.add_noise(batch.latents, seen, timesteps)
+        noisy = sent(self.model.schedule.add_noise(batch.latents, seen, timesteps), self.device)
+        steps, sizes = sent(timesteps, self.device), {key: sent(size, self.device) for key, size in batch.sizes.items()}
         with self._autocast():
-            lost = self.preservation.errors(noisy, timesteps, batch.sizes, chosen)
+            lost = self.preservation.errors(noisy, steps, sizes, chosen)
         return loss + lost.mean()
 
     def errors(self, batch: Batch, noise: Tensor, seen: Tensor, timesteps: Tensor) -> Tensor:
@@ -53,27 +54,26 @@ class Objective:
             seen: the noise that the network sees, of that shape; another one than `noise` for perturbed inputs.
             timesteps: the noise level of each picture, (n,).
         """
-        config, model, latents = self.config, self.model, batch.latents
+        config, model, latents, device = self.config, self.model, batch.latents, self.device
         noisy = model.schedule.add_noise(latents, seen, timesteps)
         target = training_target(model.prediction, model.schedule, latents, noise, timesteps)
-        with self._autocast():
-            text = model.encode_captions(batch.captions) if batch.text is None else batch.text
-            prediction = model.predict(noisy, timesteps, {**text, **batch.sizes})
         deltas = huber_deltas(model.schedule, timesteps, kind=config.loss.huber_schedule, delta=config.loss.huber_delta)
-        errors = error_per_image(
-            prediction,
-            target.to(prediction.device),
-            kind=config.loss.kind,
-            huber_delta=deltas,
-            counts=None if batch.counts is None else batch.counts.to(prediction.device),
-        )
         weights = timestep_weights(
             model.schedule.snr(timesteps),
             prediction=model.prediction,
             weighting=config.loss.weighting,
             min_snr_gamma=config.loss.min_snr_gamma,
         )
-        return errors * weights.to(errors.device)
+        # All of it is sent before anything is computed there: what is sent later would wait behind it.
+        noisy, target, weights, deltas = (sent(tensor, device) for tensor in (noisy, target, weights, deltas))
+        steps = sent(timesteps, device)
+        counts = None if batch.counts is None else sent(batch.counts, device)
+        there = {name: sent(tensor, device) for name, tensor in {**(batch.text or {}), **batch.sizes}.items()}
+        with self._autocast():
+            text = model.encode_captions(batch.captions) if batch.text is None else {}
+            prediction = model.predict(noisy, steps, {**text, **there})
+        errors = error_per_image(prediction, target, kind=config.loss.kind, huber_delta=deltas, counts=counts)
+        return errors * weights
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "mixed")

@@ -8,8 +8,8 @@ from sdtrain.training.parameters import Trainable
 from sdtrain.training.watching.records import GroupRecord
 
 
-def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusScheduleFree:
-    """Prodigy + Schedule-Free over the named groups."""
+def build_optimizer(trainable: Trainable, config: Config, *, compiled: bool | None = None) -> ProdigyPlusScheduleFree:
+    """Prodigy + Schedule-Free over the named groups. compiled: whether its step is; None: where it is worth it."""
     settings = config.optimizer
     groups = [
         {
@@ -40,6 +40,7 @@ def build_optimizer(trainable: Trainable, config: Config) -> ProdigyPlusSchedule
         stochastic_rounding=settings.stochastic_rounding,
         fused_back_pass=config.memory.fused_back_pass,
         seed=config.seed,
+        compile=compiled,
     )
 
 

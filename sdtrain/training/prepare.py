@@ -8,12 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, Encoders, prepare_batches
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import identity
 from sdtrain.data.order import Plan
-from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
@@ -21,6 +19,7 @@ from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
+from sdtrain.training.start import trains_text
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 from sdtrain.training.watching.progress import ProgressLines
@@ -56,8 +55,9 @@ class Prepared:
 
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
-    """Return batches and preview prompts; afterwards the VAE and the text encoders have left the device.
+    """Return batches and preview prompts; afterwards the VAE has left the device, and text encoders that train nothing.
 
+    Where one of a model's text encoders is trained, all of them stay: their outputs are put together at every step.
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
     model.move_encoders(run.device, text=True)
@@ -65,7 +65,7 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     held_out = prepare_held_out(model, run, standing.held_out, console)
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
-    model.move_encoders(torch.device("cpu"), text=True)
+    model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))
     return Prepared(standing.examples, batches, prompts, held_out, preservation)
 
 
@@ -115,8 +115,3 @@ def make_batches(
             plan=plan,
             digests=digests,
         )
-
-
-def trains_text(config: Config) -> bool:
-    """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
-    return any(network != DENOISER for network in config.method.train)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sdtrain.adapters.base import without_adapters
 from sdtrain.config.schema import PreserveConfig
 from sdtrain.models.model import Model
+from sdtrain.models.placing import sent
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Preservation:
             noisy: noisy latents (n, c, h, w).
             timesteps: theirs, (n,).
             sizes: what the model is told of their sizes.
-            chosen: the number of a caption for each picture, (n,).
+            chosen: the number of a caption for each picture, (n,), on the CPU.
         """
         with torch.no_grad(), self._base():
             taught = self.model.predict(noisy, timesteps, {**self._text(chosen), **sizes}).float()
@@ -49,7 +50,7 @@ class Preservation:
     def _text(self, chosen: Tensor) -> dict[str, Tensor]:
         if self.encoded is None:
             return self.model.encode_captions([self.captions[number] for number in chosen.tolist()])
-        return {name: rows[chosen] for name, rows in self.encoded.items()}
+        return {name: rows[sent(chosen, rows.device)] for name, rows in self.encoded.items()}
 
     def _base(self) -> AbstractContextManager[None]:
         return without_adapters(self.model.networks.values())

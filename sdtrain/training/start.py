@@ -13,8 +13,9 @@ from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out
 from sdtrain.data.placing import at_resolutions
-from sdtrain.data.regularisation import with_regularisation
+from sdtrain.data.scanning.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
@@ -166,6 +167,11 @@ def inspect_run(
     draft.require_sound()
     assert opened is not None, "a model that nothing can be said of has a problem"
     return opened, examples
+
+
+def trains_text(config: Config) -> bool:
+    """Return whether a network that reads captions is trained, so that captions are encoded anew at every step."""
+    return any(network != DENOISER for network in config.method.train)
 
 
 def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tuple[list[Example], list[Problem]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -69,6 +70,7 @@ def test_a_section_and_a_last_name_are_explained_too() -> None:
     assert [setting.key for setting in explained("patience")] == ["validation.patience"]
 
 
+@hypothesis.settings(deadline=None)
 @given(st.sampled_from(sorted(settings())), st.integers(0, 60))
 def test_a_setting_that_lacks_a_letter_is_found_again(key: str, at: int) -> None:
     start = key.rfind(".") + 1
@@ -81,6 +83,7 @@ def test_a_setting_that_lacks_a_letter_is_found_again(key: str, at: int) -> None
         assert "did you mean" in str(error)
 
 
+@hypothesis.settings(deadline=None)
 @given(st.text(max_size=30))
 def test_explain_answers_or_says_that_there_is_none(key: str) -> None:
     try:

@@ -14,6 +14,7 @@ import pytest
 from sdtrain import Record, StepRecord
 from sdtrain.commands import fit as command
 from sdtrain.errors import UserError
+from sdtrain.files.temporary import temporary_name
 from sdtrain.training.ending.one_process import holder_of, only_process
 from tests.faults.conftest import Ran, Run
 
@@ -93,8 +94,12 @@ def test_one_command_starts_goes_on_and_finds_a_run_done(
     assert second.state(4) == straight.state(4)
     before = files(second)
     monkeypatch.setattr(command, "inspect_run", lambda *arguments, **more: pytest.fail("the model was opened"))
+    own = temporary_name(second.folder / "report.html", "partial")
+    left = own.with_name(own.name.replace(f"-{os.getpid()}-", "-4194305-"))  # of a process that cannot be
+    left.write_bytes(b"half a page")
     third = run(resume="auto")
     assert third.result is not None and third.result.finished and third.result.exit_code == 0
+    assert not left.exists(), "of a kill after everything else was written"
     assert "done: all 4 steps" in third.text
     assert files(third) == before
     monkeypatch.undo()

@@ -18,7 +18,7 @@ from sdtrain.training.watching.text import facts_table, say
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
 GROUPS = {
-    "Train": ("fit", "check", "view", "verify-resume"),
+    "Train": ("fit", "check", "plan", "view", "verify-resume"),
     "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),

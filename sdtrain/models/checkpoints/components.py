@@ -11,6 +11,7 @@ from torch import nn
 
 from sdtrain.families.family import Family
 from sdtrain.families.words import DENOISER, Component, NoCaption
+from sdtrain.models.checkpoints.fill import Fill, fill
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.networks import Loaded, load_network, load_vae
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
@@ -48,12 +49,13 @@ class Components:
         return {encoder.component: self.networks[encoder.component] for encoder in self.family.text_encoders}
 
 
-def load_components(opened: OpenedModel, dtype: torch.dtype) -> Components:
+def load_components(opened: OpenedModel, dtype: torch.dtype, fill: Fill = fill) -> Components:
     """Load the parts of a model: the U-Net and the text encoders in `dtype`, the VAE in float32.
 
-    Peak memory is that of the networks and of one tensor more. Raises UserError for everything that does not fit.
+    fill: what gives the networks their weights. Peak memory is that of the networks and of one tensor more. Raises
+    UserError for everything that does not fit.
     """
-    networks = _load_networks(opened, dtype)
+    networks = _load_networks(opened, dtype, fill)
     return Components(
         family=opened.family,
         networks={part: loaded.network for part, loaded in networks.items()},
@@ -65,11 +67,11 @@ def load_components(opened: OpenedModel, dtype: torch.dtype) -> Components:
     )
 
 
-def _load_networks(opened: OpenedModel, dtype: torch.dtype) -> dict[Component, Loaded]:
+def _load_networks(opened: OpenedModel, dtype: torch.dtype, fill: Fill) -> dict[Component, Loaded]:
     text = [encoder.component for encoder in opened.family.text_encoders]
-    networks = {part: load_network(opened, part, dtype) for part in (*text, DENOISER)}
+    networks = {part: load_network(opened, part, dtype, fill) for part in (*text, DENOISER)}
     if opened.vae:
-        networks["vae"] = load_vae(opened.vae, opened.family, torch.float32)
+        networks["vae"] = load_vae(opened.vae, opened.family, torch.float32, fill)
     else:
-        networks["vae"] = load_network(opened, "vae", torch.float32)
+        networks["vae"] = load_network(opened, "vae", torch.float32, fill)
     return networks

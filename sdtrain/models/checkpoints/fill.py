@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
@@ -35,6 +35,10 @@ class Stored:
         return self.header.entries[self.place.key]
 
 
+Fill = Callable[[nn.Module, Mapping[str, "Stored"], torch.dtype], nn.Module]
+"""Gives the parameters of a network on the meta device their tensors, in a type; see `fill` and `fill_with_shapes`."""
+
+
 def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
     """Give the parameters of a network on the meta device their values from files, in `dtype`; return the network.
 
@@ -53,6 +57,18 @@ def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -
             if where.place.form == "transposed":
                 raw = raw.T.contiguous()
             tensors[name] = raw.view(parameters[name].shape).to(dtype)
+    network.load_state_dict(tensors, strict=False, assign=True)
+    return network
+
+
+def fill_with_shapes(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
+    """Give the parameters of a network on the meta device tensors of their shapes, in `dtype`; return the network.
+
+    No file is read: it is for a plan of a run, on fake tensors. Raises UserError as `fill` does.
+    """
+    parameters = dict(network.named_parameters())
+    check_fit(parameters, stored)
+    tensors = {name: torch.empty(parameter.shape, dtype=dtype) for name, parameter in parameters.items()}
     network.load_state_dict(tensors, strict=False, assign=True)
     return network
 

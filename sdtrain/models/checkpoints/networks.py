@@ -17,7 +17,7 @@ from sdtrain.families.original_names import Place, old_vae_name, places_of, with
 from sdtrain.families.words import DENOISER, Component
 from sdtrain.files.header import Header
 from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
-from sdtrain.models.checkpoints.fill import Stored, check_fit, fill, raise_first, stored_dtype
+from sdtrain.models.checkpoints.fill import Fill, Stored, check_fit, fill, raise_first, stored_dtype
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.locate import DiffusersFolder, SingleFile, fallback_config, read_json
 from sdtrain.models.checkpoints.markers import stored_configs
@@ -35,7 +35,7 @@ class Loaded:
     stored_dtype: torch.dtype
 
 
-def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype) -> Loaded:
+def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype, fill: Fill = fill) -> Loaded:
     """Load one network of a model in `dtype`.
 
     Raises UserError when a parameter is missing, has another shape, or is one too many.
@@ -43,22 +43,23 @@ def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype) 
     match opened.checkpoint:
         case DiffusersFolder(path, _, family):
             network = empty_network(family, component, read_json(path / component / "config.json"))
-            return _loaded(network, _named_sources(network, opened.headers[component]), dtype)
+            return _loaded(network, _named_sources(network, opened.headers[component]), dtype, fill)
         case SingleFile(header, family):
             network = _fitting_network(header, family, component, opened.fallback)
             sources = _original_sources(network, header, family, component, family.prefix_of(component))
-            return _loaded(network, sources, dtype)
+            return _loaded(network, sources, dtype, fill)
 
 
-def load_vae(source: VaeSource, family: Family, dtype: torch.dtype) -> Loaded:
+def load_vae(source: VaeSource, family: Family, dtype: torch.dtype, fill: Fill = fill) -> Loaded:
     """Load a VAE that is named on its own, in `dtype`. Raises UserError as `load_network` does."""
     network = empty_network(family, "vae", source.config)
     if source.prefix is None:
-        return _loaded(network, _named_sources(network, source.headers), dtype)
-    return _loaded(network, _original_sources(network, source.headers[0], family, "vae", source.prefix), dtype)
+        return _loaded(network, _named_sources(network, source.headers), dtype, fill)
+    stored = _original_sources(network, source.headers[0], family, "vae", source.prefix)
+    return _loaded(network, stored, dtype, fill)
 
 
-def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype) -> Loaded:
+def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype, fill: Fill) -> Loaded:
     fill(network, stored, dtype)
     _fill_buffers(network)
     return Loaded(network.eval(), stored_dtype(stored.values()))

@@ -39,17 +39,21 @@ def require_cache_room(cache: Path, config: Config, examples: Sequence[Example])
 
     An entry that is there counts, whoever's it is, so that a run whose cache is complete is never refused.
     """
+    require(cache, "data.cache", cache_needed(cache, config, examples))
+
+
+def cache_needed(cache: Path, config: Config, examples: Sequence[Example]) -> dict[str, int]:
+    """Return about how many bytes the encodings take that a cache lacks, by what for."""
     captions = {example.caption for example in examples}
     views = [example for example in examples for _ in range(example.crops * (1 + example.flip))]
     pictures = _missing(cache / "latents", len(views))  # each view counts as a picture
     masks = _missing(cache / "masks", sum(example.mask is not None for example in views))
     area = max((example.resolution_px or config.data.resolution_px) ** 2 for example in examples) if examples else 0
-    needed = {
+    return {
         f"the latents of {pictures} pictures": int(pictures * area * LATENT_BYTES_PER_PIXEL),
         f"{masks} masks": int(masks * area * MASK_BYTES_PER_PIXEL),
         "captions": _missing(cache / "captions", len(captions)) * config.data.caption_chunks * CONDITIONING_BYTES,
     }
-    require(cache, "data.cache", needed)
 
 
 def _missing(folder: Path, wanted: int) -> int:

@@ -1,0 +1,40 @@
+"""`sdtrain plan`: what a run will need, before it is run, without a GPU and without reading a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from sdtrain.config.read import read_draft
+from sdtrain.config.schema import Config
+from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.text import facts_table, say, shown
+
+
+def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budget: str = "") -> None:
+    """Print the plan of a run; with a budget such as `8GB`, that of the settings which fit into it at the least cost.
+
+    Raises UserError with all that is wrong with the run, and where nothing fits.
+    """
+    draft = read_draft(path, overrides)
+    opened, examples = inspect_run(draft, decode=False)
+    config = draft.require_sound()
+    from sdtrain.training.planning.levers import budget_bytes, fit_to
+    from sdtrain.training.planning.plan import Plan, lines_of, plan_run
+
+    def planned(config: Config) -> Plan:
+        return plan_run(config, opened, examples)
+
+    if not budget:
+        console.print(facts_table(lines_of(planned(config))))
+        return
+    choice, plan = fit_to(config, budget_bytes(budget), planned)
+    console.print(facts_table(lines_of(plan)))
+    if not choice.settings:
+        say(console, f"fits into {budget} as it is")
+        return
+    say(console, f"fits into {budget} with {' '.join(f'--set {setting}' for setting in choice.settings)}")
+    for cost in choice.costs:
+        console.print(shown(f"  costs {cost}"))

@@ -1,0 +1,1 @@
+"""`sdtrain view`: a contact sheet of what a model will see."""

@@ -1,0 +1,20 @@
+"""Sending tensors to the device that computes, without waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Return a tensor on `device` in `dtype`, of the same numbers; the host does not wait for the device.
+
+    From ordinary memory CUDA copies only once all work before it is done, so a tensor goes by way of pinned memory. The
+    type is changed first: a copy that does both makes a tensor in ordinary memory on the way.
+    """
+    tensor = tensor.to(dtype or tensor.dtype)
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=tensor.device.type == "cpu")

@@ -1,0 +1,90 @@
+"""The plan of a run: what it needs of the device and of the disk, and the arithmetic of its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sdtrain.config.schema import Config
+from sdtrain.data.buckets import bucket_sizes, place
+from sdtrain.data.examples import Example
+from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.training.keeping.disk import cache_needed
+from sdtrain.training.keeping.disk import size as size_text
+from sdtrain.training.keeping.room import needed
+from sdtrain.training.keeping.standing import cache_folder
+from sdtrain.training.planning.trace import CPU, Phase, trace
+from sdtrain.training.run import Run
+from sdtrain.training.start import run_folder
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need."""
+
+    device: str
+    """What it is planned for, as a person says it."""
+    bucket: tuple[int, int]
+    """Width and height in pixels of the largest pictures, by which it is planned."""
+    phases: tuple[Phase, ...]
+    disk: Mapping[str, int]
+    """Bytes by what for."""
+    flops: int
+    """Floating point operations of a step."""
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+
+def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -> Plan:
+    """Plan a run from its settings, the headers of its model and the sizes of its pictures; nothing is written.
+
+    It is planned for a GPU unless `device` is cpu, be there one here or not. Raises UserError as loading the model
+    does.
+    """
+    on_gpu = config.device != "cpu"
+    bucket = largest_bucket(config, examples)
+    run = Run(run_folder(config.output, config.name), config, CPU, planned_dtype(config, on_gpu=on_gpu))
+    num = len(examples), len({example.caption for example in examples})
+    traced = trace(run, opened, bucket, on_gpu=on_gpu, num_examples=num)
+    disk = {
+        **cache_needed(cache_folder(config), config, examples),
+        **needed(run.folder, config, opened, traced.trainable, 0),
+    }
+    name = f"a {'GPU' if on_gpu else 'CPU'}, {str(run.dtype).removeprefix('torch.')}"
+    return Plan(name, bucket, traced.phases, {what: size for what, size in disk.items() if size}, traced.flops)
+
+
+def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
+    """Return the precision of the networks on a GPU that has bfloat16, or on the CPU."""
+    if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and on_gpu):
+        return torch.bfloat16
+    return torch.float32
+
+
+def largest_bucket(config: Config, examples: Sequence[Example]) -> tuple[int, int]:
+    """Return the size of the largest pictures, (width, height) in pixels, as they are trained."""
+    data = config.data
+    buckets = bucket_sizes(data.resolution_px, data.bucket_step_px, data.max_aspect)
+    used = {place(example.width_px, example.height_px, buckets).bucket for example in examples}
+    return max(used, key=lambda size: (size[0] * size[1], size))
+
+
+def lines_of(plan: Plan) -> dict[str, str]:
+    """Return what a person reads of a plan, a row each."""
+    width, height = plan.bucket
+    rows = {"for": f"{plan.device}; the largest pictures are {width} x {height}"}
+    for phase in plan.phases:
+        rows[phase.name] = f"{size_text(phase.peak_bytes)}: {_listed(phase.parts)}"
+    rows["most"] = f"{size_text(plan.worst.peak_bytes)}, to {plan.worst.name}; a GPU's driver and allocator take more"
+    rows["disk"] = f"{size_text(sum(plan.disk.values()))}: {_listed(plan.disk)}"
+    rows["a step"] = f"{plan.flops / 1e12:.3g} TFLOP"
+    return rows
+
+
+def _listed(parts: Mapping[str, int]) -> str:
+    return ", ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)

@@ -1,0 +1,259 @@
+"""Traces a run on tensors without numbers, phase by phase, with the functions that train it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from optim import ProdigyPlusScheduleFree, averaged
+from sdtrain.config.schema import Config
+from sdtrain.data.batches import Batch
+from sdtrain.data.cache import HELD_BYTES
+from sdtrain.data.order import Piece
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.fill import fill_with_shapes
+from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.models.load import model_of
+from sdtrain.models.model import Model
+from sdtrain.training.ending.guard import backward
+from sdtrain.training.objective import Objective
+from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.parameters import Trainable, train_parameters
+from sdtrain.training.planning.tracking import Tracker, movable_modules
+from sdtrain.training.preservation import Preservation, prepare_preservation
+from sdtrain.training.run import Run
+from sdtrain.training.start import trains_text
+from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: the most bytes that it holds at once, and what these are."""
+
+    name: str
+    parts: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes that it holds at once."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was found out about a run: its phases, and the arithmetic of a step in floating point operations."""
+
+    phases: tuple[Phase, ...]
+    flops: int
+    trainable: Trainable
+
+    @property
+    def worst(self) -> Phase:
+        """The phase that needs the most."""
+        return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+
+def trace(
+    run: Run, opened: OpenedModel, bucket: tuple[int, int], *, on_gpu: bool, num_examples: tuple[int, int] = (0, 0)
+) -> Traced:
+    """Trace a run's phases: encode, train, preview and save.
+
+    Args:
+        run: its settings and precision; its device must be the CPU, on which the fake tensors lie.
+        opened: the model, of which the headers are read alone.
+        bucket: width and height in pixels of the largest pictures.
+        on_gpu: whether it is planned for a GPU, from which the VAE and the encoders leave when they are not needed.
+        num_examples: how many pictures and different captions there are; what the cache holds of them in memory is
+            counted on the CPU.
+
+    Raises UserError as loading the model does.
+    """
+    assert run.device == CPU, "fake tensors lie on the CPU"
+    with FakeTensorMode(allow_non_fake_inputs=True), movable_modules():
+        components = load_components(opened, run.dtype, fill_with_shapes)
+        tracker = Tracker()
+        tracker.leave_out(tensor for network in components.networks.values() for tensor in _tensors(network))
+        with tracker:
+            model = model_of(components, run.config.model, device=CPU, caption_chunks=run.config.data.caption_chunks)
+            return _Trace(run, model, _Weights.of(components, run.config, on_gpu=on_gpu), tracker).all_phases(
+                bucket, (0, 0) if on_gpu else num_examples
+            )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The bytes of the networks that are on the device in each phase."""
+
+    all: int
+    training: int
+    vae: int
+
+    @classmethod
+    def of(cls, components: Components, config: Config, *, on_gpu: bool) -> _Weights:
+        sizes = {name: sum(map(_bytes, _tensors(network))) for name, network in components.networks.items()}
+        everything, vae = sum(sizes.values()), sizes["vae"]
+        if not on_gpu:
+            return cls(everything, everything, 0)
+        away = sum(sizes[name] for name in components.text_encoders) if not trains_text(config) else 0
+        return cls(everything, everything - vae - away, vae)
+
+
+class _Trace:
+    def __init__(self, run: Run, model: Model, weights: _Weights, tracker: Tracker) -> None:
+        self.run, self.config, self.model, self.weights, self.tracker = run, run.config, model, weights, tracker
+        self.preservation: Preservation | None = None
+
+    def all_phases(self, bucket: tuple[int, int], num_examples: tuple[int, int]) -> Traced:
+        encode, batch, prompts = self.encode(bucket)
+        held = _held_bytes(batch, num_examples) + _encoded_bytes(prompts)
+        before = self.tracker.bytes_now
+        trainable = train_parameters(self.model, self.run)
+        adapters = self.tracker.bytes_now - before
+        optimizer = build_optimizer(trainable, self.config, compiled=False)
+        before = self.tracker.bytes_now
+        _fill_state(trainable, optimizer)
+        state = self.tracker.bytes_now - before
+        standing = {"adapters": adapters, "optimizer": state, "pictures and captions": held}
+        standing = {part: size for part, size in standing.items() if size}
+        train, flops = self.train(trainable, optimizer, batch, standing)
+        phases = [encode, train]
+        if prompts.texts and self.config.preview.every:
+            phases.append(self.preview(optimizer, prompts, standing))
+        phases.append(self.save(trainable, optimizer, standing))
+        return Traced(tuple(phases), flops * self.config.data.gradient_accumulation, trainable)
+
+    def encode(self, bucket: tuple[int, int]) -> tuple[Phase, Batch, Prompts]:
+        """Encode one picture and one caption, as the cache is filled, and all prompts together."""
+        self.tracker.begin_peak()
+        start, (width, height) = self.tracker.bytes_now, bucket
+        text = None
+        with torch.no_grad():
+            latents = self.model.encode_pixels(torch.empty(1, 3, height, width))
+            if not trains_text(self.config):
+                text = self.model.encode_captions(["a"])
+        prompts = prepare_prompts(self.model, self.config, trains_text=trains_text(self.config))
+        self.preservation = prepare_preservation(self.model, self.config.preserve, trains_text=trains_text(self.config))
+        phase = Phase("encode", {"weights": self.weights.all, "largest moment": self.tracker.peak_bytes - start})
+        return phase, self._batch(latents, text), prompts
+
+    def _batch(self, latents: Tensor, text: Mapping[str, Tensor] | None) -> Batch:
+        num = self.config.data.batch_size
+        return Batch(
+            index=0,
+            pieces=(Piece(0, 0, num, num),),
+            latents=torch.empty(num, *latents.shape[1:]),
+            captions=("a",) * num,
+            text={name: torch.empty(num, *value.shape[1:]) for name, value in text.items()} if text else None,
+            sizes=self.model.encode_sizes(torch.empty(num, 6)),
+            examples=(),
+        )
+
+    def train(
+        self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, batch: Batch, standing: Mapping[str, int]
+    ) -> tuple[Phase, int]:
+        """Make one step, of which the last micro-batch is looked at: gradients of others are there by then."""
+        tracker, flops = self.tracker, self.tracker.flops
+        gradients = 0
+        if self.config.data.gradient_accumulation > 1:
+            gradients = _put_gradients(trainable)
+        before = tracker.bytes_now
+        tracker.begin_peak()
+        objective = Objective(self.model, self.config, CPU, self.preservation)
+        with trainable.dropout.drawn(self.run.generator("dropout", 0, 0)):
+            loss = objective(batch, partial(self.run.generator, "noise", 0))
+            kept = tracker.bytes_now - before
+            backward(loss)
+        flops = tracker.flops - flops
+        del loss
+        optimizer.step()
+        trainable.limit_norms(optimizer)
+        optimizer.zero_grad(set_to_none=True)
+        moment = tracker.peak_bytes - before - kept
+        parts = {
+            "weights": self.weights.training,
+            **standing,
+            "gradients of other micro-batches": gradients,
+            "kept for backward": kept,
+            "largest moment, with gradients": moment,
+        }
+        return Phase("train", {name: size for name, size in parts.items() if size}), flops
+
+    def preview(self, optimizer: ProdigyPlusScheduleFree, prompts: Prompts, standing: Mapping[str, int]) -> Phase:
+        """Draw as many pictures as are drawn at once, in one step."""
+        start = self.tracker.bytes_now
+        self.tracker.begin_peak()
+        with averaged(optimizer):
+            self._draw(prompts)
+        weights = self.weights.training + self.weights.vae
+        return Phase("preview", {"weights": weights, **standing, "largest moment": self.tracker.peak_bytes - start})
+
+    @torch.no_grad()
+    def _draw(self, prompts: Prompts) -> None:
+        """Do what `sample` does, in one step and without its scheduler, which asks for numbers."""
+        settings = sampling_settings(self.config)
+        rows = [row for row in range(len(prompts.texts)) for _ in self.config.preview.seeds][:PICTURES_AT_ONCE]
+        channels, factor = self.model.latent_shape
+        latents = torch.empty(len(rows), channels, settings.height_px // factor, settings.width_px // factor)
+        positive, negative = prompts.conditioning(self.model)
+        sizes = self.model.encode_sizes(torch.empty(len(rows), 6))
+        wanted = {**{key: value[rows] for key, value in positive.items()}, **sizes}
+        seen = latents
+        if settings.guidance_scale != 1:
+            unwanted = {**{key: value[rows] for key, value in negative.items()}, **sizes}
+            wanted = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
+            seen = torch.cat([latents, latents])
+        self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
+        self.model.decode_latents(latents[:1])
+
+    def save(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, standing: Mapping[str, int]) -> Phase:
+        """Put the averaged weights in the place of those in training, which are set aside, and look through them."""
+        start = self.tracker.bytes_now
+        self.tracker.begin_peak()
+        with averaged(optimizer):
+            for parameter in trainable.named_parameters().values():
+                parameter.detach().isfinite().all()
+        moment = self.tracker.peak_bytes - start
+        return Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
+
+
+def _held_bytes(batch: Batch, num_examples: tuple[int, int]) -> int:
+    """What the cache holds in memory of the pictures and captions, of which there are so many."""
+    num_pictures, num_captions = num_examples
+    captions = sum(_bytes(tensor[:1]) for tensor in (batch.text or {}).values())
+    held = num_pictures * _bytes(batch.latents[:1]) + num_captions * captions
+    return held if held <= HELD_BYTES else 0
+
+
+def _encoded_bytes(prompts: Prompts) -> int:
+    return sum(_bytes(tensor) for encoded in prompts.encoded or () for tensor in encoded.values())
+
+
+def _fill_state(trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> None:
+    """Make a step, so that the optimizer has all that it keeps."""
+    _put_gradients(trainable)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _put_gradients(trainable: Trainable) -> int:
+    """Give every trained parameter a gradient; return their bytes."""
+    parameters = trainable.named_parameters().values()
+    for parameter in parameters:
+        parameter.grad = torch.empty_like(parameter)
+    return sum(map(_bytes, parameters))
+
+
+def _tensors(network: nn.Module) -> Iterable[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

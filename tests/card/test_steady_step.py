@@ -1,0 +1,101 @@
+"""In a steady step the host waits for the card where it says so, and the card holds what it must, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from sdtrain.training.watching.records import RunRecord, StepRecord
+from tests.card.fake_card import NAME, Card, card_in_use
+from tests.card.test_matrix import MEMORY, settings_of
+
+LISTED = {
+    ("reads a number", "sdtrain/training/fit.py: total, groups = float(sum(losses)), group_records(optimizer)"),
+    ("reads a number", "optim/metrics.py: columns = torch.cat((buffer, marks)).T.tolist()"),
+}
+"""Where a step waits: at its end, for the loss and for what the optimizer did. Both are read in one go."""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        settings_of(("unet",), "lora", "bfloat16", "accumulation"),
+        {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
+        {**settings_of(("unet",), "full", "float32", "fused"), "loss.kind": "huber", "loss.huber_schedule": "snr"},
+    ],
+    ids=["lora", "text encoder", "full"],
+)
+def test_a_steady_step_waits_only_at_its_end(on_card: Callable[..., Card], changes: dict[str, Any]) -> None:
+    waits: dict[int, int] = {}
+
+    def watch(found: Card, record: object) -> None:
+        if isinstance(record, StepRecord):
+            waits[record.step] = len(found.waits)
+
+    found = on_card({"steps": 3, **changes}, watch)
+    steady = found.waits[waits[2] : waits[3]]
+    assert {(wait.what, wait.where) for wait in steady} == LISTED
+
+
+def test_the_card_holds_the_trained_network_and_nothing_of_the_others(on_card: Callable[..., Card]) -> None:
+    held: dict[str, int] = {}
+
+    def watch(found: Card, record: object) -> None:
+        if isinstance(record, RunRecord):
+            held["before"] = found.num_bytes
+
+    from sdtrain.training import fit
+
+    expected: dict[str, int] = {}
+    plain = fit.build_optimizer
+
+    def spy(trainable: Any, config: Any) -> Any:
+        optimizer = plain(trainable, config)
+        expected["adapters"] = sum(p.numel() * p.element_size() for p in trainable.named_parameters().values())
+        return optimizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "build_optimizer", spy)
+        load = fit.load
+
+        def loaded(run: Any, opened: Any) -> Any:
+            model = load(run, opened)
+            expected["unet"] = sum(p.numel() * p.element_size() for p in model.networks["unet"].parameters())
+            return model
+
+        patch.setattr(fit, "load", loaded)
+        on_card(settings_of(("unet",), "lora", "bfloat16", "plain"), watch)
+    assert 0 <= held["before"] - expected["unet"] - expected["adapters"] < 16384  # the optimizer's few numbers
+
+
+def test_recomputed_activations_need_fewer_bytes(on_card: Callable[..., Card], tmp_path: Any) -> None:
+    changes = {**settings_of(("unet",), "lora", "bfloat16", "plain"), "data.resolution_px": 128}
+    plain = on_card({**changes, "name": "plain"})
+    less = on_card({**changes, **MEMORY["checkpointing"], "name": "less"})
+    assert less.peak_bytes < 0.8 * plain.peak_bytes
+
+
+def test_the_card_notices_a_tensor_in_the_wrong_place_and_who_asks_for_numbers() -> None:
+    """The fixture itself: what it lets pass, no test of a run can see."""
+    import torch
+
+    with card_in_use() as found:
+        here, there = torch.ones(4), torch.ones(4, device=found.device)
+        with pytest.raises(RuntimeError, match=r"same device|different devices"):
+            here + there
+        there.to("cpu", non_blocking=True)
+        here.to(found.device, non_blocking=True)
+        assert [wait.what for wait in found.waits] == ["copies from the card"]
+        here.to(found.device)
+        there.sum().item()
+        bool(there.isfinite().all())
+        there.tolist()
+        assert {wait.what for wait in found.waits[1:]} == {"copies to the card", "reads a number"}
+        assert len(found.waits) == 8
+        before = found.num_bytes
+        more = torch.empty(1000, device=found.device)
+        assert found.num_bytes - before == 4000 and more.device.type == NAME
+        del more
+        assert found.num_bytes == before

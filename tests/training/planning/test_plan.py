@@ -1,0 +1,161 @@
+"""What is planned is what happens: the plan is made without numbers, the truth is counted in a real run."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sdtrain.commands.front.plan import plan_config
+from sdtrain.config.read import resolve
+from sdtrain.config.schema import Config
+from sdtrain.config.write import config_to_toml
+from sdtrain.errors import UserError
+from sdtrain.models.checkpoints.inspect import open_model
+from sdtrain.training import fit as loop
+from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.planning.levers import budget_bytes, choices, fit_to
+from sdtrain.training.planning.plan import Plan
+from sdtrain.training.planning.trace import CPU, Phase, Traced, trace
+from sdtrain.training.planning.tracking import Tracker
+from sdtrain.training.run import Run, pick_dtype
+from sdtrain.training.watching.records import PictureRecord, StepRecord
+from tests.conftest import merged, small_run
+
+MIB = 2**20
+
+
+@pytest.fixture
+def config_of(tmp_path: Path, pictures: Path) -> Callable[..., Config]:
+    def make(changes: dict[str, Any]) -> Config:
+        table = small_run(tmp_path, pictures)
+        if changes.get("method.kind") == "full":
+            table["method"] = {}
+        base = {"device": "cpu", "steps": 3, "data.bucket_step_px": 96, "data.max_aspect": 1.0}
+        return resolve(merged(table, {**base, **changes}), "test config")
+
+    return make
+
+
+def traced(config: Config, *, on_gpu: bool = False) -> Traced:
+    side = config.data.resolution_px
+    run = Run(Path("nowhere"), config, CPU, pick_dtype(config, CPU))
+    return trace(run, open_model(config.model, "model"), (side, side), on_gpu=on_gpu, num_examples=(6, 6))
+
+
+def peaks(planned: Traced) -> dict[str, int]:
+    return {phase.name: phase.peak_bytes for phase in planned.phases}
+
+
+def counted(config: Config) -> dict[str, int]:
+    """The true peaks of a run: every storage of every tensor that it holds, weights included."""
+    from sdtrain.commands.fit import fit
+
+    tracker, found = Tracker(), dict[str, int]()
+
+    def watch(record: object) -> None:
+        if isinstance(record, StepRecord):
+            found["train"] = tracker.peak_bytes
+        if isinstance(record, PictureRecord):
+            found["preview"] = tracker.peak_bytes
+        tracker.begin_peak()
+
+    with tracker, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "build_optimizer", lambda *args: build_optimizer(*args, compiled=False))
+        fit(config, watchers=[watch], console=Console(file=io.StringIO()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"preview.every": 1, "preview.seeds": [0, 1, 2]},
+        {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]},
+        {"method.kind": "full", "data.gradient_accumulation": 2},
+    ],
+    ids=["lora", "checkpointing", "full"],
+)
+def test_a_plan_is_within_three_percent_of_the_truth(config_of: Callable[..., Config], changes: dict[str, Any]) -> None:
+    config = config_of(changes)
+    planned, true = peaks(traced(config)), counted(config)
+    assert "train" in true and ("preview" in true) == ("preview.every" in changes)
+    for phase, num_bytes in true.items():
+        assert planned[phase] == pytest.approx(num_bytes, rel=0.03), (phase, planned, true)
+
+
+def test_a_larger_batch_and_larger_pictures_need_more_and_recomputing_needs_less(
+    config_of: Callable[..., Config],
+) -> None:
+    first = traced(config_of({}))
+    for changes in ({"data.batch_size": 3}, {"data.resolution_px": 192, "data.bucket_step_px": 192}):
+        more = traced(config_of(changes))
+        assert peaks(more)["train"] > peaks(first)["train"] and more.flops > first.flops
+    less = traced(config_of({"memory.gradient_checkpointing": True}))
+    assert peaks(less)["train"] < peaks(first)["train"] and less.flops > 1.2 * first.flops
+
+
+def test_on_a_gpu_what_does_not_train_has_left(config_of: Callable[..., Config]) -> None:
+    one, all_of_them = config_of({}), config_of({"method.train": ["unet", "text_encoder"]})
+    cpu, gpu, text = traced(one), traced(one, on_gpu=True), traced(all_of_them, on_gpu=True)
+    weights = [found.phases[1].parts["weights"] for found in (cpu, gpu, text)]
+    assert weights[1] < weights[2] < weights[0]
+    assert cpu.phases[0].parts["weights"] == gpu.phases[0].parts["weights"]
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [("8GB", 8 * 2**30), ("7.5 gib", int(7.5 * 2**30)), ("512MB", 2**29)])
+def test_a_budget_is_read(text: str, num_bytes: int) -> None:
+    assert budget_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "-8GB", "0GB", "8TBGB", "1e9GB"])
+def test_what_is_no_budget_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="write 8GB"):
+        budget_bytes(text)
+
+
+def made_up(config: Config) -> Plan:
+    """A plan by a formula: 10 MiB a picture, a tenth of it where activations are recomputed, and 1 MiB beside."""
+    a_picture = MIB if config.memory.gradient_checkpointing else 10 * MIB
+    phase = Phase("train", {"weights": MIB, "kept for backward": config.data.batch_size * a_picture})
+    return Plan("a GPU", (96, 96), (phase,), {}, 0)
+
+
+def test_the_cheapest_setting_that_fits_is_chosen(config_of: Callable[..., Config]) -> None:
+    config = config_of({"data.batch_size": 4})
+    wanted = {60: (4, 1, False), 30: (2, 2, False), 13: (1, 4, False), 6: (4, 1, True), 3: (1, 4, True)}
+    for budget_mib, (batch, accumulation, recomputes) in wanted.items():
+        choice, _ = fit_to(config, budget_mib * MIB, made_up)
+        data, memory = choice.config.data, choice.config.memory
+        found = data.batch_size, data.gradient_accumulation, memory.gradient_checkpointing
+        assert found == (batch, accumulation, recomputes), budget_mib
+        assert bool(choice.costs) == (choice.config != config)
+
+
+def test_a_step_has_the_same_pictures_whatever_is_chosen(config_of: Callable[..., Config]) -> None:
+    for changes in ({"data.batch_size": 12}, {"data.batch_size": 3}, {"method.kind": "full", "data.batch_size": 2}):
+        for choice in choices(config_of(changes)):
+            data = choice.config.data
+            assert data.batch_size * data.gradient_accumulation == changes["data.batch_size"]
+            assert not (choice.config.memory.fused_back_pass and data.gradient_accumulation > 1)
+
+
+def test_a_budget_that_nothing_fits_says_what_the_smallest_needs(config_of: Callable[..., Config]) -> None:
+    with pytest.raises(UserError) as caught:
+        fit_to(config_of({"data.batch_size": 2}), MIB, made_up)
+    text = caught.value.text()
+    assert caught.value.exit_code == 2
+    assert "train needs 2.0 MiB (weights 1.0 MiB, kept for backward 1.0 MiB)" in text
+    assert "data.batch_size=1" in text and "memory.gradient_checkpointing=true" in text
+
+
+def test_the_command_tells_every_phase(config_of: Callable[..., Config], tmp_path: Path) -> None:
+    path, text = tmp_path / "config.toml", io.StringIO()
+    path.write_text(config_to_toml(config_of({})), encoding="utf-8")
+    plan_config(path, [], Console(file=text, width=200), budget="1GB")
+    for word in ("encode", "train", "save", "most", "disk", "TFLOP", "fits into 1GB as it is"):
+        assert word in text.getvalue()
+    assert not (tmp_path / "runs").exists()
