@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
 
 from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
@@ -33,6 +33,14 @@ def _usable_path(text: str) -> str:
     return text
 
 
+def _whole_if_whole(number: float) -> float:
+    """Return 3 for 3.0, so that it is shown as it is written."""
+    return int(number) if number == int(number) else number
+
+
+Times = Annotated[
+    float, Field(ge=0.001, le=100_000), AfterValidator(_whole_if_whole), PlainSerializer(lambda number: number)
+]
 PathText = Annotated[str, AfterValidator(_usable_path)]
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """What file systems take, in bytes for a name and nearly so for a path."""
@@ -163,7 +171,7 @@ class FolderConfig(Settings):
         default=[],
         description='Sub-folders and files that are left out, by name or pattern, e.g. `["masks", "*_old*"]`.',
     )
-    repeats: Annotated[float, Field(ge=0.001, le=100_000)] = Field(
+    repeats: Times = Field(
         default=1,
         description="How often each picture is seen in an epoch. 0.2: an epoch has a fifth of them, drawn anew each "
         "time; 2.5: twice, and half of them once more.",

@@ -46,11 +46,11 @@ def cache_needed(cache: Path, config: Config, examples: Sequence[Example]) -> di
     """Return about how many bytes the encodings take that a cache lacks, by what for."""
     captions = {example.caption for example in examples}
     views = [example for example in examples for _ in range(example.crops * (1 + example.flip))]
-    pictures = _missing(cache / "latents", len(views))
+    pictures = _missing(cache / "latents", len(views))  # each view counts as a picture
     masks = _missing(cache / "masks", sum(example.mask is not None for example in views))
     area = max((example.resolution_px or config.data.resolution_px) ** 2 for example in examples) if examples else 0
     return {
-        f"the latents of {pictures} pictures and views of them": int(pictures * area * LATENT_BYTES_PER_PIXEL),
+        f"the latents of {pictures} pictures": int(pictures * area * LATENT_BYTES_PER_PIXEL),
         f"{masks} masks": int(masks * area * MASK_BYTES_PER_PIXEL),
         "captions": _missing(cache / "captions", len(captions)) * config.data.caption_chunks * CONDITIONING_BYTES,
     }
