@@ -14,6 +14,12 @@ ELSEWHERE = [path for path in sorted(SDTRAIN.rglob("*.py")) if path.parent != SD
 ALLOWED = {
     ("training/watching/log.py", "open"): "a line is added to the log after each step; a torn last one is dropped",
     ("training/watching/report/pictures.py", "save"): "into memory, for the page that holds it",
+    ("commands/sheet/page.py", "save"): "into memory, for the page that holds it",
+    (
+        "commands/sheet/write.py",
+        "open",
+    ): "writes into a folder or a file that atomic_folder and atomic_file give their name",
+    ("training/planning/trace.py", "save"): "a phase of the plan, which writes nothing",
     ("models/checkpoints/tokenizers.py", "save_pretrained"): "writes into a folder that atomic_folder flushes",
 }
 WRITERS = {"write_text", "write_bytes", "save_file", "save_pretrained", "save_model", "writelines", "touch"}
