@@ -18,7 +18,7 @@ ALLOWED = {
     (
         "commands/sheet/write.py",
         "open",
-    ): "writes into a folder or a file that atomic_folder and atomic_file give their name",
+    ): "writes into a folder that atomic_folder flushes",
     ("training/planning/trace.py", "save"): "a phase of the plan, which writes nothing",
     ("models/checkpoints/tokenizers.py", "save_pretrained"): "writes into a folder that atomic_folder flushes",
 }
