@@ -5,25 +5,24 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal, TypeGuard
+from typing import Literal
 
 from sdtrain.config.schema import Config
 from sdtrain.errors import UserError
 from sdtrain.families.metadata import steps_of
 from sdtrain.files.header import explain, read_header
+from sdtrain.files.numbers import is_number
 from sdtrain.training.ending.one_process import holder_of
 from sdtrain.training.keeping.manifest import INDEX
 from sdtrain.training.start import stored_config
+from sdtrain.training.watching.log import log_lines
 from sdtrain.training.watching.text import shell_word
 from sdtrain.training.weights_files import weights_files
 
 Standing = Literal["running", "stopped", "finished", "damaged"]
-LARGEST = 1e300
-"""Of numbers in a log; what is larger was not written by us."""
 LAST_LOSSES = 50
 """How many of the last steps the loss is a mean of: the loss of one step says little."""
 
@@ -163,40 +162,22 @@ def read_log(path: Path, until: int | None = None) -> Logged:
     """
     step, losses, d = 0, deque[float](maxlen=LAST_LOSSES), list[tuple[str, float]]()
     best: tuple[int, float] | None = None
-    for line in _log_lines(path):
+    for line in log_lines(path):
         number, loss = line["step"], line.get("loss")
         if until is not None and number > until:
             continue
         step = max(step, number)
-        if _is_finite(loss):
+        if is_number(loss):
             losses.append(loss)
         groups = line.get("groups")
         if isinstance(groups, dict):
             values = {str(name): group.get("d") for name, group in groups.items() if isinstance(group, dict)}
-            d = [(name, float(value)) for name, value in values.items() if _is_finite(value)]
+            d = [(name, float(value)) for name, value in values.items() if is_number(value)]
         validation = line.get("validation")
-        if number > 0 and isinstance(validation, dict) and _is_finite(validation.get("loss")):
+        if number > 0 and isinstance(validation, dict) and is_number(validation.get("loss")):
             loss = float(validation["loss"])
             best = (number, loss) if best is None or loss < best[1] else best
     return Logged(step, fmean(losses) if losses else None, tuple(d), best)
-
-
-def _log_lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(line, dict) and type(line.get("step")) is int:
-                    yield line
-    except OSError:
-        return
-
-
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def disk_bytes(folder: Path) -> int:

@@ -246,7 +246,7 @@ def prepare_batches(
     )
     encode_needed(needed, encoders, cache, on_progress, verify=verify)
     placed = zip(needed.pictures, needed.latents, needed.masks, strict=True)
-    found = iter([_View(*picture, path, mask) for picture, path, mask in placed])
+    found = iter([_View(*picture, path, mask.path if mask else None) for picture, path, mask in placed])
     rows = [_Row(one, tuple(islice(found, len(those)))) for one, those in zip(examples, needed.views, strict=True)]
     return Batches(
         rows,

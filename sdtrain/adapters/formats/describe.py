@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.adapters.formats.conventions import known_keys
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, is_number, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
 from sdtrain.files.header import Header, read_header, read_scalars
+from sdtrain.files.numbers import is_number
 
 RANK_AXIS = {
     "lora_down.weight": 0,

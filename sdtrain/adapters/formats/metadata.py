@@ -9,18 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from typing import Any
 
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.family import Family
 from sdtrain.families.metadata import CONFIG_KEY, resolution_entry, steps_entry
 from sdtrain.families.modelspec import lora_words
 from sdtrain.families.words import Resolution
+from sdtrain.files.numbers import is_number
 
 D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
-LARGEST = 1e300
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,6 @@ def number_of(value: object, key: str) -> float:
     if not is_number(value):
         raise ValueError(f"cannot be read: `{key}` in the header has {str(value)[:40]!r} where a number belongs")
     return float(value)
-
-
-def is_number(value: object) -> TypeGuard[float]:
-    """Return whether JSON had a number there, neither true nor false, that can be shown and counted with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from PIL import Image
 
 from sdtrain.commands.sheet.cards import PER_PAGE, Sheet
 from sdtrain.data.report.names import counted
 from sdtrain.errors import printable
+from sdtrain.training.watching.report.templates import template
 
 GENERATOR = "sdtrain view"
 """What a page says made it, so that nothing else is ever written over."""
@@ -45,7 +45,7 @@ def page_parts(sheet: Sheet, heading: Heading, page: int) -> Iterator[str]:
 
     noted = sorted((sheet.places[path], path.name) for path in sheet.noted)
     num_held_out = sum(entry.example.held_out for entry in sheet.entries)
-    stream = _template().stream(
+    stream = template(__package__, "page.html").stream(
         name=printable(heading.name),
         source=printable(heading.source),
         facts=[printable(fact) for fact in heading.facts],
@@ -86,16 +86,3 @@ def _percent(share: float) -> str:
 @cache
 def _style() -> str:
     return (resources.files("sdtrain.commands.sheet") / "style.css").read_text(encoding="utf-8")
-
-
-@cache
-def _template() -> Template:
-    """The page, which escapes everything that is put into it."""
-    environment = Environment(
-        loader=PackageLoader("sdtrain.commands.sheet", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html")

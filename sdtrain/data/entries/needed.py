@@ -15,7 +15,7 @@ from sdtrain.data.captions.drawing import captions_to_encode, variants_of
 from sdtrain.data.captions.wording import Varied
 from sdtrain.data.encoding import Encoders, Picture, encode_captions, encode_pictures
 from sdtrain.data.examples import Example, Progress
-from sdtrain.data.masks.encoding import encode_masks, mask_paths
+from sdtrain.data.masks.encoding import MaskEntry, encode_masks, mask_entries
 from sdtrain.data.placing import placements_of, views_of
 
 
@@ -32,13 +32,13 @@ class Needed:
     pictures: list[Picture]
     digests: list[bytes]
     latents: list[Path]
-    masks: list[Path | None]
+    masks: list[MaskEntry | None]
     captions: dict[str, Path] | None
     variants: dict[Varied, tuple[str, ...]]
 
     def paths(self) -> set[Path]:
         """Return the paths of all entries, each once."""
-        return {*self.latents, *(path for path in self.masks if path), *(self.captions or {}).values()}
+        return {*self.latents, *(mask.path for mask in self.masks if mask), *(self.captions or {}).values()}
 
 
 def find_needed(
@@ -55,7 +55,7 @@ def find_needed(
         store.latents_path(cache, digest, placement, encoders.vae_fingerprint)
         for (_, placement), digest in zip(pictures, of_views, strict=True)
     ]
-    places = (views, pictures, of_views, latents, mask_paths(pictures, of_views, cache))
+    places = (views, pictures, of_views, latents, mask_entries(pictures, of_views, cache))
     if encoders.captions is None:
         return Needed(*places, None, {})
     variants = variants_of(examples, config.caption_variants)
@@ -74,7 +74,7 @@ def encode_needed(
     verify: bool = False,
 ) -> None:
     """Encode what the cache lacks of the entries that are needed. verify and errors: see `encode_pictures`."""
-    wrong = encode_masks(needed.pictures, needed.digests, cache, on_progress)
+    wrong = encode_masks(needed.pictures, needed.masks, on_progress)
     encode_pictures(
         *(needed.pictures, encoders.pixels, encoders.vae_fingerprint, cache, on_progress),
         digests=needed.digests,

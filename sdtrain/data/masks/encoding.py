@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,27 +22,44 @@ Wrong = list[tuple[Path, str]]
 _Wanted = tuple[Mask, Placement, bytes]
 
 
-def mask_paths(
+@dataclass(frozen=True)
+class MaskEntry:
+    """Where a picture's mask lies in the cache, and the digest of the file that it is made of."""
+
+    path: Path
+    digest: bytes
+
+
+def mask_entries(
     pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path
-) -> list[Path | None]:
-    """Return the paths of the pictures' masks in the cache, None where one has no mask.
+) -> list[MaskEntry | None]:
+    """Return the entries of the pictures' masks, whether they are there or not; None where one has no mask.
 
     digests: of the pictures' files. Raises UserError for a mask that cannot be read.
     """
-    return [path for path, _ in _named(pictures, digests, cache)]
+    digest_of = mask_digests([example.mask for example, _ in pictures if example.mask])
+    entries: list[MaskEntry | None] = []
+    for (example, placement), digest in zip(pictures, digests, strict=True):
+        mask = example.mask
+        if mask is None:
+            entries.append(None)
+            continue
+        content = digest if mask.is_alpha else digest_of[mask.path]
+        entries.append(MaskEntry(store.mask_path(cache, content, placement, is_alpha=mask.is_alpha), content))
+    return entries
 
 
 def encode_masks(
-    pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path, on_progress: Progress
+    pictures: Sequence[tuple[Example, Placement]], entries: Sequence[MaskEntry | None], on_progress: Progress
 ) -> Wrong:
     """Write the pictures' masks that the cache lacks; return what cannot be used.
 
-    digests: of the pictures' files. Raises UserError if the cache cannot be written.
+    entries: by `mask_entries`. Raises UserError if the cache cannot be written.
     """
     missing: dict[Path, _Wanted] = {}
-    for (example, placement), (path, content) in zip(pictures, _named(pictures, digests, cache), strict=True):
-        if example.mask is not None and path is not None and not store.is_whole(path, thorough=True):
-            missing[path] = example.mask, placement, content
+    for (example, placement), entry in zip(pictures, entries, strict=True):
+        if example.mask is not None and entry is not None and not store.is_whole(entry.path, thorough=True):
+            missing[entry.path] = example.mask, placement, entry.digest
     wrong: Wrong = []
     for done, (path, found) in enumerate(zip(missing, map_ahead(_encoded, missing.values()), strict=True), 1):
         if isinstance(found, str):
@@ -50,22 +68,6 @@ def encode_masks(
             store.write(path, {"mask": found})
         on_progress("reading masks", done, len(missing))
     return wrong
-
-
-def _named(
-    pictures: Sequence[tuple[Example, Placement]], digests: Sequence[bytes], cache: Path
-) -> list[tuple[Path | None, bytes]]:
-    """The path of each picture's mask in the cache, and the digest of the file that it stands in."""
-    digest_of = mask_digests([example.mask for example, _ in pictures if example.mask])
-    named: list[tuple[Path | None, bytes]] = []
-    for (example, placement), digest in zip(pictures, digests, strict=True):
-        mask = example.mask
-        if mask is None:
-            named.append((None, b""))
-            continue
-        content = digest if mask.is_alpha else digest_of[mask.path]
-        named.append((store.mask_path(cache, content, placement, is_alpha=mask.is_alpha), content))
-    return named
 
 
 def mask_at(entry: Tensor, floor: float, size: tuple[int, int]) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from sdtrain.config.schema import DataConfig
+from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions.literal import has_words, literal_signs
 from sdtrain.data.captions.wording import wording_of
 from sdtrain.data.examples import Example
@@ -69,11 +69,16 @@ def picture_notes(examples: Sequence[Example], report: DataReport) -> list[str]:
     return notes
 
 
+def _by_folder(examples: Sequence[Example], config: DataConfig) -> Iterator[tuple[int, FolderConfig, list[Example]]]:
+    """Yield each folder with its place and its pictures."""
+    for index, folder in enumerate(config.folder):
+        yield index, folder, [example for example in examples if example.folder == index]
+
+
 def _folders(examples: Sequence[Example], config: DataConfig) -> list[str]:
     """How often pictures of folders are seen that are drawn or weighed, or that stand for what the model knows."""
     notes = []
-    for index, folder in enumerate(config.folder):
-        own = [example for example in examples if example.folder == index]
+    for index, folder, own in _by_folder(examples, config):
         is_plain = folder.repeats == round(folder.repeats) and folder.loss_weight == 1
         if own and (folder.regularisation or not is_plain):
             kind = ", regularisation" if folder.regularisation else ""
@@ -141,8 +146,7 @@ def _missing(examples: Sequence[Example]) -> list[str]:
 
 def _triggers(examples: Sequence[Example], config: DataConfig) -> list[str]:
     notes = []
-    for index, folder in enumerate(config.folder):
-        own = [example for example in examples if example.folder == index]
+    for index, folder, own in _by_folder(examples, config):
         trigger = wording_of(folder).trigger
         if trigger and own and not any(example.has_trigger for example in own):
             notes.append(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from sdtrain.errors import UserError
 from sdtrain.files.writer import reason, sync, write_bytes
@@ -88,6 +89,24 @@ def log_to(path: Path, first_step: int) -> Iterator[Log]:
     finally:
         with contextlib.suppress(OSError):  # that it cannot be written was told when it began
             log.close()
+
+
+def log_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log that belong to a step, whatever state the file is in.
+
+    Lines that cannot be read, such as one that a kill cut off, are passed over; a log that is not there has none.
+    """
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for text in file:
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(line, dict) and type(line.get("step")) is int:
+                    yield line
+    except OSError:
+        return
 
 
 def log_line(record: StepRecord) -> str:

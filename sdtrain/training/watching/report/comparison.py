@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 from sdtrain.errors import printable
 from sdtrain.files.writer import atomic_file, write_text
 from sdtrain.training.watching.grid import LABEL_PX, Rows, labelled_grid, save_picture
-from sdtrain.training.watching.report.page import cut_off, template
+from sdtrain.training.watching.report.page import cut_off
 from sdtrain.training.watching.report.pictures import MOST_BYTES, SIZES, encoded
+from sdtrain.training.watching.report.templates import template
 
 PAGE, GRID, ANIMATION = "compare.html", "grid.png", "animation.webp"
 FRAME_MS = 800
@@ -88,7 +89,7 @@ def page(comparison: Comparison) -> str:
         if tables and num_bytes > MOST_BYTES:
             break
         tables.append(Table(comparison.prompts[prompt], comparison.seeds[seed], rows))
-    return template("comparison.html").render(
+    return template(__package__, "comparison.html").render(
         title=printable(comparison.title),
         strengths=[f"{strength:g}" for strength in comparison.strengths],
         tables=tables,

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-LARGEST = 1e300
-"""Of numbers in a log; what is larger was not written by us."""
+from sdtrain.files.numbers import is_number
+from sdtrain.training.watching.log import log_lines
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Numbers:
 def read_numbers(path: Path) -> Numbers:
     """Return what a log says. Lines that cannot be read, such as one that a kill cut off, are passed over."""
     numbers = Numbers()
-    for line in _lines(path):
+    for line in log_lines(path):
         step = line["step"]
         if isinstance(line.get("note"), str):
             numbers.notes.append((step, line["note"]))
@@ -105,9 +102,7 @@ def read_numbers(path: Path) -> Numbers:
 
 def number(value: object) -> float | None:
     """Return a finite number as it is, and None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return value if abs(value) < LARGEST and not math.isnan(value) else None
+    return value if is_number(value) else None
 
 
 def _group(group: dict[str, Any]) -> Group:
@@ -118,17 +113,3 @@ def _group(group: dict[str, Any]) -> Group:
         group.get("frozen") is True,
         group.get("stopped") is True,
     )
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            for text in file:
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    continue
-                if isinstance(line, dict) and type(line.get("step")) is int:
-                    yield line
-    except OSError:
-        return

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeVar
-
-from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
@@ -21,6 +18,7 @@ from sdtrain.training.watching.report.curves import charts, smoothed
 from sdtrain.training.watching.report.numbers import Numbers, read_numbers
 from sdtrain.training.watching.report.pictures import Shelf
 from sdtrain.training.watching.report.settings import differing
+from sdtrain.training.watching.report.templates import template
 from sdtrain.training.watching.text import shell_word
 
 NAME = "report.html"
@@ -68,7 +66,7 @@ def page(folder: Path, outcome: str, shelf: Shelf) -> str:
     config, problem = _config(folder)
     notes = [f"step {step}: {cut_off(text)}" for step, text in numbers.notes]
     settings = differing(config) if config else []
-    return template("page.html").render(
+    return template(__package__, "page.html").render(
         name=printable(config.name if config else folder.name),
         outcome=OUTCOMES[outcome],
         problem=problem,
@@ -131,16 +129,3 @@ def _last_smoothed(numbers: Numbers) -> float | None:
 def cut_off(text: str, longest: int = LONGEST_TEXT) -> str:
     """Return a text that is not longer than a page can bear."""
     return text if len(text) <= longest else f"{text[:longest]}... ({len(text) - longest:,} more letters)"
-
-
-@cache
-def template(name: str) -> Template:
-    """Return a template of this folder, which escapes everything that is put into it."""
-    environment = Environment(
-        loader=PackageLoader("sdtrain.training.watching.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
