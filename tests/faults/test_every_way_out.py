@@ -18,6 +18,7 @@ from sdtrain import NoteRecord, Record, StepRecord
 from sdtrain.errors import Interrupted, OutOfMemoryError
 from sdtrain.models import sampling
 from sdtrain.training import outputs
+from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.objective import Objective
 from sdtrain.training.watching.log import Log
 from sdtrain.training.watching.screen import Screen
@@ -142,6 +143,16 @@ def test_a_signal_before_the_first_step_is_answered_and_leaves_at_once(
     assert isinstance(ran.error, Interrupted) and ran.error.exit_code == 143
     assert "SIGTERM: stopped while loading the model; nothing was trained yet, so there is nothing to save" in ran.text
     assert not ran.folder.exists()
+
+
+def test_the_answer_tells_what_was_done_when_the_signal_came_however_late_it_is() -> None:
+    said, doing = list[str](), ["giving up the preview"]
+    stop = StopRequests(said.append, leave=False)
+    stop.finish_first(lambda: doing[0], str)
+    stop._handle(signal.SIGTERM, None)
+    doing[0] = "finishing the step"
+    stop._answer(signal.SIGTERM)
+    assert said == ["SIGTERM: giving up the preview"]
 
 
 def test_a_preview_is_given_up_between_two_sampling_steps(

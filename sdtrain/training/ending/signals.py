@@ -46,6 +46,7 @@ class StopRequests:
         self._number, self._since, self._answered_at = 0, 0.0, 0.0
         self._finishing: Callable[[], str] | None = None
         self._kept: Callable[[], str] = str
+        self._finished_first = ""  # what was still done when the first signal came
         self.doing = "starting"
         """What is done before the first step, for the person who stops it there."""
 
@@ -88,6 +89,8 @@ class StopRequests:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """Act in the main thread."""
+        if self._finishing is not None and not self._finished_first:
+            self._finished_first = self._finishing()  # the answer may come when something else is done already
         is_second = self.asked and time.monotonic() - self._since > SAME_PRESS_S
         self.ask(number)
         if self._finishing is None:
@@ -112,7 +115,7 @@ class StopRequests:
         if self._finishing is None:
             return f"{name}: stopped while {self.doing}; nothing was trained yet, so there is nothing to save"
         more = "; once more leaves now" if number == signal.SIGINT else ""
-        return f"{name}: {self._finishing()}{more}"
+        return f"{name}: {self._finished_first or self._finishing()}{more}"
 
 
 def _name_of(number: int) -> str:
