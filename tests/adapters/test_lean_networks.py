@@ -89,6 +89,22 @@ def kept(unet: nn.Module, dtype: torch.dtype) -> int:
     return found
 
 
+def inside(unet: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of what lies between the down and the up matrices of all LoRAs, `rank` numbers a position."""
+    sizes: list[int] = []
+
+    def see(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        down = layer.lora_A["default"]
+        sizes.append(inputs[0].numel() // down.in_features * down.out_features * dtype.itemsize)
+
+    hooks = [each.register_forward_pre_hook(see) for each in unet.modules() if hasattr(each, "lora_A")]
+    run(unet, dtype)
+    for hook in hooks:
+        hook.remove()
+    assert sizes
+    return sum(sizes)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_keep_no_activation_that_is_not_kept_without_them(
@@ -100,6 +116,8 @@ def test_adapters_keep_no_activation_that_is_not_kept_without_them(
     after = kept(unet, dtype)
     captions = 2 * 7 * 64 * dtype.itemsize  # which keys and values share, and the base layers need not keep
     factors = 0
+    if kind == "lora":  # what is inside, and the matrices in the activations' type
+        factors = inside(unet, dtype) + sum(each.numel() for each in parameters.values()) * dtype.itemsize
     if kind == "dora":  # a length of each output
         factors = sum(each.numel() * 4 for name, each in parameters.items() if "magnitude" in name)
     if kind == "lokr":  # the scaled factor, and one that is a product of two

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sdtrain.adapters.lean.inputs import Remade, kept_of
-from sdtrain.adapters.lean.lora import low_rank_gradients
+from sdtrain.adapters.lean.lora import low_rank_gradients, scaled
 from sdtrain.adapters.lean.products import POINT, Window, add_product, input_gradient, product
 
 PIECE = 2**20
@@ -47,7 +47,7 @@ class Dora(torch.autograd.Function):
         ctx.save_for_backward(down, up, magnitude, lengths, weight, *kept)
         factor = _by_output(magnitude.reshape(-1) / lengths, window)
         hidden = product(inputs, down.to(inputs.dtype), window)
-        change = product(hidden, (up * scale).to(inputs.dtype), window and POINT)
+        change = product(hidden, scaled(up, scale).to(inputs.dtype), window and POINT)
         base = product(inputs, weight, window, bias)
         total = (factor - 1) * (base if bias is None else base - _by_output(bias, window))
         return total.add_(factor * change).add_(base).to(base.dtype)
@@ -58,14 +58,16 @@ class Dora(torch.autograd.Function):
         """Return the gradients of inputs, down, up and magnitude."""
         down, up, magnitude, lengths, weight, *kept = ctx.saved_tensors
         inputs, scale, window = ctx.compute(*kept), ctx.scale, ctx.window
-        hidden = product(inputs, down.to(inputs.dtype), window)
+        small_down, small_up = down.to(inputs.dtype), scaled(up, scale).to(inputs.dtype)
+        hidden = product(inputs, small_down, window)
         direction = product(inputs, weight, window)
-        add_product(direction, hidden, (up * scale).to(inputs.dtype), window and POINT)
+        add_product(direction, hidden, small_up, window and POINT)
         of_magnitude = (_sums_by_output(gradient, direction, window) / lengths).view(magnitude.shape)
         gradient = (gradient * _by_output(magnitude.reshape(-1) / lengths, window)).to(gradient.dtype)
         of_inputs = input_gradient(gradient, inputs, weight, window) if ctx.needs_input_grad[0] else None
-        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, of_inputs)
-        return of_inputs, *found, of_magnitude, None, None, None, None, None
+        found = low_rank_gradients(gradient, inputs, hidden, small_down, small_up, window, of_inputs)
+        of_down, of_up = found[0].to(down.dtype), scaled(found[1].to(up.dtype), scale)
+        return of_inputs, of_down, of_up, of_magnitude, None, None, None, None, None
 
 
 @torch.no_grad()

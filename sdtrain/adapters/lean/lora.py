@@ -23,7 +23,9 @@ from sdtrain.adapters.lean.products import (
 class LowRank(torch.autograd.Function):
     """A frozen layer and its LoRA in one (arXiv 2106.09685, eq. 3): sums are written into what is there already.
 
-    What is inside is computed again in backward. The weight is nobody's to train: it gets no gradient.
+    What is kept besides the inputs is small: what is inside, of `rank` channels, and both matrices in the type of the
+    activations. Computing them again cost a card less than it cost the processor that feeds it: hundreds of layers of
+    a few microseconds each. The weight is nobody's to train: it gets no gradient.
     """
 
     @staticmethod
@@ -44,22 +46,21 @@ class LowRank(torch.autograd.Function):
         """
         ctx.scale, ctx.window = scale, window
         ctx.compute, kept = kept_of(inputs, how)
-        ctx.save_for_backward(down, up, weight, *kept)
-        hidden = product(inputs, down.to(inputs.dtype), window)
-        return add_product(
-            product(inputs, weight, window, bias), hidden, (up * scale).to(inputs.dtype), window and POINT
-        )
+        small_down, small_up = down.to(inputs.dtype), scaled(up, scale).to(inputs.dtype)
+        hidden = product(inputs, small_down, window)
+        ctx.types = down.dtype, up.dtype
+        ctx.save_for_backward(small_down, small_up, hidden, weight, *kept)
+        return add_product(product(inputs, weight, window, bias), hidden, small_up, window and POINT)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs, down and up."""
-        down, up, weight, *kept = ctx.saved_tensors
-        inputs, scale, window = ctx.compute(*kept), ctx.scale, ctx.window
-        hidden = product(inputs, down.to(inputs.dtype), window)
+        small_down, small_up, hidden, weight, *kept = ctx.saved_tensors
+        inputs, window, (of_down, of_up) = ctx.compute(*kept), ctx.window, ctx.types
         of_inputs = input_gradient(gradient, inputs, weight, window) if ctx.needs_input_grad[0] else None
-        found = low_rank_gradients(gradient, inputs, hidden, down, up, scale, window, of_inputs)
-        return of_inputs, *found, None, None, None, None, None
+        found = low_rank_gradients(gradient, inputs, hidden, small_down, small_up, window, of_inputs)
+        return of_inputs, found[0].to(of_down), scaled(found[1].to(of_up), ctx.scale), None, None, None, None, None
 
 
 def low_rank_gradients(
@@ -68,17 +69,21 @@ def low_rank_gradients(
     hidden: Tensor,
     down: Tensor,
     up: Tensor,
-    scale: float,
     window: Window | None,
     of_inputs: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of down and up, from that of scale * up(hidden), hidden = down(inputs).
+    """Return the gradients of down and up, from that of up(hidden), hidden = down(inputs); all in one type.
 
     The gradient of the inputs is added to `of_inputs`, where it is wanted.
     """
     point = window and POINT
-    of_up = weight_gradient(gradient, hidden, up, point).mul_(scale)
-    of_hidden = input_gradient(gradient, hidden, (up * scale).to(inputs.dtype), point)
+    of_up = weight_gradient(gradient, hidden, up, point)
+    of_hidden = input_gradient(gradient, hidden, up, point)
     if of_inputs is not None:
-        add_input_gradient(of_inputs, of_hidden, inputs, down.to(inputs.dtype), window)
+        add_input_gradient(of_inputs, of_hidden, inputs, down, window)
     return weight_gradient(of_hidden, inputs, down, window), of_up
+
+
+def scaled(tensor: Tensor, scale: float) -> Tensor:
+    """Return a tensor times a scale; the tensor itself where that is 1, which alpha = rank makes it."""
+    return tensor if scale == 1 else tensor * scale
