@@ -70,6 +70,7 @@ def counted(config: Config) -> dict[str, int]:
     return found
 
 
+@pytest.mark.filterwarnings("error:Accessing the data pointer")  # which a user would read
 @pytest.mark.parametrize(
     "changes",
     [
