@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from prove_true_size import write_model, write_tokenizers
+from prove_true_size import HEAD, write_model, write_tokenizers
 from torch import Tensor
 
 from sdtrain import StepRecord, UserError, fit, read_config
@@ -46,18 +46,11 @@ RUNS: dict[str, list[str]] = {
     ],
     "full U-Net, fused backward": ["memory.fused_back_pass=true", "memory.gradient_checkpointing=true"],
 }
-CONFIG = """
-name = "{name}"
-output = "{folder}/runs"
-steps = {steps}
-[model]
-path = "{folder}/model.safetensors"
-components = "{folder}/components"
-dtype = "bfloat16"
+CONFIG = (
+    HEAD
+    + """
 [method]
 {method}
-[[data.folder]]
-path = "{folder}/pictures"
 [data]
 resolution_px = 1024
 batch_size = 1
@@ -69,6 +62,7 @@ num_inference_steps = 4
 [export]
 form = "native"
 """
+)
 LORA = 'kind = "lora"\nrank = 16\ntargets = "attention+ff"'
 PEER_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2"]
 
@@ -121,7 +115,7 @@ def write_config(folder: Path, name: str, steps: int) -> Path:
     """Write the config of a run, but for its settings; return its path."""
     method = 'kind = "full"' if name.startswith("full") else LORA
     path = folder / f"{name.replace(' ', '-').replace(',', '')}.toml"
-    path.write_text(CONFIG.format(name="run", folder=folder, steps=steps, method=method))
+    path.write_text(CONFIG.format(folder=folder, steps=steps, method=method))
     return path
 
 
@@ -173,7 +167,7 @@ class Trace:
 
 
 def planned(folder: Path, name: str, settings: list[str], steps: int) -> str:
-    """Return a row with the peak that `sdtrain plan` says, which needs no card."""
+    """Return what `sdtrain plan` says of a run, which needs no card."""
     path = write_config(folder, name, steps)
     options = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, "-m", "sdtrain", "plan", str(path), *options]

@@ -44,7 +44,7 @@ CONFIGS = {
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 UNET_SIZE = (2_567_463_684, 1_680)
-TRAIN = """
+HEAD = """
 name = "true-size"
 output = "{folder}/runs"
 steps = {steps}
@@ -52,12 +52,16 @@ steps = {steps}
 path = "{folder}/model.safetensors"
 components = "{folder}/components"
 dtype = "bfloat16"
+[[data.folder]]
+path = "{folder}/pictures"
+"""
+TRAIN = (
+    HEAD
+    + """
 [method]
 kind = "lora"
 rank = 8
 targets = "attention"
-[[data.folder]]
-path = "{folder}/pictures"
 [data]
 resolution_px = 256
 batch_size = 1
@@ -66,6 +70,7 @@ every = 0
 [memory]
 gradient_checkpointing = true
 """
+)
 
 
 def main(

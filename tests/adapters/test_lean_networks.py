@@ -18,6 +18,7 @@ from sdtrain.adapters.kinds import AdapterKind
 from sdtrain.adapters.lean.inputs import remade
 from sdtrain.adapters.lean.layers import make_plain
 from sdtrain.adapters.targets import select_modules
+from sdtrain.families.adapter_names import ADAPTER
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]
 KINDS: list[AdapterKind] = ["lora", "dora", "loha", "lokr"]
@@ -94,7 +95,7 @@ def inside(unet: nn.Module, dtype: torch.dtype) -> int:
     sizes: list[int] = []
 
     def see(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        down = layer.lora_A["default"]
+        down = layer.lora_A[ADAPTER]
         sizes.append(inputs[0].numel() // down.in_features * down.out_features * dtype.itemsize)
 
     hooks = [each.register_forward_pre_hook(see) for each in unet.modules() if hasattr(each, "lora_A")]
