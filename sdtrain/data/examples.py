@@ -9,7 +9,7 @@ from pathlib import Path
 from sdtrain.config.schema import DataConfig, FolderConfig
 from sdtrain.data.captions.text import CaptionError, read_text, texts_of
 from sdtrain.data.captions.wording import Varied, holds_word, worded, wording_of
-from sdtrain.data.masks.mask import Mask, look_at_mask
+from sdtrain.data.masks.mask import Mask, MaskLook, look_at_mask
 from sdtrain.data.masks.places import find_masks, with_masks
 from sdtrain.data.pictures import SUFFIXES, PictureError, look_at, measure
 from sdtrain.data.scanning.files import files_below
@@ -48,7 +48,7 @@ class Example:
     num_lines: int = field(default=1, compare=False)  # of the caption as it is written; 0: it has none of its own
     has_trigger: bool = field(default=False, compare=False)  # whether the folder's trigger stood in the caption before
     look: Look | None = field(default=None, compare=False)  # where every pixel was read
-    masked_share: float | None = field(default=None, compare=False)  # of it that its mask lets count, where it was read
+    mask_look: MaskLook | None = field(default=None, compare=False)  # where its mask was read
 
 
 def scan_folders(
@@ -132,7 +132,7 @@ def _read(
 
 def _read_one(index: int, pair: Pair, least_px: int, *, decode: bool) -> tuple[Example | None, list[Finding]]:
     findings: list[Finding] = []
-    size, look, masked_share = (0, 0), None, None
+    size, look, mask_look = (0, 0), None, None
     try:
         if decode:
             size, look = look_at(pair.picture)
@@ -144,7 +144,7 @@ def _read_one(index: int, pair: Pair, least_px: int, *, decode: bool) -> tuple[E
             return None, findings  # a link that points nowhere needs no caption
     if pair.mask is not None and not findings:
         try:
-            masked_share = look_at_mask(pair.mask, pair.picture, size, decode=decode)
+            mask_look = look_at_mask(pair.mask, pair.picture, size, decode=decode)
         except PictureError as error:
             findings.append(Finding("mask that cannot be used", Problem(str(pair.mask.path), str(error))))
     try:
@@ -181,7 +181,7 @@ def _read_one(index: int, pair: Pair, least_px: int, *, decode: bool) -> tuple[E
         has_trigger=any(holds_word(text, wording.trigger) for text in texts),
         look=look,
         mask=pair.mask,
-        masked_share=masked_share,
+        mask_look=mask_look,
     ), []
 
 

@@ -6,12 +6,16 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Protocol
 
 from sdtrain.config.schema import DataConfig
 from sdtrain.data.buckets import Placement, bucket_sizes, place, place_unscaled
 from sdtrain.data.counts import stream
 from sdtrain.data.examples import Example
+from sdtrain.data.masks.mask import nothing_left
+from sdtrain.data.scanning.findings import Finding, shortened
+from sdtrain.errors import Problem
 
 
 class Sized(Protocol):
@@ -80,6 +84,18 @@ def at_resolutions(examples: Sequence[Example], resolutions: Sequence[Sequence[i
         for example in examples
         for resolution in ([example.resolution_px] if example.held_out else resolutions[example.folder] or [0])
     ]
+
+
+def cropped_masks(examples: Sequence[Example], config: DataConfig) -> list[Problem]:
+    """Return a problem for each mask that was read and lets nothing count of what is left of its picture."""
+    wrong: dict[Path, str] = {}
+    for example, placement in zip(examples, placements_of(examples, config), strict=True):
+        mask, look = example.mask, example.mask_look
+        bare = [view for view in views_of(example, placement) if look is not None and not look.reaches(view)]
+        if mask is not None and bare:
+            wrong[mask.path] = nothing_left(bare[0])
+    what = "mask that leaves nothing"
+    return shortened([Finding(what, Problem(str(path), reason)) for path, reason in wrong.items()])
 
 
 def _merged(placements: Sequence[Placement], *, enlarge: bool) -> list[Placement]:

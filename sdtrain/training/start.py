@@ -11,8 +11,8 @@ from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.data.examples import Example, Progress, scan_folders
-from sdtrain.data.identity.held_out import hold_out
-from sdtrain.data.placing import at_resolutions
+from sdtrain.data.identity.held_out import hold_out, training_examples
+from sdtrain.data.placing import at_resolutions, cropped_masks
 from sdtrain.data.scanning.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.words import DENOISER
@@ -184,6 +184,8 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     marked, problems = hold_out(examples, apart, validation)
     folders = draft.config.data.folder
     marked = at_resolutions(marked, [folder.resolutions_px for folder in folders])
+    if draft.knows("data"):
+        problems = [*problems, *cropped_masks(training_examples(marked), draft.config.data)]
     return with_regularisation(marked, folders), problems
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,26 @@ def test_everything_that_latents_follow_from_is_in_their_name(tmp_path: Path) ->
     }
     assert len(names) == 5
     assert store.latents_path(tmp_path, b"1", place(100, 100, [(64, 64)]), "vae") in names
+
+
+def test_entries_of_earlier_versions_are_found_again() -> None:
+    """These names may only change together with a version that is part of them: a change would encode all anew."""
+    cache, placement = Path("cache"), place(100, 141, [(64, 96)])
+    flipped = replace(placement, flipped=True)
+    names = [
+        store.caption_path(cache, "a photo, é", "text encoders"),
+        store.latents_path(cache, b"digest", placement, "vae"),
+        store.latents_path(cache, b"digest", flipped, "vae"),
+        store.mask_path(cache, b"digest", placement, is_alpha=True),
+        store.mask_path(cache, b"digest", placement, is_alpha=False),
+    ]
+    assert [path.relative_to(cache).as_posix() for path in names] == [
+        "captions/d7/d7ed33d16ed48d2b049de8735138850398f5954b.safetensors",
+        "latents/58/580c886abf0f99dde3189068e65d0ee55e3503f4.safetensors",
+        "latents/c2/c234c84338e9ddd9ac3bd1b2c1b395a8aba4602f.safetensors",
+        "masks/11/1106431b40e58615e58856b138c514a9a723810d.safetensors",
+        "masks/27/27ea8637312c0b0ead9435d2f6263073f1b20894.safetensors",
+    ]
 
 
 def test_held_and_read_entries_are_equal_and_the_budget_decides(tmp_path: Path) -> None:

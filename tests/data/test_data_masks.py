@@ -19,6 +19,7 @@ from sdtrain.data.batches import Batches
 from sdtrain.data.buckets import Placement, bucket_sizes, place
 from sdtrain.data.examples import scan_folders
 from sdtrain.data.masks.area import at_latent_size
+from sdtrain.data.placing import cropped_masks
 from sdtrain.data.report.notes import picture_notes
 from sdtrain.data.report.summary import summarise
 from sdtrain.errors import UserError
@@ -32,6 +33,13 @@ def half(size: tuple[int, int], *, right: int = 0, left: int = 255) -> Image.Ima
     """A mask whose left half counts."""
     image = Image.new("L", size, right)
     image.paste(left, (0, 0, size[0] // 2, size[1]))
+    return image
+
+
+def edge(size: tuple[int, int]) -> Image.Image:
+    """A mask whose first two columns count."""
+    image = Image.new("L", size)
+    image.paste(255, (0, 0, 2, size[1]))
     return image
 
 
@@ -217,14 +225,30 @@ def test_masks_that_are_found_bad_while_encoding_are_told_with_the_pictures(
         picture(tmp_path / "p" / f"{name}.png", (128, 40), name)
     (tmp_path / "p" / "a.png").write_bytes((tmp_path / "p" / "a.png").read_bytes()[:-400])
     Image.new("L", (128, 40)).save(tmp_path / "p" / "b.mask.png")
-    edge = Image.new("L", (128, 40))
-    edge.paste(255, (0, 0, 2, 40))
-    edge.save(tmp_path / "p" / "c.mask.png")
+    edge((128, 40)).save(tmp_path / "p" / "c.mask.png")
     with pytest.raises(UserError) as error:
         prepare(config(masked(tmp_path / "p"), max_aspect=1.0), counting.encoders())
     told = {Path(problem.where).name: problem.what for problem in error.value.problems}
     assert set(told) == {"a.png", "b.mask.png", "c.mask.png"} and not counting.pictures
     assert "leaves nothing of what is cropped to 64x64" in told["c.mask.png"]
+
+
+@pytest.mark.parametrize("crops", [1, 3])
+def test_a_mask_whose_part_is_cropped_away_is_told_by_check_as_by_encoding(
+    config: MakeConfig, picture: Callable[..., None], tmp_path: Path, crops: int
+) -> None:
+    for name in ("a", "b", "c"):
+        picture(tmp_path / "p" / f"{name}.png", (128, 40), name, seed=ord(name))
+    edge((128, 40)).save(tmp_path / "p" / "a.mask.png")
+    half((128, 40), right=1).save(tmp_path / "p" / "b.mask.png")
+    chosen = config(masked(tmp_path / "p", crops=crops), max_aspect=1.0)
+    examples, problems = scan_folders(chosen, decode=True)
+    assert not problems
+    told = cropped_masks(examples, chosen)
+    assert [Path(one.where).name for one in told] == ["a.mask.png"]
+    assert "leaves nothing of what is cropped to 64x64" in told[0].what
+    assert not cropped_masks(examples, chosen.model_copy(update={"max_aspect": 4.0})), "there it is not cropped"
+    assert not cropped_masks(scan_folders(chosen, decode=False)[0], chosen), "what was not read is told later"
 
 
 def test_a_mask_is_not_trained_as_a_picture_unless_it_is_meant_to(

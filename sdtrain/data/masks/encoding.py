@@ -14,7 +14,7 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.examples import Example, Progress
 from sdtrain.data.identity.digests import mask_digests, picture_digests
 from sdtrain.data.masks.area import at_latent_size
-from sdtrain.data.masks.mask import Mask, mask_levels
+from sdtrain.data.masks.mask import Mask, mask_levels, nothing_left
 from sdtrain.data.pictures import PictureError
 from sdtrain.data.threads import map_ahead
 
@@ -86,6 +86,5 @@ def _encoded(wanted: _Wanted) -> Tensor | str:
         return "mask has changed while it was in use; start again"
     area = at_latent_size(levels, placement)
     if not area.any():
-        size, corner = "{}x{}".format(*placement.bucket), f"{placement.crop_left},{placement.crop_top}"
-        return f"leaves nothing of what is cropped to {size} from {corner}; mend or remove it, or crop the picture less"
+        return nothing_left(placement)
     return torch.ones(1, 1) if bool((area == 1).all()) else area

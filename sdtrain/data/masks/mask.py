@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops, ImageStat
 
+from sdtrain.data.buckets import Placement
 from sdtrain.data.pictures import BROKEN, PictureError, load_upright, measure
 
 if TYPE_CHECKING:
@@ -29,8 +30,28 @@ class Mask:
     floor: float
 
 
-def look_at_mask(mask: Mask, picture: Path, size: tuple[int, int], *, decode: bool) -> float | None:
-    """Return how much of a picture a mask lets count, from 0 to 1 and without its floor; None unless it is decoded.
+@dataclass(frozen=True)
+class MaskLook:
+    """What a mask lets count of a picture, without its floor. share: of its area, from 0 to 1. box: left, top, right
+    and bottom of all that counts at all, in pixels."""
+
+    share: float
+    box: tuple[int, int, int, int]
+
+    def reaches(self, placement: Placement) -> bool:
+        """Return whether the box reaches into what a placement leaves of the picture."""
+        left, top, right, bottom = placement.source_box
+        return self.box[0] < right and self.box[2] > left and self.box[1] < bottom and self.box[3] > top
+
+
+def nothing_left(placement: Placement) -> str:
+    """Return what is wrong with a mask that lets nothing count of what a placement leaves of its picture."""
+    size, corner = "{}x{}".format(*placement.bucket), f"{placement.crop_left},{placement.crop_top}"
+    return f"leaves nothing of what is cropped to {size} from {corner}; mend or remove it, or crop the picture less"
+
+
+def look_at_mask(mask: Mask, picture: Path, size: tuple[int, int], *, decode: bool) -> MaskLook | None:
+    """Return what a mask lets count of a picture; None unless it is decoded.
 
     size: the width and height of the upright picture. Raises PictureError if the mask cannot be used.
     """
@@ -39,7 +60,8 @@ def look_at_mask(mask: Mask, picture: Path, size: tuple[int, int], *, decode: bo
         raise PictureError(what.format(*found, picture.name, *size))
     if not decode:
         return None
-    return float(ImageStat.Stat(_grey(mask)).mean[0]) / 255.0
+    grey = _grey(mask)
+    return MaskLook(float(ImageStat.Stat(grey).mean[0]) / 255.0, grey.getbbox() or (0, 0, 0, 0))
 
 
 def mask_levels(mask: Mask) -> np.ndarray:

@@ -93,7 +93,7 @@ def _masks(examples: Sequence[Example]) -> list[str]:
     masked = [example for example in examples if example.mask]
     if not masked:
         return []
-    shares = sorted([(one.masked_share, one) for one in masked if one.masked_share is not None], key=lambda one: one[0])
+    shares = sorted([(one.mask_look.share, one) for one in masked if one.mask_look], key=lambda one: one[0])
     text = f"masks: {len(masked):,} of {counted(len(examples))}"
     if shares:
         mean = sum(share for share, _ in shares) / len(shares)

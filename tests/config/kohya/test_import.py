@@ -280,6 +280,29 @@ def test_folders_named_by_their_repeats_become_folders(tmp_path: Path) -> None:
     ]
 
 
+def test_regularisation_folders_of_the_command_line_are_folders_that_say_so(tmp_path: Path) -> None:
+    for name in ("train/10_sks dog", "reg/2_dog"):
+        (tmp_path / name).mkdir(parents=True)
+    given = {"train_data_dir": f"{tmp_path}/train", "reg_data_dir": f"{tmp_path}/reg", "prior_loss_weight": 0.5}
+    result = imported(script(**given))
+    data = resolve(tomllib.loads(result.text), "test").data
+    assert [(folder.path, folder.repeats, folder.regularisation, folder.loss_weight) for folder in data.folder] == [
+        (f"{tmp_path}/train/10_sks dog", 10, False, 1.0),
+        (f"{tmp_path}/reg/2_dog", 2, True, 0.5),
+    ]
+    assert sort_of(result, "more.reg_data_dir")[0] == "setting"
+    empty = imported(script(train_data_dir=f"{tmp_path}/train", reg_data_dir=""))
+    assert len(resolve(tomllib.loads(empty.text), "test").data.folder) == 1
+
+
+def test_random_crops_become_crops_that_are_cached() -> None:
+    result = imported(script(train_data_dir="there", random_crop=True))
+    assert [one.crops for one in resolve(tomllib.loads(result.text), "test").data.folder] == [4]
+    assert sort_of(result, "more.random_crop")[0] == "setting"
+    without = imported(script(train_data_dir="there", random_crop=False))
+    assert [one.crops for one in resolve(tomllib.loads(without.text), "test").data.folder] == [1]
+
+
 DATASETS = {
     "general": {"flip_aug": True, "caption_extension": ".txt", "keep_tokens": 1},
     "datasets": [
@@ -440,10 +463,10 @@ def test_values_that_cannot_be_read_are_told_with_what_they_take() -> None:
     options = {"train_batch_size": "many", "seed": -1, "enable_bucket": "perhaps", "noise_offset": "inf"}
     result = imported(GUI | options)
     assert sort_of(result, "noise_offset") == ("unreadable", "a number from 0 on")
-    assert sort_of(result, "train_batch_size") == ("unreadable", "a whole number from 1 on")
+    assert sort_of(result, "train_batch_size") == ("unreadable", "a whole number from 1 to 1,000,000,000")
     assert sort_of(result, "seed") == ("unreadable", "a whole number from 0 on")
     assert sort_of(result, "enable_bucket") == ("unreadable", "true or false")
-    assert "it takes a whole number from 1 on" in " ".join(result.text.split())
+    assert "it takes a whole number from 1 to 1,000,000,000" in " ".join(result.text.split())
 
 
 def test_a_setting_that_our_reader_refuses_is_left_out_and_told() -> None:

@@ -128,6 +128,26 @@ def test_renamed_pictures_are_the_same_pictures_bit_for_bit(fit: Fit, own_pictur
     assert bits(straight, 5) == bits(resumed, 5)
 
 
+def test_pictures_that_joined_another_bucket_stay_in_it_when_they_are_renamed(
+    fit: Fit, own_pictures: Path, seen: list[str]
+) -> None:
+    """Which of two that fit alike joins the other follows from their numbers, and those from the state, not the names.
+
+    Whoever numbers them anew puts other pictures into one batch.
+    """
+    for number, size in enumerate([(160, 224), (224, 160), *4 * [(384, 96)]]):  # the first two are alone
+        Image.new("RGB", size, (30 * number, 200, 0)).save(own_pictures / f"{number}.png")
+    merging = {"data.ragged": "merge", "data.resolution_px": 192, "data.max_aspect": 4.0}
+    straight, _ = fit({"name": "straight", "steps": 6, **merging})
+    assert len(seen) == 12, "no picture is alone"
+    fit({"name": "resumed", "steps": 2, **merging})
+    for suffix in (".png", ".txt"):
+        for name in ("0", "2", "4"):
+            (own_pictures / f"{name}{suffix}").rename(own_pictures / f"z{name}{suffix}")
+    resumed, _ = fit({"name": "resumed", "steps": 6, **merging}, resume=True)
+    assert bits(straight, 6) == bits(resumed, 6)
+
+
 def change(folder: Path) -> None:
     """One picture goes, one comes, one is painted over, one caption is another."""
     for suffix in (".png", ".txt"):

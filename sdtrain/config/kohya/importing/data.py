@@ -19,7 +19,7 @@ from sdtrain.config.kohya.importing.findings import (
     unread,
 )
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option, Options
-from sdtrain.config.kohya.importing.values import UnreadableError, flag, is_off, number, numbers, text, whole
+from sdtrain.config.kohya.importing.values import UnreadableError, count, flag, is_off, number, numbers, text, whole
 from sdtrain.families.words import LATENT_FACTOR_PX
 
 CountPictures = Callable[[str], int | None]
@@ -30,13 +30,15 @@ _TOKENS = 75
 _LEAST_PX = 64
 _EXTENSION = ("caption_extension", "caption_extention")
 _DATA_DIRS = ("train_data_dir", "image_folder")
+_REG_DIR = "reg_data_dir"
+_CROPS = 4  # what stands for crops that are drawn without end
 _GUI_MARKS = ("LoRA_type", "max_resolution", "num_cpu_threads_per_process", "model_list")
 
 
 @dataclass(frozen=True)
 class _Folder:
-    """A folder of pictures: its path, the option that names it, how often each picture is seen in an epoch, and the
-    options that count for its captions."""
+    """A folder of pictures: its path, the option that names it, how often each picture is seen in an epoch, the
+    options that count for its captions, and the one that makes its pictures regularisation, if any does."""
 
     path: str
     option: Option
@@ -44,6 +46,7 @@ class _Folder:
     told: tuple[Option, ...]
     note: str = ""
     options: Options = field(default_factory=lambda: Options(()))
+    regular: Option | None = None
 
 
 def is_of_gui(options: Options) -> bool:
@@ -55,10 +58,10 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
     """Yield what becomes of the options about sizes, buckets, batches and captions."""
     options = _scope(config)
     yield from direct(options, "data.resolution_px", _resolution, "resolution", "max_resolution", note=_square(options))
-    yield from direct(options, "data.batch_size", _count, "batch_size", "train_batch_size")
+    yield from direct(options, "data.batch_size", count, "batch_size", "train_batch_size")
     if options.find("train_batch_size", "batch_size") is None:
         yield Became("data.batch_size", 1, note="train_batch_size is not in the file; there it is 1 then")
-    yield from direct(options, "data.gradient_accumulation", _count, "gradient_accumulation_steps")
+    yield from direct(options, "data.gradient_accumulation", count, "gradient_accumulation_steps")
     yield from _bucket_step(options)
     yield from _aspects(options)
     small = options.find("bucket_no_upscale")
@@ -69,7 +72,7 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
     length = options.find("max_token_length")
     if length is not None and not is_off(length.value):
         try:
-            yield Became("data.caption_chunks", math.ceil(_count(length.value) / _TOKENS), (length,), "chunks of 75")
+            yield Became("data.caption_chunks", math.ceil(count(length.value) / _TOKENS), (length,), "chunks of 75")
         except UnreadableError as error:
             yield Unreadable(length, str(error))
     yield from direct(options, "validation.share", _share, "validation_split")
@@ -90,17 +93,18 @@ def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
             yield Became(f"data.folder[{index}].repeats", folder.repeats, folder.told)
             yield from _masks(folder, f"data.folder[{index}]")
             yield from _flipped(folder, f"data.folder[{index}].flip")
-            if regular := _regular(config, folder):
+            yield from _cropped(folder, f"data.folder[{index}].crops")
+            if folder.regular:
                 weight = config.arguments.find("prior_loss_weight")
-                yield Became(f"data.folder[{index}].regularisation", True, (regular,))
+                yield Became(f"data.folder[{index}].regularisation", True, (folder.regular,))
                 yield from direct(config.arguments, f"data.folder[{index}].loss_weight", _weight, "prior_loss_weight")
                 yield from unread(weight, _weight)
             yield from _wording(f"data.folder[{index}]", folder.options)
             index += 1
     for subset in config.subsets:
-        yield from unread(subset.options.find("num_repeats"), _count)
+        yield from unread(subset.options.find("num_repeats"), count)
     if config.subsets:
-        for option in config.arguments.having(*_DATA_DIRS):
+        for option in config.arguments.having(*_DATA_DIRS, _REG_DIR):
             if option.is_set:
                 yield NotNeeded(option, "the folders of the dataset config count")
 
@@ -137,18 +141,18 @@ def _extension(value: object) -> str:
             raise UnreadableError('".txt" or ".caption"; rename the files')
 
 
-def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
+def images_of_epoch(config: ForeignConfig, pictures_in: CountPictures) -> int | None:
     """Return how many pictures an epoch has, repeats counted; None where the folders are not all here."""
     images = 0
     paths: set[str] = set()
     for folder in _folders(config):
-        if folder.path not in paths and not _regular(config, folder):
-            found = count(folder.path)
+        if folder.path not in paths and not folder.regular:
+            found = pictures_in(folder.path)
             if not found:
                 return None
             images += found * folder.repeats
             paths.add(folder.path)
-    if any(_regular(config, folder) for folder in _folders(config)):
+    if any(folder.regular for folder in _folders(config)):
         images *= 2  # as many of these are seen, there and here
     return images or None
 
@@ -156,8 +160,8 @@ def images_of_epoch(config: ForeignConfig, count: CountPictures) -> int | None:
 def images_of_step(config: ForeignConfig) -> int:
     """Return how many pictures a step has: those of a batch times the batches that are accumulated."""
     options = _scope(config)
-    batch = read_as(options.find("batch_size", "train_batch_size"), _count, 1)
-    return batch * read_as(options.find("gradient_accumulation_steps"), _count, 1)
+    batch = read_as(options.find("batch_size", "train_batch_size"), count, 1)
+    return batch * read_as(options.find("gradient_accumulation_steps"), count, 1)
 
 
 def _scope(config: ForeignConfig) -> Options:
@@ -171,24 +175,34 @@ def _folders(config: ForeignConfig) -> Iterator[_Folder]:
         for subset in config.subsets:
             path = subset.options.find("image_dir")
             if path is not None and isinstance(path.value, str):
-                scope = Options((*config.arguments.all, *subset.options.all))
-                yield replace(_subset_folder(path, subset.options), options=scope)
+                regular = subset.options.find("is_reg")
+                yield replace(
+                    _subset_folder(path, subset.options),
+                    options=Options((*config.arguments.all, *subset.options.all)),
+                    regular=regular if read_as(regular, flag, False) else None,
+                )
         return
-    option = config.arguments.find(*_DATA_DIRS)
-    if option is None or not isinstance(option.value, str):
-        return
+    for names in (_DATA_DIRS, (_REG_DIR,)):
+        option = config.arguments.find(*names)
+        if option is not None and option.is_set and isinstance(option.value, str):
+            yield from _folders_in(option, config.arguments)
+
+
+def _folders_in(option: Option, arguments: Options) -> Iterator[_Folder]:
+    """Yield the folders `10_name` in the folder that an option names, or that one where none is in it."""
     root = text(option.value)
     folder = Path(root).expanduser()
+    regular = option if option.name == _REG_DIR else None
     inside = _repeated(folder)
     for name, times in inside:
         inner = f"{root.rstrip('/')}/{name}"
-        yield _Folder(inner, option, times, (option,), "repeats by the folder's name", config.arguments)
+        yield _Folder(inner, option, times, (option,), "repeats by the folder's name", arguments, regular)
     if not inside:
-        repeats = config.arguments.find("dataset_repeats")
+        repeats = arguments.find("dataset_repeats")
         away = "not here: folders in it such as `10_name` are entries of their own, repeats = 10"
         note = "" if folder.is_dir() else away
         told = (repeats,) if repeats else ()
-        yield _Folder(root, option, read_as(repeats, _count, 1), told, note, config.arguments)
+        yield _Folder(root, option, read_as(repeats, count, 1), told, note, arguments, regular)
 
 
 def _subset_folder(path: Option, options: Options) -> _Folder:
@@ -196,7 +210,7 @@ def _subset_folder(path: Option, options: Options) -> _Folder:
     note = ""
     if (named := _REPEATED.fullmatch(PureWindowsPath(path.value).name)) and repeats is None:
         note = f"the {named[1]} in its name counts in train_data_dir only"
-    return _Folder(text(path.value), path, read_as(repeats, _count, 1), (repeats,) if repeats else (), note)
+    return _Folder(text(path.value), path, read_as(repeats, count, 1), (repeats,) if repeats else (), note)
 
 
 def _repeated(folder: Path) -> list[tuple[str, int]]:
@@ -209,20 +223,18 @@ def _repeated(folder: Path) -> list[tuple[str, int]]:
     return [(name, int(match[1][:9])) for name, match in found if match and int(match[1][:9]) > 0]
 
 
-def _regular(config: ForeignConfig, folder: _Folder) -> Option | None:
-    """Return the option that says that a folder holds regularisation pictures; None where it does not."""
-    for subset in config.subsets:
-        if folder.option in subset.options.all:
-            option = subset.options.find("is_reg")
-            return option if read_as(option, flag, False) else None
-    return None
-
-
 def _flipped(folder: _Folder, setting: str) -> Iterator[Finding]:
     option = folder.options.find("flip_aug")
     yield from unread(option, flag)
     if option is not None and read_as(option, flag, False):
         yield Became(setting, True, (option,))
+
+
+def _cropped(folder: _Folder, setting: str) -> Iterator[Finding]:
+    option = folder.options.find("random_crop")
+    yield from unread(option, flag)
+    if option is not None and read_as(option, flag, False):
+        yield Became(setting, _CROPS, (option,), "so many crops are cached, of which each step draws one")
 
 
 def _masks(folder: _Folder, setting: str) -> Iterator[Finding]:
@@ -242,8 +254,8 @@ def _masks(folder: _Folder, setting: str) -> Iterator[Finding]:
 def _bucket_step(options: Options) -> Iterator[Finding]:
     step = options.find("bucket_reso_steps")
     if step is not None and not is_off(step.value):
-        yield from unread(step, _count)
-        wanted = read_as(step, _count, 0)
+        yield from unread(step, count)
+        wanted = read_as(step, count, 0)
         multiple = math.ceil(wanted / LATENT_FACTOR_PX) * LATENT_FACTOR_PX
         if multiple:
             note = "" if multiple == wanted else f"the next multiple of {LATENT_FACTOR_PX}, the VAE's factor"
@@ -300,10 +312,6 @@ def _resolution(value: object) -> int:
     if side < _LEAST_PX:
         raise UnreadableError(f"{_LEAST_PX} pixels or more")
     return side
-
-
-def _count(value: object) -> int:
-    return whole(value, least=1)
 
 
 def _weight(value: object) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, NotNeeded, direct, read_as, unread
 from sdtrain.config.kohya.importing.networks import has_training, is_full, is_sdxl, trained_networks
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option, Options
-from sdtrain.config.kohya.importing.values import UnreadableError, flag, is_off, number, text, whole
+from sdtrain.config.kohya.importing.values import UnreadableError, count, flag, is_off, number, text, whole
 from sdtrain.config.kohya.known_network import LAYER_RATES
 from sdtrain.families.words import DENOISER
 
@@ -90,7 +90,7 @@ def translate_method(config: ForeignConfig) -> Iterator[Finding]:
     rank = options.find("network_dim", "dim")
     if rank is None:
         yield Became("method.rank", 4, note="network_dim is not in the file; there it is 4 then")
-    yield from direct(options, "method.rank", _count, "network_dim", "dim")
+    yield from direct(options, "method.rank", count, "network_dim", "dim")
     if options.find("network_alpha", "alpha") is None:
         yield Became("method.alpha", 1.0, note="network_alpha is not in the file; there it is 1 then")
     yield from direct(options, "method.alpha", _alpha(options), "network_alpha", "alpha")
@@ -215,12 +215,8 @@ def _rate(value: object) -> float:
     return read
 
 
-def _count(value: object) -> int:
-    return whole(value, least=1)
-
-
 def _alpha(options: Options) -> Callable[[object], float]:
-    rank = read_as(options.find("network_dim", "dim"), _count, 4)
+    rank = read_as(options.find("network_dim", "dim"), count, 4)
 
     def read(value: object) -> float:
         """An alpha of 0 means the rank there."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, direct
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option
-from sdtrain.config.kohya.importing.values import UnreadableError, number, text, whole
+from sdtrain.config.kohya.importing.values import UnreadableError, count, number, text
 from sdtrain.families.words import LATENT_FACTOR_PX
 
 _FLAG = re.compile(r"\s--([a-z]+)\s+")
@@ -18,7 +18,7 @@ _FILES = (".txt", ".toml", ".json")
 def translate_previews(config: ForeignConfig) -> Iterator[Finding]:
     """Yield the prompts, and what their flags say of all of them."""
     options = config.arguments
-    yield from direct(options, "preview.num_inference_steps", lambda value: whole(value, least=1), "sample_steps")
+    yield from direct(options, "preview.num_inference_steps", count, "sample_steps")
     option = options.find("sample_prompts")
     if option is None:
         return
@@ -61,7 +61,7 @@ def _flags(option: Option, flags: dict[str, str]) -> Iterator[Finding]:
         "n": ("preview.negative_prompt", text),
         "w": ("preview.width_px", _side),
         "h": ("preview.height_px", _side),
-        "s": ("preview.num_inference_steps", lambda value: whole(value, least=1)),
+        "s": ("preview.num_inference_steps", count),
         "l": ("preview.guidance_scale", lambda value: number(value, least=1)),
     }
     for letter, (setting, read) in readers.items():
@@ -73,4 +73,4 @@ def _flags(option: Option, flags: dict[str, str]) -> Iterator[Finding]:
 
 
 def _side(value: object) -> int:
-    return whole(value, least=LATENT_FACTOR_PX) // LATENT_FACTOR_PX * LATENT_FACTOR_PX
+    return int(number(value, least=LATENT_FACTOR_PX)) // LATENT_FACTOR_PX * LATENT_FACTOR_PX

@@ -10,7 +10,7 @@ from sdtrain.config.kohya.importing.data import is_of_gui
 from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, NotNeeded, direct, read_as, unread
 from sdtrain.config.kohya.importing.networks import has_training, is_full, trained_networks
 from sdtrain.config.kohya.importing.options import ForeignConfig, Option, Options
-from sdtrain.config.kohya.importing.values import flag, is_off, number, text, whole
+from sdtrain.config.kohya.importing.values import MOST_COUNTED, count, flag, is_off, number, text, whole
 from sdtrain.diffusion.words import HuberSchedule, LossKind
 from sdtrain.families.words import DENOISER
 
@@ -40,8 +40,8 @@ def translate_objective(config: ForeignConfig) -> Iterator[Finding]:
         yield from unread(first, whole)
         yield Became("timesteps.first", min(read_as(first, whole, 0), _LAST_TIMESTEP - 1), (first,))
     if last is not None:
-        yield from unread(last, _count)
-        end = read_as(last, _count, _LAST_TIMESTEP + 1) - 1
+        yield from unread(last, count)
+        end = read_as(last, count, _LAST_TIMESTEP + 1) - 1
         if end < _LAST_TIMESTEP:
             yield Became(
                 "timesteps.last", max(end, 1), (last,), "the last that is trained, there the first that is not"
@@ -60,7 +60,7 @@ def translate_machine(config: ForeignConfig) -> Iterator[Finding]:
         yield from direct(options, setting, flag, name)
     fused = options.find("fused_backward_pass")
     if fused is not None and read_as(fused, flag, False):
-        accumulates = read_as(options.find("gradient_accumulation_steps"), _count, 1) > 1
+        accumulates = read_as(options.find("gradient_accumulation_steps"), count, 1) > 1
         if is_full(options) and not accumulates:
             yield Became("memory.fused_back_pass", True, (fused,))
         else:
@@ -73,11 +73,11 @@ def _steps(options: Options, per_epoch: int | None, images: int) -> tuple[int, l
     steps, epochs = _on(options, "max_train_steps"), _on(options, "max_train_epochs", "num_epochs")
     if epochs is None and steps is None:
         epochs = _on(options, "epoch", "epochs")
-    found: list[Finding] = [*unread(steps, _count), *unread(epochs, _count)]
-    stated = read_as(steps, _count, 0)
-    num_epochs = read_as(epochs, _count, 0)
+    found: list[Finding] = [*unread(steps, count), *unread(epochs, count)]
+    stated = read_as(steps, count, 0)
+    num_epochs = read_as(epochs, count, 0)
     if num_epochs and per_epoch and epochs is not None:
-        planned = num_epochs * per_epoch
+        planned = min(num_epochs * per_epoch, MOST_COUNTED)
         found.append(Became("steps", planned, (epochs,), f"{_epochs(num_epochs)} of {per_epoch} steps"))
         found += [NotNeeded(steps, "the epochs count, there too")] if steps else []
         return planned, found
@@ -109,22 +109,27 @@ def _saving(options: Options, per_epoch: int | None) -> Iterator[Finding]:
         ("preview.every", "sample_every_n_steps", "sample_every_n_epochs"),
     ):
         steps, epochs = _on(options, by_steps), _on(options, by_epochs)
-        yield from (*unread(steps, _count), *unread(epochs, _count))
+        yield from (*unread(steps, count), *unread(epochs, count))
         if steps is not None:
-            yield Became(setting, read_as(steps, _count, 500), (steps,))
+            yield Became(setting, read_as(steps, count, 500), (steps,))
             if epochs is not None:
                 yield NotNeeded(epochs, f"{setting} counts steps, as {by_steps} says")
         elif epochs is not None and per_epoch:
-            yield Became(setting, per_epoch * read_as(epochs, _count, 1), (epochs,), f"epochs of {per_epoch} steps")
+            yield Became(
+                setting,
+                min(per_epoch * read_as(epochs, count, 1), MOST_COUNTED),
+                (epochs,),
+                f"epochs of {per_epoch} steps",
+            )
         elif epochs is not None:
             yield Lost(epochs, f"the steps of an epoch are not known; set {setting} in steps")
     kept = _on(options, "save_last_n_epochs_state", "save_last_n_epochs", "keep_only_last_n_checkpoints")
     if kept is not None:
-        yield from direct(options, "checkpoint.keep", _count, kept.name)
+        yield from direct(options, "checkpoint.keep", count, kept.name)
     for option in (_on(options, "save_last_n_steps_state"), _on(options, "save_last_n_steps")):
-        every = read_as(_on(options, "save_every_n_steps"), _count, 0)
-        steps_kept = read_as(option, _count, 0)
-        yield from unread(option, _count)
+        every = read_as(_on(options, "save_every_n_steps"), count, 0)
+        steps_kept = read_as(option, count, 0)
+        yield from unread(option, count)
         if option is not None and every and steps_kept:
             yield Became("checkpoint.keep", math.ceil(steps_kept / every), (option,), f"states of {every} steps each")
         elif option is not None:
@@ -224,10 +229,6 @@ def _on(options: Options, *names: str) -> Option | None:
         if option is not None and not is_off(option.value):
             return option
     return None
-
-
-def _count(value: object) -> int:
-    return whole(value, least=1)
 
 
 def _positive(value: object) -> float:

@@ -7,6 +7,9 @@ import re
 import shlex
 from typing import Any
 
+MOST_COUNTED = 1_000_000_000
+"""The most steps, pictures or anything else that is counted."""
+
 
 class UnreadableError(Exception):
     """A value is not what its option takes; the message says what that would be."""
@@ -43,11 +46,20 @@ def number(value: Any, *, above: float = -math.inf, least: float = -math.inf, mo
     return read
 
 
-def whole(value: Any, *, least: int = 0) -> int:
-    """Return a whole number from `least` on. Raises UnreadableError."""
+def whole(value: Any) -> int:
+    """Return a whole number from 0 on. Raises UnreadableError."""
+    return _whole(value, 0, 2**62, "a whole number from 0 on")
+
+
+def count(value: Any) -> int:
+    """Return a whole number from 1 on, within what is counted here. Raises UnreadableError."""
+    return _whole(value, 1, MOST_COUNTED, f"a whole number from 1 to {MOST_COUNTED:,}")
+
+
+def _whole(value: Any, least: int, most: int, allowed: str) -> int:
     read = as_number(value)
-    if read is None or not read.is_integer() or read < least or read > 2**62:
-        raise UnreadableError(f"a whole number from {least} on")
+    if read is None or not read.is_integer() or not least <= read <= most:
+        raise UnreadableError(allowed)
     return int(read)
 
 
