@@ -4,6 +4,9 @@ whole, and the few sums that need all shards.
 Every rank joins every collective, also one whose shards are all empty: what is summed depends only on the whole shapes.
 """
 
+import sys
+from typing import TYPE_CHECKING
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -11,19 +14,21 @@ from torch import Tensor
 from optim.settings import Settings
 from optim.steps.stacks import Split, Stack
 
-if dist.is_available():
-    from torch.distributed.tensor import DTensor, Replicate, Shard
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
-    SHARDED: tuple[type, ...] = (DTensor,)
-else:  # a build of torch without torch.distributed has no DTensor either
-    SHARDED = ()
+
+def is_sharded(t: Tensor) -> "TypeIs[DTensor]":
+    """Whether a tensor is a DTensor. Their module takes half a second to import: who has one has imported it."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
 
 
 def local_part(t: Tensor) -> Tensor:
     """The part of a tensor that is on this rank, in the same memory: all of it, or its shard. Scalars get an axis."""
-    if isinstance(t, SHARDED):
-        local = t.to_local()  # type: ignore[attr-defined]
-        return local.detach()  # type: ignore[no-any-return]
+    if is_sharded(t):
+        return t.to_local().detach()
     return t.detach() if t.dim() else t.detach().view(1)
 
 
@@ -32,9 +37,10 @@ def split_of(t: Tensor) -> Split | None:
 
     Rows are dealt out as by `torch.chunk`: the last ranks may have none.
     """
-    if not isinstance(t, SHARDED):
+    if not is_sharded(t):
         return None
-    assert isinstance(t, DTensor)
+    from torch.distributed.tensor import Shard
+
     for axis, placement in enumerate(t.placements):
         if isinstance(placement, Shard) and t.device_mesh.size(axis) > 1:
             num_rows = -(-t.shape[0] // t.device_mesh.size(axis))
@@ -46,9 +52,10 @@ def split_of(t: Tensor) -> Split | None:
 def problems(p: Tensor, settings: Settings) -> list[str]:
     """Why a DTensor cannot be optimized, as sentences; an empty list for whole tensors and for rows split over one mesh
     axis."""
-    if not isinstance(p, SHARDED):
+    if not is_sharded(p):
         return []
-    assert isinstance(p, DTensor)
+    from torch.distributed.tensor import Replicate, Shard
+
     shards = [placement for placement in p.placements if not isinstance(placement, Replicate)]
     found = []
     if len(shards) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in shards):
