@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 from optim import averaged
+from sdtrain.adapters.beside import put_beside
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
@@ -147,7 +148,9 @@ def load_with_weights(run: Run, weights: Path) -> Model:
     match method:
         case LoraConfig():
             model = open_and_load(run)
-            merge_into(model.networks, [(read_lora(weights, model.networks).adapters, 1.0)])
+            adapters = read_lora(weights, model.networks).adapters
+            if not put_beside(model.networks, adapters):
+                merge_into(model.networks, [(adapters, 1.0)])
             return model
         case FullConfig():
             own = {"path": str(weights), "components": run.config.model.components or run.config.model.path, "vae": ""}
