@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, assert_never
 
+import torch
 from PIL import Image
 from rich.console import Console
 
@@ -123,7 +124,11 @@ def _draw_file(weights: Path, prompts: Sequence[str], seeds: Sequence[int], over
 
 def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:
     model.move_encoders(run.device, text=True)
-    return render(model, prepare_prompts(model, run.config, trains_text=False), seeds, sampling_settings(run.config))
+    prompts = prepare_prompts(model, run.config, trains_text=False)
+    model.move_encoders(torch.device("cpu"), text=True)  # the U-Net need not fit beside them
+    model.place()
+    model.move_encoders(run.device, text=False)
+    return render(model, prompts, seeds, sampling_settings(run.config))
 
 
 def with_prompts(table: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Any]:

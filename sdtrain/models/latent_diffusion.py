@@ -163,11 +163,10 @@ def unused_layers(components: Components) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def freeze(components: Components, device: torch.device) -> None:
-    """Freeze every network, put it into evaluation mode, and move the U-Net to `device`."""
+def freeze(components: Components) -> None:
+    """Freeze every network and put it into evaluation mode."""
     for network in components.networks.values():
         network.requires_grad_(False).eval()
-    components.unet.to(device)
 
 
 def digest_vae(vae: Any) -> str:

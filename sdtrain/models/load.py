@@ -17,16 +17,16 @@ from sdtrain.models.sdxl import SDXL
 def load_model(
     opened: OpenedModel, config: ModelConfig, *, device: torch.device, dtype: torch.dtype, caption_chunks: int = 1
 ) -> Model:
-    """Load a model that was opened: frozen, in evaluation mode, its U-Net on `device`.
+    """Load a model that was opened: frozen, in evaluation mode, on the CPU.
 
-    config: the settings it was opened with, for what the user decides instead of the model. Raises UserError for
-    weights that do not fit.
+    device: where its U-Net will compute, once it is placed there. config: the settings it was opened with, for what
+    the user decides instead of the model. Raises UserError for weights that do not fit.
     """
     return model_of(load_components(opened, dtype), config, device=device, caption_chunks=caption_chunks)
 
 
 def model_of(components: Components, config: ModelConfig, *, device: torch.device, caption_chunks: int = 1) -> Model:
-    """Return the model that components in memory make: frozen, in evaluation mode, its U-Net on `device`."""
+    """Return the model that components in memory make: frozen, in evaluation mode, on the CPU; see `load_model`."""
     family = components.family.name
     match family:
         case "sdxl":

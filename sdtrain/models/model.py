@@ -101,6 +101,9 @@ class Model(Protocol):
         The conditioning is that of captions and sizes together.
         """
 
+    def place(self) -> None:
+        """Move the U-Net to `device`, where it stays; until then it lies where it was read, and cannot predict."""
+
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Move the VAE, and with `text` the text encoders too, to a device."""
 

@@ -36,11 +36,15 @@ class SD:
         self.prediction = latent_diffusion.prediction_of(self.scheduler_config)
         self.schedule = latent_diffusion.schedule_of(self.scheduler_config)
         self.latent_shape = latent_diffusion.latent_shape_of(components.vae)
-        latent_diffusion.freeze(components, device)
+        latent_diffusion.freeze(components)
 
     def fingerprints(self) -> tuple[str, str]:
         """Return two digests: of all that makes latents of pictures, and of all that makes conditioning of captions."""
         return latent_diffusion.fingerprints(self.components, self._caption_chunks)
+
+    def place(self) -> None:
+        """Move the U-Net to `device`, where it stays: once what encodes has made room there."""
+        self.unet.to(self.device)
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         """Move the VAE, and with `text` the text encoder too, to a device."""

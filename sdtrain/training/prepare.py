@@ -65,6 +65,7 @@ class Prepared:
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:
     """Return batches and preview prompts; afterwards the VAE has left the device, and text encoders that train nothing.
 
+    The U-Net comes there last, so that what encodes and what is trained need not fit together.
     Where one of a model's text encoders is trained, all of them stay: their outputs are put together at every step.
     Raises UserError for pictures that cannot be read or encoded, and for a cache that cannot be written.
     """
@@ -77,6 +78,7 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))
+    model.place()
     return Prepared(standing.examples, batches, prompts, held_out, preservation)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,30 @@ def test_the_card_holds_the_trained_network_and_nothing_of_the_others(on_card: C
         patch.setattr(fit, "load", loaded)
         on_card({**settings_of(("unet",), "lora", "bfloat16", "plain"), "preview.prompts": []}, watch)
     assert 0 <= held["before"] - expected["unet"] - expected["adapters"] < 16384  # the optimizer's few numbers
+
+
+def test_the_unet_comes_to_the_card_when_all_is_encoded(
+    on_card: Callable[..., Card], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a card must hold it beside the encoders, which take as much once more at the size of SDXL."""
+    from sdtrain.models.sdxl import SDXL
+
+    places: dict[str, set[str]] = {}
+
+    def spy(name: str) -> None:
+        original = getattr(SDXL, name)
+
+        def watched(self: SDXL, *given: Any) -> Any:
+            places.setdefault(name, set()).add(next(self.unet.parameters()).device.type)
+            return original(self, *given)
+
+        monkeypatch.setattr(SDXL, name, watched)
+
+    for name in ("encode_pixels", "encode_captions", "predict"):
+        spy(name)
+    settings = settings_of(("unet",), "lora", "bfloat16", "plain")
+    on_card({**settings, "data.cache": str(tmp_path / "fresh"), "validation.share": 0.4})
+    assert places == {"encode_pixels": {"cpu"}, "encode_captions": {"cpu"}, "predict": {NAME}}
 
 
 def test_recomputed_activations_need_fewer_bytes(on_card: Callable[..., Card], tmp_path: Any) -> None:

@@ -103,10 +103,13 @@ class Pond:
         self.prediction = latent_diffusion.prediction_of(self.scheduler_config)
         self.schedule = latent_diffusion.schedule_of(self.scheduler_config)
         self.latent_shape = latent_diffusion.latent_shape_of(components.vae)
-        latent_diffusion.freeze(components, device)
+        latent_diffusion.freeze(components)
 
     def fingerprints(self) -> tuple[str, str]:
         return latent_diffusion.fingerprints(self.components, 1)
+
+    def place(self) -> None:
+        self.components.unet.to(self.device)
 
     def move_encoders(self, device: torch.device, *, text: bool) -> None:
         latent_diffusion.move_encoders(self.components, device, text=text)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_pillow
@@ -118,7 +117,7 @@ def _needed(wanted: _Wanted, console: Console, *, encode: bool, verify: bool = F
     """Return the entries of a config, encoded if that is asked for; the model is loaded, whose weights name them."""
     config, cache = wanted.config, wanted.cache
     run = open_run(config)
-    model = load(run if encode else replace(run, device=torch.device("cpu")), wanted.opened)
+    model = load(run, wanted.opened)
     encoders = encoders_of(model, config)
     num = len(training_examples(wanted.examples))
     trained, apart = wanted.examples[:num], seen_whole(wanted.examples[num:])

@@ -131,6 +131,7 @@ def _rows(folder: Path, config: Config, states: Sequence[SavedState], wanted: Wa
     run = Run(folder, config, device, pick_dtype(config, device))
     trained = _trained(run, states)
     model = open_and_load(run)
+    model.place()
     model.move_encoders(run.device, text=True)
     base: Rows | None = None
     rows = []

@@ -15,6 +15,7 @@ from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batch
 from sdtrain.data.cache import HELD_BYTES
 from sdtrain.data.order import Piece
+from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.fill import fill_with_shapes
 from sdtrain.models.checkpoints.inspect import OpenedModel
@@ -91,7 +92,7 @@ def trace(
 class _Weights:
     """The bytes of the networks that are on the device in each phase."""
 
-    all: int
+    encoding: int
     training: int
     vae: int
 
@@ -102,7 +103,7 @@ class _Weights:
         if not on_gpu:
             return cls(everything, everything, 0)
         away = sum(sizes[name] for name in components.text_encoders) if not trains_text(config) else 0
-        return cls(everything, everything - vae - away, vae)
+        return cls(everything - sizes[DENOISER], everything - vae - away, vae)
 
 
 class _Trace:
@@ -140,7 +141,7 @@ class _Trace:
                 text = self.model.encode_captions(["a"])
         prompts = prepare_prompts(self.model, self.config, trains_text=trains_text(self.config))
         self.preservation = prepare_preservation(self.model, self.config.preserve, trains_text=trains_text(self.config))
-        phase = Phase("encode", {"weights": self.weights.all, "largest moment": self.tracker.peak_bytes - start})
+        phase = Phase("encode", {"weights": self.weights.encoding, "largest moment": self.tracker.peak_bytes - start})
         return phase, self._batch(latents, text), prompts
 
     def _batch(self, latents: Tensor, text: Mapping[str, Tensor] | None) -> Batch:
