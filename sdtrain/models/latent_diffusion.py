@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,15 +103,32 @@ def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, beside: nn.Module) -> Tensor:
     """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], float32 on the CPU.
 
-    The VAE computes in float32, because that of SDXL overflows in float16.
+    The VAE computes in float32, because that of SDXL overflows in float16. beside: the U-Net, which leaves the device
+    for a moment where both do not fit; no number changes by it.
     """
     shift, scale = _latent_scale(vae)
     unscaled = latents.to(vae.device, torch.float32) / scale + shift
-    pictures = [vae.decode(one[None]).sample for one in unscaled]
+    pictures = [_decoded(vae, one[None], beside) for one in unscaled]
     return torch.cat(pictures).clamp(-1, 1).cpu()
+
+
+def _decoded(vae: Any, unscaled: Tensor, beside: nn.Module) -> Tensor:
+    try:
+        whole: Tensor = vae.decode(unscaled).sample
+        return whole
+    except torch.OutOfMemoryError as error:
+        place = next(beside.parameters()).device
+        if place.type == "cpu":
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold what was computed so far
+    try:
+        beside.to("cpu")
+        return _decoded(vae, unscaled, beside)
+    finally:
+        beside.to(place)
 
 
 def _latent_scale(vae: Any) -> tuple[float, float]:

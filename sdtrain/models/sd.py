@@ -56,7 +56,7 @@ class SD:
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
-        return latent_diffusion.decode_latents(self.vae, latents)
+        return latent_diffusion.decode_latents(self.vae, latents, self.unet)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return prompt_embeds (n, 77 chunks, width) of n captions: the encoder's output after its final norm.

@@ -57,7 +57,7 @@ class SDXL:
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
-        return latent_diffusion.decode_latents(self.vae, latents)
+        return latent_diffusion.decode_latents(self.vae, latents, self.unet)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second encoder) of n captions.

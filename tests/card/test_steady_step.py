@@ -99,6 +99,46 @@ def test_the_unet_comes_to_the_card_when_all_is_encoded(
     assert places == {"encode_pixels": {"cpu"}, "encode_captions": {"cpu"}, "predict": {NAME}}
 
 
+@pytest.mark.parametrize("is_enough", [True, False])
+def test_the_unet_makes_room_for_the_decoder_where_both_do_not_fit(
+    on_card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch, is_enough: bool
+) -> None:
+    """As on a card of 8 GB; where even that is too little the preview is left out, and the U-Net is back all the same.
+
+    A picture is decoded, and the next step trains.
+    """
+    import torch
+    from diffusers import AutoencoderKL
+
+    from sdtrain.models.sdxl import SDXL
+
+    model: list[SDXL] = []
+    decoded: list[str] = []
+    decode, predict = AutoencoderKL.decode, SDXL.predict
+
+    def too_large(self: AutoencoderKL, *given: Any, **more: Any) -> Any:
+        place = next(model[0].unet.parameters()).device.type
+        decoded.append(place)
+        if place == NAME or not is_enough:
+            raise torch.OutOfMemoryError("no room")
+        return decode(self, *given, **more)
+
+    def predicted(self: SDXL, *given: Any) -> Any:
+        model[:] = [self]
+        return predict(self, *given)
+
+    monkeypatch.setattr(AutoencoderKL, "decode", too_large)
+    monkeypatch.setattr(SDXL, "predict", predicted)
+    changes = {**settings_of(("unet",), "lora", "bfloat16", "plain"), "preview.every": 1, "steps": 2}
+    if is_enough:
+        on_card(changes)
+    else:
+        with pytest.raises(AssertionError, match="no preview of step"):
+            on_card(changes)
+    assert set(decoded) == {NAME, "cpu"}
+    assert {parameter.device.type for parameter in model[0].unet.parameters()} == {NAME}
+
+
 def test_recomputed_activations_need_fewer_bytes(on_card: Callable[..., Card], tmp_path: Any) -> None:
     changes = {**settings_of(("unet",), "lora", "bfloat16", "plain"), "data.resolution_px": 128}
     plain = on_card({**changes, "name": "plain"})

@@ -118,7 +118,7 @@ class Pond:
         return latent_diffusion.encode_pixels(self.components.vae, pixels)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return latent_diffusion.decode_latents(self.components.vae, latents)
+        return latent_diffusion.decode_latents(self.components.vae, latents, self.components.unet)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         return latent_diffusion.encode_captions(self._encode, captions, self.no_caption)
