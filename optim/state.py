@@ -95,8 +95,8 @@ class State:
         self._show(stack)
 
     def _show(self, stack: Stack) -> None:
-        for slot, index in enumerate(stack.indices):
-            self.views[self.parameters[index]] = stack.state_of(slot)
+        for index, state in zip(stack.indices, stack.states(), strict=True):
+            self.views[self.parameters[index]] = state
 
     def free_frozen(self, any_weighed: bool) -> bool:
         """Drops p0 and s of groups whose d is fixed; returns whether there were any.
@@ -164,10 +164,11 @@ class State:
         self.set_aside = {}
         if not self.settings.use_schedulefree:
             return
+        z = {id(stack): stack.z.unbind() for stack in self.stacks}
         for index, (stack, slot) in self.slots.items():
             y = sharding.local_part(self.parameters[index])
             self.set_aside[index] = y.clone()
-            y.copy_(average(y, stack.z[slot], self.settings.betas[0]))
+            y.copy_(average(y, z[id(stack)][slot], self.settings.betas[0]))
 
     def restore(self) -> None:
         """Writes y into the parameters again, with the bits it had."""

@@ -104,6 +104,11 @@ class Stack:
         """The state of one parameter of this stack, as views."""
         return {name: value[slot] for name, value in self.tensors().items()}
 
+    def states(self) -> list[dict[str, Tensor]]:
+        """The state of each parameter of this stack, as views; quicker than one after the other."""
+        rows = {name: value.unbind() for name, value in self.tensors().items()}
+        return [{name: row[slot] for name, row in rows.items()} for slot in range(len(self.indices))]
+
     def addresses(self) -> dict[str, Tensor]:
         """Where in memory each parameter's state, and what a step finds, begins: int64 (n,), by field."""
         named = {**self.tensors(), "totals": self.totals, "sums": self.sums}

@@ -106,6 +106,18 @@ class _Weights:
         return cls(everything - sizes[DENOISER], everything - vae - away, vae)
 
 
+@dataclass(frozen=True)
+class _Step:
+    """What was found out about a step, in bytes: the gradients of other micro-batches, what is kept for backward, the
+    largest moment beside that, and the optimizer's state; and its floating point operations."""
+
+    gradients: int
+    kept: int
+    moment: int
+    state: int
+    flops: int
+
+
 class _Trace:
     def __init__(self, run: Run, model: Model, weights: _Weights, tracker: Tracker) -> None:
         self.run, self.config, self.model, self.weights, self.tracker = run, run.config, model, weights, tracker
@@ -118,17 +130,11 @@ class _Trace:
         trainable = train_parameters(self.model, self.run)
         adapters = self.tracker.bytes_now - before
         optimizer = build_optimizer(trainable, self.config, compiled=False)
-        before = self.tracker.bytes_now
-        _fill_state(trainable, optimizer)
-        state = self.tracker.bytes_now - before
-        standing = {"adapters": adapters, "optimizer": state, "pictures and captions": held}
-        standing = {part: size for part, size in standing.items() if size}
-        train, flops = self.train(trainable, optimizer, batch, standing)
-        phases = [encode, train]
-        if prompts.texts and self.config.preview.every:
-            phases.append(self.preview(optimizer, prompts, standing))
-        phases.append(self.save(trainable, optimizer, standing))
-        return Traced(tuple(phases), flops * self.config.data.gradient_accumulation, trainable)
+        step = self.step(trainable, optimizer, batch)
+        parts = {"adapters": adapters, "optimizer": step.state, "pictures and captions": held}
+        standing = {part: size for part, size in parts.items() if size}
+        phases = [encode, self.train(step, standing), *self.look(trainable, optimizer, prompts, standing)]
+        return Traced(tuple(phases), step.flops * self.config.data.gradient_accumulation, trainable)
 
     def encode(self, bucket: tuple[int, int]) -> tuple[Phase, Batch, Prompts]:
         """Encode one picture and one caption, as the cache is filled, and all prompts together."""
@@ -156,10 +162,11 @@ class _Trace:
             examples=(),
         )
 
-    def train(
-        self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, batch: Batch, standing: Mapping[str, int]
-    ) -> tuple[Phase, int]:
-        """Make one step, of which the last micro-batch is looked at: gradients of others are there by then."""
+    def step(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, batch: Batch) -> _Step:
+        """Make one step, of which the last micro-batch is looked at: gradients of others are there by then.
+
+        It is the first one, in which the optimizer makes its state; in later ones that is there from the beginning.
+        """
         tracker, flops = self.tracker, self.tracker.flops
         gradients = 0
         if self.config.data.gradient_accumulation > 1:
@@ -173,27 +180,47 @@ class _Trace:
             backward(loss)
         flops = tracker.flops - flops
         del loss
+        backward_moment = tracker.peak_bytes - before
+        without_state = tracker.bytes_now
+        tracker.begin_peak()
         optimizer.step()
+        state = tracker.bytes_now - without_state
         trainable.limit_norms(optimizer)
+        moment = max(backward_moment, tracker.peak_bytes - before - state)
         optimizer.zero_grad(set_to_none=True)
-        moment = tracker.peak_bytes - before - kept
+        return _Step(gradients, kept, moment - kept, state, flops)
+
+    def train(self, step: _Step, standing: Mapping[str, int]) -> Phase:
+        """Return what a step holds at most."""
         parts = {
             "weights": self.weights.training,
             **standing,
-            "gradients of other micro-batches": gradients,
-            "kept for backward": kept,
-            "largest moment, with gradients": moment,
+            "gradients of other micro-batches": step.gradients,
+            "kept for backward": step.kept,
+            "largest moment, with gradients": step.moment,
         }
-        return Phase("train", {name: size for name, size in parts.items() if size}), flops
+        return Phase("train", {name: size for name, size in parts.items() if size})
 
-    def preview(self, optimizer: ProdigyPlusScheduleFree, prompts: Prompts, standing: Mapping[str, int]) -> Phase:
-        """Draw as many pictures as are drawn at once, in one step."""
+    def look(
+        self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, prompts: Prompts, standing: Mapping[str, int]
+    ) -> list[Phase]:
+        """Put the averaged weights in the place of those in training, which are set aside; look through them, as saving
+        does, and draw as many pictures as are drawn at once, in one step."""
         start = self.tracker.bytes_now
         self.tracker.begin_peak()
+        phases: list[Phase] = []
         with averaged(optimizer):
-            self._draw(prompts)
-        weights = self.weights.training + self.weights.vae
-        return Phase("preview", {"weights": weights, **standing, "largest moment": self.tracker.peak_bytes - start})
+            for parameter in trainable.named_parameters().values():
+                parameter.detach().isfinite().all()
+            moment = self.tracker.peak_bytes - start
+            save = Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
+            if prompts.texts and self.config.preview.every:
+                self.tracker.begin_peak()
+                self._draw(prompts)
+                weights = self.weights.training + self.weights.vae
+                moment = self.tracker.peak_bytes - start
+                phases.append(Phase("preview", {"weights": weights, **standing, "largest moment": moment}))
+        return [*phases, save]
 
     @torch.no_grad()
     def _draw(self, prompts: Prompts) -> None:
@@ -213,16 +240,6 @@ class _Trace:
         self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
         self.model.decode_latents(latents[:1])
 
-    def save(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, standing: Mapping[str, int]) -> Phase:
-        """Put the averaged weights in the place of those in training, which are set aside, and look through them."""
-        start = self.tracker.bytes_now
-        self.tracker.begin_peak()
-        with averaged(optimizer):
-            for parameter in trainable.named_parameters().values():
-                parameter.detach().isfinite().all()
-        moment = self.tracker.peak_bytes - start
-        return Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
-
 
 def _held_bytes(batch: Batch, num_examples: tuple[int, int]) -> int:
     """What the cache holds in memory of the pictures and captions, of which there are so many."""
@@ -234,13 +251,6 @@ def _held_bytes(batch: Batch, num_examples: tuple[int, int]) -> int:
 
 def _encoded_bytes(prompts: Prompts) -> int:
     return sum(_bytes(tensor) for encoded in prompts.encoded or () for tensor in encoded.values())
-
-
-def _fill_state(trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> None:
-    """Make a step, so that the optimizer has all that it keeps."""
-    _put_gradients(trainable)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def _put_gradients(trainable: Trainable) -> int:
