@@ -170,14 +170,24 @@ def _fit_written(
             )
         if isinstance(begun, FitResult):
             return begun
-        ranks.require_same(facts_of(begun.config, begun.standing, versions()))
         stop.doing = "loading PyTorch"
         quiet_libraries()  # not before: fetching a model shows its progress
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
+        from sdtrain.training.planning.budget import expected
+        from sdtrain.training.run import pick_device
 
-        config, folder = begun.config, run_folder(begun.config.output, begun.config.name)
+        stop.doing = "planning the memory"
+        device = pick_device(begun.config, ranks.place.local_rank)
+        will = expected(begun.config, begun.opened, begun.standing.examples, begun.standing.base, device)
+        say(console, *will.notes)
+        ranks.require_same(facts_of(will.config, begun.standing, versions()))
+        config, folder = will.config, run_folder(will.config.output, will.config.name)
         steps, is_finished = train(
-            *(config, begun.opened, begun.standing, console, stop), watchers=watchers, ranks=ranks, told=begun.told
+            *(config, begun.opened, begun.standing, console, stop),
+            watchers=watchers,
+            ranks=ranks,
+            told=begun.told,
+            expected=will,
         )
         if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")

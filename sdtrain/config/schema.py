@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +45,19 @@ Times = Annotated[
 PathText = Annotated[str, AfterValidator(_usable_path)]
 LONGEST_NAME, LONGEST_PATH = 255, 4000
 """What file systems take, in bytes for a name and nearly so for a path."""
+
+
+def memory_bytes(text: str) -> int:
+    """Return the bytes that a size such as `8GB` means, 0 for what is none; as cards are sold, a GB is 2^30 bytes."""
+    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
+    return int(float(match[1]) * 2 ** (30 if match[2][0] in "gG" else 20)) if match else 0
+
+
+def _budget(text: str) -> str:
+    """Return a budget as it is. Raises ValueError for what is none."""
+    if text not in ("off", "auto") and not memory_bytes(text):
+        raise ValueError("off, auto, or the size of a memory such as 8GB")
+    return text
 
 
 class Settings(BaseModel):
@@ -466,6 +480,11 @@ class MemoryConfig(Settings):
         default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
     )
     fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
+    budget: Annotated[str, AfterValidator(_budget)] = Field(
+        default="off",
+        description="Memory that the run must fit into, such as `8GB`; `auto`: that of the card. What it takes is "
+        "given up, the cheapest first, and told: see `sdtrain plan --fit-to`.",
+    )
     on_oom: Literal["stop", "adapt"] = Field(
         default="stop",
         description="Where a step finds too little memory: `stop` saves and says what would help; `adapt` goes on with "

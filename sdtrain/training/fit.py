@@ -37,6 +37,7 @@ from sdtrain.training.outputs import (
     validate,
 )
 from sdtrain.training.parameters import train_parameters
+from sdtrain.training.planning.budget import Expected
 from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
 from sdtrain.training.run import Run, open_run, write_resolved_config
@@ -61,13 +62,14 @@ def fit(
     watchers: Sequence[Watcher] = (),
     ranks: Ranks = ALONE,
     told: Told = NOTHING,
+    expected: Expected | None = None,
 ) -> tuple[int, bool]:
     """Train what the config says on a model that was opened, from where the run stands.
 
     Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
     found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
     between two steps. ranks: the processes that train the run together; the first one writes and speaks.
-    told: what the user was told of the pictures, which the report repeats.
+    told: what the user was told of the pictures, which the report repeats. expected: what the run will need.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
@@ -75,7 +77,8 @@ def fit(
     started = time.monotonic()
     training = prepare(config, opened, standing, console, stop, ranks)
     first_step = training.step
-    console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    planned = expected.line() if expected else ""
+    console.print(banner(training.run, training.trainable, training.data.batches, first_step, planned))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     report = report_writer(training.run, standing, told)
     others = [report.see, *trackers(config.tracking), *watchers]
@@ -101,7 +104,8 @@ def fit(
         say(console, *said)
     if training.is_finished:
         best, seconds = training.validator.history.best, time.monotonic() - started
-        console.print(summary(training.run, training.optimizer, training.step, seconds, best))
+        memory = expected.judged(training.run.device) if expected else ""
+        console.print(summary(training.run, training.optimizer, training.step, seconds, best, memory))
     return training.step, training.is_finished
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sdtrain.config.schema import Config, FullConfig
+from sdtrain.config.schema import Config, FullConfig, memory_bytes
 from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
 from sdtrain.training.keeping.disk import size
@@ -25,12 +24,14 @@ class Choice:
     costs: tuple[str, ...]
 
 
-def budget_bytes(text: str) -> int:
-    """Return the bytes that a budget such as `8GB` means; as cards are sold, a GB is 2^30 bytes. Raises UserError."""
-    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
-    num_bytes = int(float(match[1]) * 2 ** (30 if match[2][0] in "gG" else 20)) if match else 0
+def budget_bytes(text: str, where: str = "--fit-to") -> int:
+    """Return the bytes that a budget such as `8GB` means; as cards are sold, a GB is 2^30 bytes.
+
+    where: what holds it, for the UserError that is raised for what is no size.
+    """
+    num_bytes = memory_bytes(text)
     if not num_bytes:
-        raise UserError("plan", [Problem("--fit-to", f"{text!r} is no size of a memory; write 8GB or 7.5GB")])
+        raise UserError("plan", [Problem(where, f"{text!r} is no size of a memory; write 8GB or 7.5GB")])
     return num_bytes
 
 
@@ -72,25 +73,28 @@ def _smaller(choice: Choice) -> Iterator[Choice]:
         )
 
 
-def fit_to(config: Config, num_bytes: int, plan: Callable[[Config], Plan]) -> tuple[Choice, Plan]:
+def fit_to(
+    config: Config, num_bytes: int, plan: Callable[[Config], Plan], where: str = "--fit-to"
+) -> tuple[Choice, Plan]:
     """Return the first choice whose plan fits into a memory of `num_bytes`, with its plan.
 
-    Raises UserError where none does, with what the smallest would need, by part.
+    where: what holds the budget. Raises UserError where none does, with what the smallest would need, by part.
     """
     smallest: tuple[Choice, Plan] | None = None
     for choice in choices(config):
         planned = plan(choice.config)
-        if planned.worst.peak_bytes <= USABLE * num_bytes:
+        if planned.tightest.least_bytes <= USABLE * num_bytes:
             return choice, planned
-        if smallest is None or planned.worst.peak_bytes < smallest[1].worst.peak_bytes:
+        if smallest is None or planned.tightest.least_bytes < smallest[1].tightest.least_bytes:
             smallest = choice, planned
     assert smallest is not None
     choice, planned = smallest
-    parts = ", ".join(f"{what} {size(part)}" for what, part in planned.worst.parts.items() if part)
+    tight = planned.tightest
+    parts = ", ".join(f"{what} {size(part)}" for what, part in tight.parts.items() if part)
     with_what = f"even with {', '.join(choice.settings)}" if choice.settings else "with no setting left to give up"
     what = (
-        f"{size(num_bytes)} are too little {with_what}: {planned.worst.name} needs {size(planned.worst.peak_bytes)} "
+        f"{size(num_bytes)} are too little {with_what}: {tight.name} needs {size(tight.least_bytes)} "
         f"({parts}), and {USABLE:.0%} of the memory are for tensors. What is left: a smaller data.resolution_px, "
         "method.rank or preview, or a larger card"
     )
-    raise UserError("plan", [Problem("--fit-to", what)])
+    raise UserError("plan", [Problem(where, what)])

@@ -39,6 +39,11 @@ class Plan:
         """The phase that needs the most."""
         return max(self.phases, key=lambda phase: phase.peak_bytes)
 
+    @property
+    def tightest(self) -> Phase:
+        """The phase that needs the most where everything leaves that can."""
+        return max(self.phases, key=lambda phase: phase.least_bytes)
+
 
 def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -> Plan:
     """Plan a run from its settings, the headers of its model and the sizes of its pictures; nothing is written.
@@ -79,7 +84,8 @@ def lines_of(plan: Plan) -> dict[str, str]:
     width, height = plan.bucket
     rows = {"for": f"{plan.device}; the largest pictures are {width} x {height}"}
     for phase in plan.phases:
-        rows[phase.name] = f"{size_text(phase.peak_bytes)}: {_listed(phase.parts)}"
+        away = f"; {size_text(phase.least_bytes)} where the U-Net leaves to decode" if phase.away_bytes else ""
+        rows[phase.name] = f"{size_text(phase.peak_bytes)}: {_listed(phase.parts)}{away}"
     rows["most"] = f"{size_text(plan.worst.peak_bytes)}, to {plan.worst.name}; a GPU's driver and allocator take more"
     rows["disk"] = f"{size_text(sum(plan.disk.values()))}: {_listed(plan.disk)}"
     rows["a step"] = f"{plan.flops / 1e12:.3g} TFLOP"

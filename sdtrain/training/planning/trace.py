@@ -36,15 +36,24 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run: the most bytes that it holds at once, and what these are."""
+    """A part of a run: the most bytes that it holds at once, and what these are.
+
+    away_bytes: how much less it needs where the U-Net leaves the device while pictures are decoded.
+    """
 
     name: str
     parts: Mapping[str, int]
+    away_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes that it holds at once."""
         return sum(self.parts.values())
+
+    @property
+    def least_bytes(self) -> int:
+        """The least that it can do with."""
+        return self.peak_bytes - self.away_bytes
 
 
 @dataclass(frozen=True)
@@ -95,15 +104,16 @@ class _Weights:
     encoding: int
     training: int
     vae: int
+    unet: int
 
     @classmethod
     def of(cls, components: Components, config: Config, *, on_gpu: bool) -> _Weights:
         sizes = {name: sum(map(_bytes, _tensors(network))) for name, network in components.networks.items()}
         everything, vae = sum(sizes.values()), sizes["vae"]
         if not on_gpu:
-            return cls(everything, everything, 0)
+            return cls(everything, everything, 0, 0)
         away = sum(sizes[name] for name in components.text_encoders) if not trains_text(config) else 0
-        return cls(everything - sizes[DENOISER], everything - vae - away, vae)
+        return cls(everything - sizes[DENOISER], everything - vae - away, vae, sizes[DENOISER])
 
 
 @dataclass(frozen=True)
@@ -216,15 +226,20 @@ class _Trace:
             save = Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
             if prompts.texts and self.config.preview.every:
                 self.tracker.begin_peak()
-                self._draw(prompts)
-                weights = self.weights.training + self.weights.vae
-                moment = self.tracker.peak_bytes - start
-                phases.append(Phase("preview", {"weights": weights, **standing, "largest moment": moment}))
+                latents = self._predict(prompts)
+                predicting = self.tracker.peak_bytes - start
+                self.tracker.begin_peak()
+                self.model.decode_latents(latents)
+                decoding = self.tracker.peak_bytes - start
+                weights, moment = self.weights.training + self.weights.vae, max(predicting, decoding)
+                away = min(self.weights.unet, max(0, decoding - predicting))
+                phases.append(Phase("preview", {"weights": weights, **standing, "largest moment": moment}, away))
         return [*phases, save]
 
     @torch.no_grad()
-    def _draw(self, prompts: Prompts) -> None:
-        """Do what `sample` does, in one step and without its scheduler, which asks for numbers."""
+    def _predict(self, prompts: Prompts) -> Tensor:
+        """Do what `sample` does, in one step and without its scheduler, which asks for numbers; return the latents of
+        one picture."""
         settings = sampling_settings(self.config)
         rows = [row for row in range(len(prompts.texts)) for _ in self.config.preview.seeds][:PICTURES_AT_ONCE]
         channels, factor = self.model.latent_shape
@@ -238,7 +253,7 @@ class _Trace:
             wanted = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
             seen = torch.cat([latents, latents])
         self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
-        self.model.decode_latents(latents[:1])
+        return latents[:1]
 
 
 def _held_bytes(batch: Batch, num_examples: tuple[int, int]) -> int:

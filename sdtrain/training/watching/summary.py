@@ -17,8 +17,11 @@ from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
 
 
-def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
-    """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps."""
+def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int, planned: str) -> Panel:
+    """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps.
+
+    planned: the memory that it will need, in a line; empty: not known.
+    """
     config = run.config
     rows = {
         "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}",
@@ -35,6 +38,8 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     epochs = f"{config.steps / batches.steps_per_epoch:.1f} epochs"
     rows["steps"] = f"{config.steps}, {epochs}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)
+    if planned:
+        rows["memory"] = planned
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
 
@@ -62,10 +67,18 @@ def _optimizer(config: Config) -> str:
     return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
 
 
-def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: float, best: Validation | None) -> Panel:
+def summary(
+    run: Run,
+    optimizer: ProdigyPlusScheduleFree,
+    step: int,
+    seconds: float,
+    best: Validation | None,
+    memory: str = "",
+) -> Panel:
     """Return a panel that tells where everything is, and what to do next.
 
-    step: the steps that are done. best: the validation with the lowest loss, if there was any.
+    step: the steps that are done. best: the validation with the lowest loss, if there was any. memory: what was needed
+    at most beside what was planned; empty: not known.
     """
     rows = {"weights": str(run.weights_path)}
     if best is not None:
@@ -81,6 +94,8 @@ def summary(run: Run, optimizer: ProdigyPlusScheduleFree, step: int, seconds: fl
     skipped = max(group.skipped for group in optimizer.metrics())
     if skipped:
         rows["left out"] = f"{skipped} of {step} steps: loss or gradients were not finite"
+    if memory:
+        rows["memory"] = memory
     rows["look"] = f'sdtrain sample {shell_word(run.folder)} --prompt "..."'
     rows["go on"] = f"sdtrain fit {shell_word(run.folder / 'config.toml')} --resume --set steps={2 * run.config.steps}"
     title = f"done: {step} steps in {duration(seconds)}"
