@@ -113,7 +113,7 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         case _:
             assert_never(method)
     if run.config.memory.compile:
-        _compile_blocks(model.networks[DENOISER])
+        compile_blocks(model.networks[DENOISER])
     if run.config.memory.gradient_checkpointing:
         recompute_activations(model, run.config)
     return Trainable(
@@ -168,9 +168,12 @@ def _attach(
     return parameters, start_from(Path(method.init_from).expanduser(), model.networks)
 
 
-def _compile_blocks(unet: Any) -> None:
-    """Regional compilation: the transformer blocks are alike, so few compilations serve all of them."""
-    unet.compile_repeated_blocks()
+def compile_blocks(unet: Any, **options: Any) -> None:
+    """Regional compilation: the transformer blocks are alike, so few compilations serve all of them.
+
+    With sizes that may change they serve all buckets, too. options: of `torch.compile`.
+    """
+    unet.compile_repeated_blocks(dynamic=True, **options)
 
 
 def recompute_activations(model: Model, config: Config) -> None:
