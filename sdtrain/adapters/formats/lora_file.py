@@ -85,7 +85,7 @@ def write_lora(
     scaled = one_alpha_each(plain, dtype) if names == "sd-scripts" else scale_of_one(plain, dtype)
     tensors = adapter_tensors(scaled.adapters, networks, names)
     _check_finite(path, tensors)
-    metadata = header_metadata(facts, _shape(scaled, networks))
+    metadata = header_metadata(facts, _shape(scaled, networks), in_diffusers_names=names == "diffusers")
     if scaled.alphas:
         metadata[ALPHA_KEY] = pack_alphas(scaled.alphas, plain)
     if names == "diffusers":

@@ -60,6 +60,7 @@ def export_run(
             step=reached.step,
             examples=examples,
             groups=optimizer.metrics(),
+            folder=folder,
             form=form,
             strength=options.strength,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from sdtrain.adapters.merge import merge_into
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import Problem
 from sdtrain.families.metadata import resolution_of
-from sdtrain.families.modelspec import Description
+from sdtrain.families.modelspec import Description, kept_words
 from sdtrain.families.words import Resolution
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model
@@ -33,14 +33,31 @@ class Merged:
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True)
+class Base:
+    """A model on the CPU, with networks in float32, and what its file says of it."""
+
+    model: Model
+    resolution_px: Resolution
+    """The size of the pictures that it was made for."""
+    metadata: Mapping[str, str]
+
+
 def read_base(path: str, components: str = "") -> tuple[Model, Resolution]:
-    """Return a model on the CPU, with networks in float32, and the size of the pictures that it was made for.
+    """Return a model on the CPU, with networks in float32, and the size of pictures it was made for.
 
     Raises UserError.
     """
+    found = read_whole(path, components)
+    return found.model, found.resolution_px
+
+
+def read_whole(path: str, components: str = "") -> Base:
+    """Return a model and what its file says of it. Raises UserError."""
     config = ModelConfig(path=path, components=components)
     opened = open_model(config, path)
-    return load_model(opened, config, device=CPU, dtype=torch.float32), trained_size(opened)
+    model = load_model(opened, config, device=CPU, dtype=torch.float32)
+    return Base(model, trained_size(opened), opened.metadata)
 
 
 def trained_size(opened: OpenedModel) -> Resolution:
@@ -73,8 +90,7 @@ def merge(
     described = Description(
         title=out.stem,
         resolution_px=trained_size(opened),
-        author=opened.metadata.get("modelspec.author", ""),
-        license=opened.metadata.get("modelspec.license", ""),
+        more=kept_words(opened.metadata),
     )
     model.write_checkpoint(out, described, layout=layout)
     return Merged(changed, tuple(problem for file in read for problem in file.left_out))
