@@ -73,8 +73,10 @@ def write_lora(
     names: Names,
     facts: FileFacts,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> Hashes:
     """Write adapters (component -> module -> weights) to one safetensors file, whole or not at all.
+
+    Returns the hashes by which other tools know it.
 
     `networks` are the networks the modules belong to, on any device (meta too): their trees make the names. `dtype`
     is the type tensors are stored in, None keeps theirs. Raises UserError for a kind the names have no words for, for
@@ -91,7 +93,7 @@ def write_lora(
     if names == "diffusers":
         text = peft_metadata(path, scaled.adapters)
         metadata |= {DIFFUSERS_KEY: text} if text else {}
-    write_safetensors(path, planned(tensors), {**metadata, "format": "pt"}, seal=_seal)
+    return write_safetensors(path, planned(tensors), {**metadata, "format": "pt"}, seal=_seal)
 
 
 def _seal(hashes: Hashes) -> dict[str, str]:

@@ -11,6 +11,7 @@ from sdtrain.adapters.formats.metadata import FileFacts, carried
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.low_rank import RankRule, extract, resize
 from sdtrain.adapters.targets import TargetPreset, select_targets
+from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.merge import read_whole
 from sdtrain.errors import user_error
 from sdtrain.families.metadata import now, resolution_of
@@ -18,11 +19,14 @@ from sdtrain.families.words import Resolution
 from sdtrain.models.model import Model
 
 
-def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "") -> int:
+def extract_lora(
+    base: str, tuned: str, rule: RankRule, targets: str, out: Path, components: str = "", *, force: bool = False
+) -> int:
     """Write the LoRA that turns `base` into `tuned`, as near as its rank allows; return the number of its layers.
 
-    Raises UserError.
+    force: whether a file that is there is replaced. Raises UserError.
     """
+    require_free(out, force=force)
     before, after = read_whole(base, components), read_whole(tuned, components)
     meant = cast(TargetPreset, targets) if targets in get_args(TargetPreset) else [targets]
     modules = select_targets(before.model.networks, meant, unused=before.model.unused_layers)
@@ -34,12 +38,20 @@ def extract_lora(base: str, tuned: str, rule: RankRule, targets: str, out: Path,
 
 
 def resize_lora(
-    file: Path, base: str, rule: RankRule, out: Path, components: str = "", *, partial: bool = False
+    file: Path,
+    base: str,
+    rule: RankRule,
+    out: Path,
+    components: str = "",
+    *,
+    partial: bool = False,
+    force: bool = False,
 ) -> LoraFile:
     """Write a LoRA file with another rank, as near as that allows; return what was read. Raises UserError.
 
-    partial: whether layers that cannot be used are left out.
+    partial: whether layers that cannot be used are left out. force: whether a file that is there is replaced.
     """
+    require_free(out, force=force)
     below = read_whole(base, components)
     read = read_lora(file, below.model.networks, partial=partial)
     size = resolution_of(read.metadata) or below.resolution_px
