@@ -16,6 +16,7 @@ from rich.console import Console
 from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands, check_as_json
 from sdtrain.commands.libraries import quiet_libraries, versions
+from sdtrain.commands.publish.command_line import add_publish_commands
 from sdtrain.errors import Interrupted, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import hand_out, say
@@ -401,6 +402,7 @@ def verify_resume(
 
 add_commands(app)
 add_file_commands(app)
+add_publish_commands(app)
 
 
 def show_version(wanted: bool) -> None:

@@ -23,13 +23,13 @@ from sdtrain.models.checkpoints.networks import trainable_outlines
 
 ROOT = Path(__file__).parent.parent.parent
 MERGE = """
-import json, resource, sys, time
+import json, re, sys, time
 from pathlib import Path
 from sdtrain.adapters.shares import share_of
 from sdtrain.commands.files.merge import merge
 import diffusers.models.unets.unet_2d_condition, diffusers.models.autoencoders.autoencoder_kl
 import transformers.models.clip.modeling_clip
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before, began = peak(), time.monotonic()
 base, one, other, out = map(Path, sys.argv[1:])
 done = merge(str(base), [(one, share_of("0.7,up_blocks.*=0")), (other, share_of("0.4"))], out, "single-file")
@@ -98,5 +98,7 @@ def _require_right(model: Path, out: Path, files: list[Path]) -> None:
                     expected = expected + 0.7 * delta(one[component][module], weight)
                 third = stored.place.third
                 found = read_tensor(second, after.entries[stored.place.key], third).view(shape)
-                assert (found.float() - expected.bfloat16().float()).abs().max() <= 2**-8 * expected.abs().max(), module
+                wrong = (found.float() - expected.bfloat16().float()).abs()
+                assert wrong.max() <= 2**-7 * expected.abs().max(), module  # a last place of bfloat16, where sums tie
+                assert (wrong > 0).float().mean() < 1e-3, module
                 assert not torch.equal(found.float(), weight), module
