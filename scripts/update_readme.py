@@ -1,4 +1,4 @@
-"""Write the settings tables of README.md anew from the declarations in sdtrain/config/schema.py."""
+"""Write the settings tables of README.md anew from the declarations in sdtrain/config/schema.py and beside it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
+from sdtrain.config.settings import export
 from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -33,7 +34,8 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("checkpoint", schema.CheckpointConfig),
     ("validation", schema.ValidationConfig),
     ("validation.folder", schema.FolderConfig),
-    ("export", schema.ExportConfig),
+    ("export", export.ExportConfig),
+    ("export.about", export.AboutConfig),
     ("memory", schema.MemoryConfig),
     ("tracking", schema.TrackingConfig),
 ]

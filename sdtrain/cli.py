@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands, check_as_json
 from sdtrain.commands.libraries import quiet_libraries, versions
-from sdtrain.errors import Interrupted, Problem, UserError, user_error
+from sdtrain.commands.publish.command_line import add_publish_commands
+from sdtrain.errors import Interrupted, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.text import hand_out, say
 
@@ -38,7 +39,6 @@ ExportFormat = Literal["sd-scripts", "diffusers", "single-file", "folder"]
 Form = Literal["auto", "native", "lora", "diff"]
 StoredType = Literal["auto", "float32", "float16", "bfloat16"]
 MOST_STRENGTH = 1000
-CheckpointLayout = Literal["single-file", "folder"]
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base model: a file, a folder, a hub id or builtin:NAME.")
 ]
@@ -241,7 +241,7 @@ def export(
     form: Annotated[Form | None, typer.Option("--form", help="See export.form; default as the run says.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
     dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    force: Force = False,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
@@ -251,29 +251,6 @@ def export(
         raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
     done = export_run(run, format_, step, out, ExportOptions(form, dtype, strength, force))
     say(Console(), f"wrote {done.path}", *([f"note: {done.note}"] if done.note else []))
-
-
-@app.command()
-def merge(
-    base: BaseModel,
-    files: Annotated[list[Path], typer.Argument(metavar="LORA...", help="LoRA files.")],
-    out: OutFile,
-    weight: Annotated[
-        list[float] | None, typer.Option("--weight", metavar="NUMBER", help="Of each LoRA in turn; default 1.")
-    ] = None,
-    layout: Annotated[CheckpointLayout, typer.Option("--layout", help="What to write.")] = "single-file",
-    components: ComponentsFolder = "",
-    partial: Partial = False,
-) -> None:
-    """Put LoRAs into a base model."""
-    weights = weight or [1.0] * len(files)
-    if len(weights) != len(files):
-        raise user_error("merge", "--weight", f"given {len(weights)} times for {len(files)} files; give one for each")
-    quiet_libraries()
-    from sdtrain.commands.files.merge import merge as run_merge
-
-    done = run_merge(base, list(zip(files, weights, strict=True)), out, layout, components, partial=partial)
-    say(Console(), *left_out_lines(done.left_out), f"wrote {out}: {done.changed} layers of {base} changed")
 
 
 @app.command()
@@ -287,13 +264,14 @@ def extract(
         str, typer.Option("--targets", metavar="TARGETS", help="A preset of method.targets, or a pattern.")
     ] = "all-linear",
     components: ComponentsFolder = "",
+    force: Force = False,
 ) -> None:
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
     from sdtrain.commands.files.extract import extract_lora
 
-    layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components)
+    layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components, force=force)
     say(Console(), f"wrote {out}: {layers} layers")
 
 
@@ -306,13 +284,14 @@ def resize(
     energy: Energy = 1.0,
     components: ComponentsFolder = "",
     partial: Partial = False,
+    force: Force = False,
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
     from sdtrain.adapters.low_rank import RankRule
     from sdtrain.commands.files.extract import resize_lora
 
-    read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial)
+    read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial, force=force)
     say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
 
 
@@ -374,7 +353,9 @@ def report(
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="A run folder, or several; or two .safetensors files.")
+    ],
     prompt: Annotated[
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="What to show, repeatedly; default the run's previews."),
@@ -393,9 +374,12 @@ def compare(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FOLDER", help="Folder of the files; default RUN/compare.")
     ] = None,
+    base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Of two LoRA files: a model they fit.")] = "",
     set_: Overrides = None,
 ) -> None:
-    """Draw steps of a run, or several runs, side by side at several strengths: a page, a PNG and an animation."""
+    """Draw steps of a run, or several runs, side by side at several strengths; or tell two weight files apart."""
+    if compared_as_files(runs, base, [prompt, seed, strength, step, out, set_]):
+        return
     quiet_libraries()
     from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
 
@@ -417,11 +401,8 @@ def verify_resume(
 
 
 add_commands(app)
-
-
-def left_out_lines(problems: Sequence[Problem]) -> list[str]:
-    """Return a line for each layer of a file that was left out."""
-    return [f"left out: {problem.where} {problem.what}" for problem in problems]
+add_file_commands(app)
+add_publish_commands(app)
 
 
 def show_version(wanted: bool) -> None:

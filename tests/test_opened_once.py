@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 import sdtrain
+from sdtrain.adapters.shares import Share
 from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
 
@@ -76,7 +77,7 @@ def test_tools_open_the_model_once(run: Path, counts: Counter[str], tmp_path: Pa
     from sdtrain.commands.files.merge import merge
 
     lora = run / "weights" / "small.safetensors"
-    merge(BASE, [(lora, 1.0)], tmp_path / "merged.safetensors", "single-file")
+    merge(BASE, [(lora, Share())], tmp_path / "merged.safetensors", "single-file")
     assert counts == ONCE, "merge"
     counts.clear()
     resize_lora(lora, BASE, RankRule(1), tmp_path / "small.safetensors")

@@ -242,6 +242,7 @@ KEYS = st.sampled_from(
     [
         *("ss_steps", "ss_num_train_images", "ss_tag_frequency", "modelspec.title", "modelspec.date", "ss_output_name"),
         *("sdtrain.d", "sdtrain.alpha", "sdtrain.config", "lora_adapter_metadata", "modelspec.resolution"),
+        *("ss_bucket_info", "ss_dataset_dirs", "ss_training_started_at", "modelspec.thumbnail", "modelspec.tags"),
         *("modelspec.prediction_type", "ss_v2", "ss_base_model_version", "ss_sd_model_name", "sdtrain.step"),
     ]
 )
@@ -271,6 +272,9 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
 @example({"lora_adapter_metadata": '{"unet.lora_alpha": 1, "unet.alpha_pattern": {".*.*.*.*.*.*x": 2}}'})
 @example({"sdtrain.d": '{"unet": "big"}'})
 @example({"ss_tag_frequency": '{"x": {"a": "many"}}'})
+@example({"ss_bucket_info": '{"buckets": {"0": {"resolution": [1e308, 64], "count": 1}}}'})
+@example({"ss_bucket_info": '{"buckets": {"0": {"resolution": [64, 64], "count": null}, "1": 3}}'})
+@example({"ss_dataset_dirs": '{"x": {"n_repeats": [], "img_count": 1}}', "ss_training_started_at": "9" * 11})
 def test_whatever_metadata_says_the_answer_is_a_description_or_a_sentence(
     tmp_path: Path, loras: dict[str, dict[str, torch.Tensor]], names: str, metadata: dict[str, str]
 ) -> None:

@@ -5,7 +5,7 @@ The best approximation of a matrix by one of rank r keeps its r largest singular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -136,3 +136,41 @@ def _resized(weights: AdapterWeights, rule: RankRule) -> LoraWeights:
         new_up.reshape(weights.up.shape[0], kept, *weights.up.shape[2:]).to(weights.up.dtype),
         weights.alpha / weights.rank * kept,
     )
+
+
+@dataclass(frozen=True)
+class Summed:
+    """A LoRA in place of a sum of changes, and what it loses of it.
+
+    squared_change: |dW|^2 of the sum, Frobenius. squared_loss: |dW - what is kept|^2.
+    """
+
+    weights: LoraWeights
+    squared_change: float
+    squared_loss: float
+
+
+@torch.no_grad()
+def summed(terms: Sequence[tuple[LoraWeights, float]], rule: RankRule) -> Summed:
+    """Return the LoRA nearest to the sum of several of one layer, each times its weight; alpha is its rank.
+
+    The sum of products is one product of the matrices side by side: sum w_i U_i D_i = [w_1 U_1 ...] [D_1; ...], whose
+    singular values are those of the small R_up R_down^T. Computed in float64, written in float32.
+    """
+    first = terms[0][0]
+    ups = [weight * one.alpha / one.rank * one.up.double().flatten(1) for one, weight in terms]
+    downs = [one.down.double().flatten(1) for one, _ in terms]
+    left, up = torch.linalg.qr(torch.cat(ups, 1))
+    right, down = torch.linalg.qr(torch.cat(downs).T)
+    inner_left, values, inner_right = torch.linalg.svd(up @ down.T, full_matrices=False)
+    total = values.square().sum()
+    kept = rule.kept(values, total)
+    root = values[:kept].sqrt()
+    new_up = (left @ inner_left)[:, :kept] * root
+    new_down = root[:, None] * (inner_right @ right.T)[:kept]
+    found = LoraWeights(
+        new_down.reshape(kept, *first.down.shape[1:]).float(),
+        new_up.reshape(first.up.shape[0], kept, *[1] * (first.down.dim() - 2)).float(),
+        float(kept),
+    )
+    return Summed(found, float(total), float(values[kept:].square().sum()))

@@ -11,8 +11,9 @@ from torch import nn
 from sdtrain.adapters.attach import adapter_weights, copy_into
 from sdtrain.adapters.formats.alphas import rescaled
 from sdtrain.adapters.formats.lora_file import read_lora, shortened
-from sdtrain.adapters.formats.metadata import D_KEY, json_table, number_of
+from sdtrain.adapters.formats.metadata import json_table, number_of
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.families.metadata import D_KEY
 
 
 @torch.no_grad()

@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainSerializer
+from pydantic import Field
 
+from sdtrain.config.settings.export import ExportConfig
+from sdtrain.config.settings.values import Budget, Count, PathText, Rate, Settings, Share, Times, Whole
 from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
-Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-
-
-def _usable_path(text: str) -> str:
-    """Return a path as it is. Raises ValueError for one that no file system takes."""
-    if "\0" in text:
-        raise ValueError("a path without zero bytes")
-    if any(len(name.encode("utf-8", "surrogateescape")) > LONGEST_NAME for name in text.split("/")):
-        raise ValueError(f"a path whose names have at most {LONGEST_NAME} bytes each")
-    if len(text) > LONGEST_PATH:
-        raise ValueError(f"a path of at most {LONGEST_PATH} characters")
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError("a path; there is no user of that name, whose home ~ could mean") from None
-    return text
-
-
-def _whole_if_whole(number: float) -> float:
-    """Return 3 for 3.0, so that it is shown as it is written."""
-    return int(number) if number == int(number) else number
-
-
-Times = Annotated[
-    float, Field(ge=0.001, le=100_000), AfterValidator(_whole_if_whole), PlainSerializer(lambda number: number)
-]
-PathText = Annotated[str, AfterValidator(_usable_path)]
-LONGEST_NAME, LONGEST_PATH = 255, 4000
-"""What file systems take, in bytes for a name and nearly so for a path."""
-
-
-def memory_bytes(text: str) -> int:
-    """Return the bytes that a size such as `8GB` means, 0 for what is none; as cards are sold, a GB is 2^30 bytes."""
-    match = re.fullmatch(r"\s*(\d{1,6}(?:\.\d{1,3})?)\s*(GB|GiB|MB|MiB)\s*", text, re.IGNORECASE)
-    return int(float(match[1]) * 2 ** (30 if match[2][0] in "gG" else 20)) if match else 0
-
-
-def _budget(text: str) -> str:
-    """Return a budget as it is. Raises ValueError for what is none."""
-    if text not in ("off", "auto") and not memory_bytes(text):
-        raise ValueError("off, auto, or the size of a memory such as 8GB")
-    return text
-
-
-class Settings(BaseModel):
-    """The behaviour of every section: it is frozen and strict about keys, and numbers are not read out of strings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Settings):
@@ -444,34 +393,6 @@ class ValidationConfig(Settings):
     )
 
 
-class ExportConfig(Settings):
-    """The file that a finished run leaves."""
-
-    names: Literal["sd-scripts", "diffusers"] = Field(
-        default="sd-scripts",
-        description="Names of a LoRA's layers: `sd-scripts` loads everywhere, `diffusers` in diffusers and peft.",
-    )
-    form: Literal["auto", "native", "lora", "diff"] = Field(
-        default="auto",
-        description="How adapters are written: `native` as they were trained, `lora` as an ordinary LoRA (the nearest "
-        "by singular values; what is lost is told), `diff` as the whole change, exact and large. `auto`: `lora` where "
-        "no tool reads the adapters themselves right, as of `dora` and `oft`, else `native`. What was trained is then "
-        "kept beside it, as `NAME-native`.",
-    )
-    rank: Count = Field(default=64, description="Highest rank of a layer in the form `lora`.")
-    every: Whole = Field(
-        default=0,
-        description="Steps between files of averaged weights along the way, `NAME-step-000250.safetensors`; 0: none.",
-    )
-    keep: Count = Field(default=4, description="How many of those stay, the newest ones.")
-    energy: Share = Field(
-        default=0.9999, description="In the form `lora`: the fewest ranks that hold this share of each |dW|^2 are kept."
-    )
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
-        default="auto", description="Type of the stored weights; `auto`: adapters float32, checkpoints as their base."
-    )
-
-
 class MemoryConfig(Settings):
     """What is given up so that a run needs less memory."""
 
@@ -480,7 +401,7 @@ class MemoryConfig(Settings):
         default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
     )
     fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
-    budget: Annotated[str, AfterValidator(_budget)] = Field(
+    budget: Budget = Field(
         default="off",
         description="Memory that the run must fit into, such as `8GB`; `auto`: that of the card. What it takes is "
         "given up, the cheapest first, and told: see `sdtrain plan --fit-to`.",

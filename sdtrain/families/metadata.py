@@ -19,11 +19,41 @@ STEPS_KEY = "ss_steps"
 OLD_STEPS_KEY = "sdtrain.step"
 """The entry in which older checkpoints have the number of steps; it is read, never written."""
 RESOLUTION_KEY = "modelspec.resolution"
+D_KEY = "sdtrain.d"
+"""The entry with the step size d by network, as JSON, from which another run can start."""
+TAGS_KEY = "ss_tag_frequency"
+"""The entry with folder -> tag -> number of captions, as JSON."""
+BUCKETS_KEY = "ss_bucket_info"
+"""The entry with the sizes of pictures and how many there are of each, in sd-scripts' JSON."""
+FOLDERS_KEY = "ss_dataset_dirs"
+"""The entry with the folders of pictures and how often they are seen, in sd-scripts' JSON."""
+STARTED_KEY = "ss_training_started_at"
+"""The entry with the time at which the training began, in seconds since 1970, under sd-scripts' name."""
+MERGED_KEY = "sdtrain.merged_from"
+"""The entry with the files that a file was merged of, as JSON: name, hash, and weight."""
+DATE_FORM = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def now() -> str:
     """Return the time in UTC as the model specification wants it, ISO 8601: `2026-11-22T15:00:00Z`."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return datetime.now(UTC).strftime(DATE_FORM)
+
+
+def started_entry(date: str) -> dict[str, str]:
+    """Return the entry for a time in the form of `now`; empty for what is none."""
+    try:
+        moment = datetime.strptime(date, DATE_FORM).replace(tzinfo=UTC)
+    except ValueError:
+        return {}
+    return {STARTED_KEY: f"{moment.timestamp():.1f}"}
+
+
+def started_of(metadata: Mapping[str, str]) -> str:
+    """Return when the training behind a file began, in the form of `now`; empty where the file does not say."""
+    text = metadata.get(STARTED_KEY, "")
+    if not re.fullmatch(r"\d{1,11}(\.\d{1,9})?", text, re.ASCII):
+        return ""
+    return datetime.fromtimestamp(float(text), UTC).strftime(DATE_FORM)
 
 
 def steps_entry(steps: int) -> dict[str, str]:

@@ -203,7 +203,13 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
         return
     with averaged(optimizer):
         written = export_files(
-            training.model, run.config, path, step=step, examples=training.data.examples, groups=optimizer.metrics()
+            training.model,
+            run.config,
+            path,
+            step=step,
+            examples=training.data.examples,
+            groups=optimizer.metrics(),
+            folder=run.folder,
         )
     for file in written:
         watchers.tell(SavedRecord(step, file.path, "weights"))

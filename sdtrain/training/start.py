@@ -18,6 +18,7 @@ from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.words import DENOISER
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
+from sdtrain.training.describing.author import author_problems
 from sdtrain.training.keeping.changes import refused_changes, wants_more, with_more_steps
 from sdtrain.training.keeping.manifest import state_folders
 from sdtrain.training.keeping.stored import copy_of_settings, settings_path
@@ -143,7 +144,7 @@ def inspect_run(
     nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
     examples, problems = _pictures(draft, decode=decode, on_progress=on_progress)
-    problems += tracker_problems(draft.config.tracking)
+    problems += tracker_problems(draft.config.tracking) + author_problems(draft.config)
     draft = draft.with_problems(problems).with_new_problems(warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)

@@ -29,9 +29,9 @@ DIGESTS: dict[tuple[Names, torch.dtype], str] = {
     ("sd-scripts", torch.float32): "21266c4d6d107bf16b8c6d5df127e200dcfff2307ba73c907fe41c81f23ea007",
     ("sd-scripts", torch.float16): "366b8706d102fe6aaf2e54a3e6430351851d2713b682d2cb022a4b0b76dbb3a4",
     ("sd-scripts", torch.bfloat16): "8242e23d75f7509fb83bfe6883440f6d5b1bedacf4684096bbd14640cae097f2",
-    ("diffusers", torch.float32): "ce1f7d78220230e0129b273d25486de1bc76ade667163925d314d25427cf9d1a",
-    ("diffusers", torch.float16): "1596432450825979398dbf5ae76ae1a7a2fa56cb85b95a295c5fa25ad9473eba",
-    ("diffusers", torch.bfloat16): "48b5079e78dcc7781b092451753026e391c09e9bad7b6de1b36a4e19d529d79a",
+    ("diffusers", torch.float32): "9cb56ba6f9220b85a04b7beaaa04c95800579d0d398e12494039edb72af4d3a4",
+    ("diffusers", torch.float16): "67f07e8ce2ace3cde79223a937727d19e4328569161f4d86bf6cf48d0278caa3",
+    ("diffusers", torch.bfloat16): "a813c4b07a1d0386dda08104da81b9c8d6aa88a6d90ece1479efac1292893911",
 }
 
 

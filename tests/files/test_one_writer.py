@@ -15,6 +15,7 @@ ALLOWED = {
     ("training/watching/log.py", "open"): "a line is added to the log after each step; a torn last one is dropped",
     ("training/watching/report/pictures.py", "save"): "into memory, for the page that holds it",
     ("commands/sheet/page.py", "save"): "into memory, for the page that holds it",
+    ("training/describing/author.py", "save"): "into memory, for the header that holds it",
     (
         "commands/sheet/write.py",
         "open",

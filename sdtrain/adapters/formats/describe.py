@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.adapters.formats.conventions import known_keys
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, D_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, json_table
 from sdtrain.families.known import FAMILIES
-from sdtrain.families.metadata import CONFIG_KEY, steps_of
+from sdtrain.families.metadata import BUCKETS_KEY, CONFIG_KEY, D_KEY, FOLDERS_KEY, TAGS_KEY, steps_of
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
 from sdtrain.files.header import Header, read_header, read_scalars
 from sdtrain.files.numbers import is_number
@@ -60,6 +60,10 @@ class FileDescription:
     num_images: int
     d: Mapping[str, float]
     top_tags: tuple[tuple[str, int], ...]
+    buckets: Mapping[tuple[int, int], int]
+    """Width and height in pixels -> the number of pictures of an epoch."""
+    folders: tuple[tuple[str, int, float], ...]
+    """The folders of pictures: name, number of pictures, how often each is seen in an epoch."""
     config_toml: str
     metadata: Mapping[str, str]
 
@@ -88,6 +92,8 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         num_images=_whole(metadata.get("ss_num_train_images", "")),
         d={str(name): value for name, value in _table(metadata, D_KEY).items() if is_number(value)},
         top_tags=_top_tags(metadata, num_tags),
+        buckets=_buckets(metadata),
+        folders=_folders(metadata),
         config_toml=metadata.get(CONFIG_KEY, ""),
         metadata=metadata,
     )
@@ -168,10 +174,30 @@ def _table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
 
 def _top_tags(metadata: Mapping[str, str], num_tags: int) -> tuple[tuple[str, int], ...]:
     counts: Counter[str] = Counter()
-    for folder in _table(metadata, "ss_tag_frequency").values():
+    for folder in _table(metadata, TAGS_KEY).values():
         if isinstance(folder, dict):
             counts.update({str(tag).strip(): int(num) for tag, num in folder.items() if is_number(num)})
     return tuple(counts.most_common(num_tags))
+
+
+def _buckets(metadata: Mapping[str, str]) -> dict[tuple[int, int], int]:
+    """Return what sd-scripts and we say of buckets, as far as it is of that form."""
+    found, told = {}, _table(metadata, BUCKETS_KEY).get("buckets")
+    for bucket in told.values() if isinstance(told, dict) else ():
+        size, count = (bucket.get("resolution"), bucket.get("count")) if isinstance(bucket, dict) else (None, None)
+        if isinstance(size, list) and len(size) == 2 and all(map(is_number, (*size, count))):
+            found[int(size[0]), int(size[1])] = int(count or 0)
+    return found
+
+
+def _folders(metadata: Mapping[str, str]) -> tuple[tuple[str, int, float], ...]:
+    """Return what sd-scripts and we say of the folders of pictures, as far as it is of that form."""
+    found = []
+    for name, told in _table(metadata, FOLDERS_KEY).items():
+        count, repeats = (told.get("img_count"), told.get("n_repeats")) if isinstance(told, dict) else (None, None)
+        if is_number(count) and is_number(repeats):
+            found.append((str(name), int(count), float(repeats)))
+    return tuple(found)
 
 
 def _whole(text: str) -> int:

@@ -73,8 +73,10 @@ def write_lora(
     names: Names,
     facts: FileFacts,
     dtype: torch.dtype | None = None,
-) -> None:
+) -> Hashes:
     """Write adapters (component -> module -> weights) to one safetensors file, whole or not at all.
+
+    Returns the hashes by which other tools know it.
 
     `networks` are the networks the modules belong to, on any device (meta too): their trees make the names. `dtype`
     is the type tensors are stored in, None keeps theirs. Raises UserError for a kind the names have no words for, for
@@ -85,13 +87,13 @@ def write_lora(
     scaled = one_alpha_each(plain, dtype) if names == "sd-scripts" else scale_of_one(plain, dtype)
     tensors = adapter_tensors(scaled.adapters, networks, names)
     _check_finite(path, tensors)
-    metadata = header_metadata(facts, _shape(scaled, networks))
+    metadata = header_metadata(facts, _shape(scaled, networks), in_diffusers_names=names == "diffusers")
     if scaled.alphas:
         metadata[ALPHA_KEY] = pack_alphas(scaled.alphas, plain)
     if names == "diffusers":
         text = peft_metadata(path, scaled.adapters)
         metadata |= {DIFFUSERS_KEY: text} if text else {}
-    write_safetensors(path, planned(tensors), {**metadata, "format": "pt"}, seal=_seal)
+    return write_safetensors(path, planned(tensors), {**metadata, "format": "pt"}, seal=_seal)
 
 
 def _seal(hashes: Hashes) -> dict[str, str]:

@@ -13,14 +13,23 @@ from typing import Any
 
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.family import Family
-from sdtrain.families.metadata import CONFIG_KEY, resolution_entry, steps_entry
+from sdtrain.families.metadata import CONFIG_KEY, D_KEY, TAGS_KEY, resolution_entry, steps_entry
 from sdtrain.families.modelspec import lora_words
 from sdtrain.families.words import Resolution
 from sdtrain.files.numbers import is_number
 
-D_KEY = "sdtrain.d"
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
+OF_THE_FILE = (
+    *("sshs_", "ss_network_", "ss_output_name", "modelspec.hash", "modelspec.title", "modelspec.date", "format"),
+    *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", ALPHA_KEY, DIFFUSERS_KEY),
+)
+"""How the keys begin that are about one file alone, and are made anew for one that is made of it."""
+
+
+def carried(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the header entries of a file that are as true of one with the same change in another shape."""
+    return {key: value for key, value in metadata.items() if not key.startswith(OF_THE_FILE)}
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class FileFacts:
     """The resolved config of the run, as TOML."""
     d: Mapping[str, float] = field(default_factory=dict)
     """The step size d by network, from which another run can start (`method.init_from`)."""
+    more: Mapping[str, str] = field(default_factory=dict)
+    """Further header entries, which are written as they are where nothing above says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +71,17 @@ class Shape:
     """alpha -> number of layers."""
 
 
-def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
+def header_metadata(facts: FileFacts, shape: Shape, *, in_diffusers_names: bool) -> dict[str, str]:
     """Return all header entries except the hashes; the same input gives the same strings."""
     predicts_v = facts.prediction == "v_prediction"
     found = {
         "modelspec.sai_model_spec": "1.0.1",
-        **lora_words(shape.family, predicts_v=predicts_v, resolution_px=max(facts.resolution_px)),
+        **lora_words(
+            shape.family,
+            predicts_v=predicts_v,
+            resolution_px=max(facts.resolution_px),
+            in_diffusers_names=in_diffusers_names,
+        ),
         "modelspec.title": facts.title,
         "modelspec.date": facts.date,
         "modelspec.prediction_type": "v" if predicts_v else "epsilon",
@@ -80,11 +96,11 @@ def header_metadata(facts: FileFacts, shape: Shape) -> dict[str, str]:
         "ss_num_train_images": str(facts.num_images or ""),
         "ss_num_epochs": str(facts.num_epochs or ""),
         "ss_optimizer": facts.optimizer,
-        "ss_tag_frequency": _json(facts.tag_counts) if facts.tag_counts else "",
+        TAGS_KEY: _json(facts.tag_counts) if facts.tag_counts else "",
         CONFIG_KEY: facts.config_toml,
         D_KEY: _json(facts.d) if facts.d else "",
     }
-    return found | {key: value for key, value in optional.items() if value}
+    return {**facts.more, **found, **{key: value for key, value in optional.items() if value}}
 
 
 def _network_keys(shape: Shape) -> dict[str, str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from optim import averaged
+from sdtrain.commands.files.free import require_free
 from sdtrain.commands.reached import open_reached
 from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.examples import scan_folders
@@ -42,10 +43,10 @@ def export_run(
     options = options or ExportOptions()
     config = with_options(stored_config(folder), kind, options)
     if out is not None:
-        _require_free(out, options)
+        require_free(out, force=options.force)
     reached = open_reached(folder, config, step)
     target = out or folder / "weights" / _file_name(config, reached.step, kind)
-    _require_free(target, options)
+    require_free(target, force=options.force)
     model, optimizer = reached.model, reached.optimizer
     found, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
     examples = training_examples(hold_out(found, [], config.validation)[0])
@@ -60,6 +61,7 @@ def export_run(
             step=reached.step,
             examples=examples,
             groups=optimizer.metrics(),
+            folder=folder,
             form=form,
             strength=options.strength,
         )
@@ -79,12 +81,6 @@ def with_options(config: Config, kind: Format, options: ExportOptions) -> Config
         if kind in ("sd-scripts", "diffusers") and native.names != kind:
             raise user_error("export", "--form", f"{native.kind} has no words in {kind} names; use --format diffusers")
     return found
-
-
-def _require_free(path: Path, options: ExportOptions) -> None:
-    """Refuse what is there already, unless it is to be replaced; the writer replaces only files by files."""
-    if path.exists() and not options.force:
-        raise user_error(str(path), path.name, "is there already; add --force to replace it, or choose another --out")
 
 
 def _file_name(config: Config, step: int, kind: Format) -> str:

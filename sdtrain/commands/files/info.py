@@ -10,6 +10,8 @@ from rich.table import Table
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
 from sdtrain.commands.run_facts import RunFacts, disk_bytes, facts_of, is_run, read_log, size_text
 from sdtrain.errors import user_error
+from sdtrain.families.metadata import started_of
+from sdtrain.training.describing.author import uri_words
 from sdtrain.training.watching.text import facts_table, shell_word
 
 
@@ -81,8 +83,29 @@ def _rows(found: FileDescription) -> dict[str, str]:
         "pictures": str(found.num_images or ""),
         "d": ", ".join(f"{network} {d:.2e}" for network, d in found.d.items()),
         "tags": ", ".join(f"{tag} ({number})" for tag, number in found.top_tags),
+        **_author_rows(found.metadata),
+        "began": started_of(found.metadata),
+        "buckets": ", ".join(f"{width} x {height} ({count})" for (width, height), count in found.buckets.items()),
+        "folders": ", ".join(f"{name} ({count} x {repeats:g})" for name, count, repeats in found.folders),
         "config": "in the header" if found.config_toml else "",
+        "hash": found.metadata.get("modelspec.hash_sha256", "") or found.metadata.get("sshs_model_hash", ""),
     }
+
+
+def _author_rows(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return what the author says of a file, and what it was made of."""
+    rows = {
+        "author": "author",
+        "licence": "license",
+        "about": "description",
+        "keywords": "tags",
+        "trigger words": "trigger_phrase",
+        "usage": "usage_hint",
+        "made of": "merged_from",
+        "thumbnail": "thumbnail",
+    }
+    found = {row: metadata.get(f"modelspec.{key}", "") for row, key in rows.items()}
+    return found | {"thumbnail": uri_words(found["thumbnail"])}
 
 
 def _counted(values: Mapping[int, int] | Mapping[float, int]) -> str:

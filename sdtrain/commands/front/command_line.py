@@ -20,6 +20,7 @@ Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object,
 GROUPS = {
     "Train": ("fit", "check", "plan", "view", "cache", "verify-resume"),
     "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
+    "Publish": ("card", "push"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),
 }

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdtrain.errors import Problem, UserError
 from sdtrain.families.original_names import Place
@@ -53,12 +53,17 @@ def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -
             where = stored[name]
             if where.header.path not in files:
                 files[where.header.path] = stack.enter_context(where.header.path.open("rb", buffering=0))
-            raw = read_tensor(files[where.header.path], where.entry, where.place.third)
-            if where.place.form == "transposed":
-                raw = raw.T.contiguous()
-            tensors[name] = raw.view(parameters[name].shape).to(dtype)
+            tensors[name] = read_parameter(files[where.header.path], where, parameters[name].shape).to(dtype)
     network.load_state_dict(tensors, strict=False, assign=True)
     return network
+
+
+def read_parameter(file: FileIO, where: Stored, shape: Sequence[int]) -> Tensor:
+    """Return the value of one parameter in its shape and as it is stored. file: that of `where`, open."""
+    raw = read_tensor(file, where.entry, where.place.third)
+    if where.place.form == "transposed":
+        raw = raw.T.contiguous()
+    return raw.view(*shape)
 
 
 def fill_with_shapes(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:

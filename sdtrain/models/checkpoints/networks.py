@@ -15,11 +15,18 @@ from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.family import Family
 from sdtrain.families.original_names import Place, old_vae_name, places_of, with_text_prefix
 from sdtrain.families.words import DENOISER, Component
-from sdtrain.files.header import Header
+from sdtrain.files.header import Header, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import trusted_config_of
 from sdtrain.models.checkpoints.fill import Fill, Stored, check_fit, fill, raise_first, stored_dtype
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.models.checkpoints.locate import DiffusersFolder, SingleFile, fallback_config, read_json
+from sdtrain.models.checkpoints.locate import (
+    Checkpoint,
+    DiffusersFolder,
+    SingleFile,
+    fallback_config,
+    read_json,
+    weight_files,
+)
 from sdtrain.models.checkpoints.markers import stored_configs
 from sdtrain.models.checkpoints.vae import VaeSource
 
@@ -35,19 +42,51 @@ class Loaded:
     stored_dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Outline:
+    """A network without values, on the meta device, and where each of its parameters lies in files."""
+
+    network: nn.Module
+    stored: dict[str, Stored]
+
+
+def outline_of(
+    checkpoint: Checkpoint, component: Component, headers: Sequence[Header], fallback: Path | None
+) -> Outline:
+    """Return what one network of a checkpoint is made of, without reading a value.
+
+    headers: of the files with its weights. Raises UserError for a parameter that is missing or one too many.
+    """
+    match checkpoint:
+        case DiffusersFolder(path, _, family):
+            network = empty_network(family, component, read_json(path / component / "config.json"))
+            return Outline(network, _named_sources(network, headers))
+        case SingleFile(header, family):
+            network = _fitting_network(header, family, component, fallback)
+            prefix = family.prefix_of(component)
+            return Outline(network, _original_sources(network, header, family, component, prefix))
+
+
+def trainable_outlines(checkpoint: Checkpoint, fallback: Path | None) -> dict[str, Outline]:
+    """Return the outlines of all networks that can have adapters. Raises UserError for what is no whole model."""
+    found: dict[str, Outline] = {}
+    for component in checkpoint.family.trainable:
+        headers: list[Header] = []
+        if isinstance(checkpoint, DiffusersFolder):
+            files = weight_files(checkpoint.path / component, component, checkpoint.variant)
+            headers = [read_header(file) for file in files]
+        found[component] = outline_of(checkpoint, component, headers, fallback)
+        check_fit(dict(found[component].network.named_parameters()), found[component].stored)
+    return found
+
+
 def load_network(opened: OpenedModel, component: Component, dtype: torch.dtype, fill: Fill = fill) -> Loaded:
     """Load one network of a model in `dtype`.
 
     Raises UserError when a parameter is missing, has another shape, or is one too many.
     """
-    match opened.checkpoint:
-        case DiffusersFolder(path, _, family):
-            network = empty_network(family, component, read_json(path / component / "config.json"))
-            return _loaded(network, _named_sources(network, opened.headers[component]), dtype, fill)
-        case SingleFile(header, family):
-            network = _fitting_network(header, family, component, opened.fallback)
-            sources = _original_sources(network, header, family, component, family.prefix_of(component))
-            return _loaded(network, sources, dtype, fill)
+    outline = outline_of(opened.checkpoint, component, opened.headers[component], opened.fallback)
+    return _loaded(outline.network, outline.stored, dtype, fill)
 
 
 def load_vae(source: VaeSource, family: Family, dtype: torch.dtype, fill: Fill = fill) -> Loaded:

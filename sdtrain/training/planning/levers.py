@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from sdtrain.config.schema import Config, FullConfig, memory_bytes
+from sdtrain.config.schema import Config, FullConfig
+from sdtrain.config.settings.values import memory_bytes
 from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
 from sdtrain.training.keeping.disk import size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -21,6 +21,9 @@ DRAWN_BY = "sdtrain preview"
 
 CELLS = "sdtrain cells"
 """The key of the text in a grid's PNG that says where each picture of it stands, so that it can be cut out again."""
+
+UNREADABLE = (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError)
+"""What reading a grid raises that is damaged, or none of ours."""
 
 Rows = Sequence[Sequence[Image.Image]]
 """Pictures of one size: a row for each prompt, a column for each seed."""
@@ -114,3 +117,52 @@ def kept_base(path: Path, drawn_by: Mapping[str, Any], num_rows: int, num_column
             ]
     except (OSError, SyntaxError):  # not there, or damaged: the previews can do without
         return None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One picture of a grid."""
+
+    prompt: str
+    seed: str
+    picture: Image.Image
+
+
+def cells_of(path: Path, most: int) -> list[Cell]:
+    """Return the first pictures of a grid, row by row; none where the file cannot be read as one."""
+    try:
+        return list(cut(path, most))
+    except UNREADABLE:
+        return []
+
+
+def cut(path: Path, most: int) -> Iterator[Cell]:
+    """Yield the pictures of a grid, or of the base's file; of a grid without words on its places the whole.
+
+    Raises one of UNREADABLE.
+    """
+    with Image.open(path) as grid:
+        grid.load()
+        text = getattr(grid, "text", {})
+        if CELLS in text:
+            told = json.loads(text[CELLS])
+            width, height = told["size"]
+            places = [
+                (prompt, seed, x, y)
+                for prompt, row in zip(told["prompts"], told["corners"], strict=True)
+                for seed, (x, y) in zip(told["seeds"], row, strict=True)
+            ]
+        elif DRAWN_BY in text:
+            told = json.loads(text[DRAWN_BY])
+            prompts, seeds = told["prompts"], told["seeds"]
+            width, height = grid.width // len(seeds), grid.height // len(prompts)
+            places = [
+                (prompt, seed, column * width, row * height)
+                for row, prompt in enumerate(prompts)
+                for column, seed in enumerate(seeds)
+            ]
+        else:
+            yield Cell("", "", grid.convert("RGB"))
+            return
+        for prompt, seed, x, y in places[:most]:
+            yield Cell(str(prompt), str(seed), grid.crop((x, y, x + width, y + height)).convert("RGB"))

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from sdtrain.config.read import resolve
-from sdtrain.config.schema import Config, memory_bytes
+from sdtrain.config.schema import Config
+from sdtrain.config.settings.values import memory_bytes
 from sdtrain.data.examples import Example
 from sdtrain.errors import UserError
 from sdtrain.training.planning import budget

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sdtrain.families.metadata import now
 from sdtrain.files.writer import write_text
 
 NAME = "about.json"
@@ -25,6 +26,8 @@ class About:
     versions: dict[str, str] = field(default_factory=dict)
     pictures: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    started: str = ""
+    """When the first sitting began, as `now` says it; empty where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,15 @@ def about_now(device: str, dtype: str, told: Told) -> About:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return About(machine, versions, list(told.pictures), list(told.notes))
+    return About(machine, versions, list(told.pictures), list(told.notes), now())
 
 
 def write_about(folder: Path, about: About) -> None:
-    """Write what is told into a run's folder, whole or not at all. Raises UserError."""
+    """Write what is told into a run's folder, whole or not at all. Raises UserError.
+
+    When the run began stays as it stands there.
+    """
+    about = replace(about, started=read_about(folder).started or about.started)
     write_text(folder / NAME, json.dumps(asdict(about), indent=2) + "\n")
 
 
@@ -73,6 +80,7 @@ def read_about(folder: Path) -> About:
         _names(content.get("versions")),
         _texts(content.get("pictures")),
         _texts(content.get("notes")),
+        str(content.get("started") or ""),
     )
 
 

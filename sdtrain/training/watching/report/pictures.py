@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
-from sdtrain.training.watching.grid import CELLS, DRAWN_BY
+from sdtrain.training.watching.grid import UNREADABLE, cut
 
 MOST_STEPS = 12
 """The most steps that are shown: the first, the newest and others evenly between them."""
@@ -95,9 +94,10 @@ class Shelf:
             key = (path, path.stat().st_mtime_ns, longest_px, quality)
             if key not in self._kept:
                 self._kept[key] = {
-                    name: encoded(picture, longest_px, quality) for name, picture in _cut(path, MOST_STRIPS)
+                    (cell.prompt, cell.seed): encoded(cell.picture, longest_px, quality)
+                    for cell in cut(path, MOST_STRIPS)
                 }
-        except (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError):
+        except UNREADABLE:
             return {}  # damaged, or not ours
         return self._kept[key]
 
@@ -116,35 +116,6 @@ def evenly(items: Sequence[tuple[int, Path]], most: int) -> list[tuple[int, Path
     wanted = [first + (last - first) * index / (most - 1) for index in range(most)]
     chosen = {min(items, key=lambda item: abs(item[0] - step)) for step in wanted}
     return sorted({items[0], *chosen, items[-1]})[:most]
-
-
-def _cut(path: Path, most: int) -> Iterator[tuple[tuple[str, str], Image.Image]]:
-    """Yield (prompt, seed) and picture of a grid, or of the base's file; of a grid of before one, the whole."""
-    with Image.open(path) as grid:
-        grid.load()
-        text = getattr(grid, "text", {})
-        if CELLS in text:
-            told = json.loads(text[CELLS])
-            width, height = told["size"]
-            places = [
-                (prompt, seed, x, y)
-                for prompt, row in zip(told["prompts"], told["corners"], strict=True)
-                for seed, (x, y) in zip(told["seeds"], row, strict=True)
-            ]
-        elif DRAWN_BY in text:
-            told = json.loads(text[DRAWN_BY])
-            prompts, seeds = told["prompts"], told["seeds"]
-            width, height = grid.width // len(seeds), grid.height // len(prompts)
-            places = [
-                (prompt, seed, column * width, row * height)
-                for row, prompt in enumerate(prompts)
-                for column, seed in enumerate(seeds)
-            ]
-        else:
-            yield ("", ""), grid.convert("RGB")
-            return
-        for prompt, seed, x, y in places[:most]:
-            yield (str(prompt), str(seed)), grid.crop((x, y, x + width, y + height)).convert("RGB")
 
 
 def encoded(picture: Image.Image, longest_px: int, quality: int) -> str:

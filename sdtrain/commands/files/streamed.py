@@ -1,0 +1,140 @@
+"""A checkpoint with changes added to its weights, one tensor at a time: never more than one of them is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+
+import torch
+from torch import Tensor, nn
+
+from sdtrain.adapters.kinds import Adapters, delta
+from sdtrain.adapters.shares import Share
+from sdtrain.errors import user_error
+from sdtrain.families.words import Component
+from sdtrain.files.header import Entry, Header
+from sdtrain.files.tensors import DTYPES, Planned, read_tensor
+from sdtrain.models.checkpoints.fill import Stored, read_parameter
+from sdtrain.models.checkpoints.networks import Outline
+from sdtrain.models.checkpoints.single_file import Change, original_form
+
+
+@dataclass(frozen=True)
+class Adding:
+    """The changes of several adapter files, each with its weights, as one.
+
+    terms: in an order that does not depend on that in which the files were named, so that neither does the sum.
+    """
+
+    terms: Sequence[tuple[Adapters, Share]]
+
+    def touches(self, component: str, module: str) -> bool:
+        """Return whether a layer is changed: a weight of 0 leaves it as it is, bit for bit."""
+        return any(module in one.get(component, {}) and share.of(component, module) for one, share in self.terms)
+
+    def layers(self) -> set[tuple[str, str]]:
+        """Return (component, module) of all layers that are changed."""
+        named = {(component, module) for one, _ in self.terms for component in one for module in one[component]}
+        return {layer for layer in named if self.touches(*layer)}
+
+    @torch.no_grad()
+    def added(self, component: str, module: str, weight: Tensor) -> Tensor:
+        """Return a layer's weight with all changes of it, rounded to nothing narrower than float32.
+
+        Each is computed from the weight as it was.
+        """
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        total = torch.zeros_like(wide)
+        for one, share in self.terms:
+            times = share.of(component, module)
+            if module in one.get(component, {}) and times:
+                total += times * delta(one[component][module], wide)
+        return wide + total
+
+
+def changed_file(header: Header, outlines: Mapping[str, Outline], adding: Adding) -> dict[str, Planned]:
+    """Return all tensors of a single file as they will be written: those that nothing changes byte for byte."""
+    touched: dict[str, list[tuple[str, str, Stored, tuple[int, ...]]]] = {}
+    for component, module in adding.layers():
+        outline = outlines[component]
+        name = f"{module}.weight"
+        stored, shape = outline.stored[name], tuple(outline.network.get_parameter(name).shape)
+        touched.setdefault(stored.place.key, []).append((component, module, stored, shape))
+
+    def planned(key: str, entry: Entry) -> Planned:
+        def values() -> Tensor:
+            with _opened(header) as file:
+                tensor = read_tensor(file, entry)
+                if key not in touched:
+                    return tensor
+                wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                for component, module, stored, shape in touched[key]:
+                    part = adding.added(component, module, read_parameter(file, stored, shape))
+                    _place(wide, part, stored)
+                return wide
+
+        return Planned(DTYPES[entry.dtype], entry.shape, values)
+
+    return {key: planned(key, entry) for key, entry in header.entries.items()}
+
+
+def _place(whole: Tensor, part: Tensor, stored: Stored) -> None:
+    """Put the value of a parameter where it lies in the tensor of the file."""
+    third, rows = stored.place.third, whole.shape[0] // 3
+    target = whole if third is None else whole[third * rows : (third + 1) * rows]
+    target.copy_(original_form(part, stored.place).reshape(target.shape))
+
+
+def changing(sources: Mapping[str, Mapping[str, Stored]], adding: Adding) -> Change:
+    """Return a change that reads each parameter when it is its turn, for networks whose values were not loaded.
+
+    sources: where the parameters of each network lie.
+    """
+
+    def change(component: Component, name: str, parameter: Tensor) -> Tensor:
+        weight = stored_value(sources[component][name], parameter)
+        module = name.removesuffix(".weight")
+        touched = name.endswith(".weight") and adding.touches(component, module)
+        return adding.added(component, module, weight) if touched else weight
+
+    return change
+
+
+def stored_value(stored: Stored, parameter: Tensor) -> Tensor:
+    """Return the value of a parameter, of which only the shape is known, as its file has it."""
+    with _opened(stored.header) as file:
+        return read_parameter(file, stored, parameter.shape)
+
+
+def entry_value(header: Header, entry: Entry) -> Tensor:
+    """Return a tensor of a file as it is stored."""
+    with _opened(header) as file:
+        return read_tensor(file, entry)
+
+
+@dataclass
+class Sources:
+    """Notes where the parameters of networks lie, in the place of `fill`, which reads them."""
+
+    found: dict[int, Mapping[str, Stored]]
+
+    def note(self, network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:
+        """Note the sources of a network, which stays without values."""
+        self.found[id(network)] = stored
+        return network
+
+    def of(self, networks: Mapping[Component, nn.Module]) -> dict[str, Mapping[str, Stored]]:
+        """Return the sources of networks by their names."""
+        return {component: self.found[id(network)] for component, network in networks.items()}
+
+
+@contextmanager
+def _opened(header: Header) -> Iterator[FileIO]:
+    try:
+        file = header.path.open("rb", buffering=0)
+    except OSError as error:
+        raise user_error(str(header.path), header.path.name, f"cannot be read: {error.strerror}") from None
+    with file:
+        yield file
