@@ -134,7 +134,7 @@ def check_as_json(path: Path, overrides: list[str]) -> None:
     try:
         check_config(path, overrides, told)
     except UserError as error:
-        problems = [{"where": problem.where, "what": problem.what} for problem in error.problems]
+        problems = [{"where": one.where, "what": one.what, "line": one.line} for one in error.problems]
         answer("check", {"ok": False, "source": error.source, "problems": problems, "told": []})
         raise typer.Exit(error.exit_code) from None
     lines = told.file.getvalue().splitlines() if isinstance(told.file, io.StringIO) else []
