@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,9 +123,22 @@ def fit_config(
     readable = readable_config(path, resume=bool(resume))
     if readable != path:
         say(console, f"{path} is gone or damaged: reading its copy, {readable}")
+    return fit_table(
+        *(lambda: read_written(readable, overrides), console),
+        resume=resume,
+        accept_data=accept_data,
+        verify_cache=verify_cache,
+    )
+
+
+def fit_table(
+    read: Callable[[], Written], console: Console, *, resume: Resume, accept_data: bool, verify_cache: bool
+) -> FitResult:
+    """Train what a table says that `read` returns; as `fit_config` does."""
+    console = _screen(console)
     with stop_requests(speaker(console), leave=True) as stop:
-        written = read_written(readable, overrides)
-        return _fit_written(written, console, stop, resume=resume, accept_data=accept_data, verify_cache=verify_cache)
+        stop.doing = "reading the settings"
+        return _fit_written(read(), console, stop, resume=resume, accept_data=accept_data, verify_cache=verify_cache)
 
 
 def is_launched() -> bool:
@@ -133,14 +146,14 @@ def is_launched() -> bool:
     return place_of(os.environ).size > 1
 
 
-def launch_fit(num: int, path: Path, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+def launch_fit(num: int, written: Written, arguments: Sequence[str]) -> int:
     """Run this command with its `arguments` in `num` processes that train together; return the exit code.
 
-    What is wrong with the config, the first of them tells. Raises UserError where there are too few cards.
+    What is wrong with the settings, the first of them tells. Raises UserError where there are too few cards.
     """
     from sdtrain.commands.launch import launch
 
-    draft = draft_of(read_written(readable_config(path, resume=True), overrides))
+    draft = draft_of(written)
     return launch(num, arguments, on_cpu=draft.knows("device") and draft.config.device == "cpu")
 
 

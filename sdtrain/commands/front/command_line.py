@@ -18,7 +18,7 @@ from sdtrain.training.watching.text import facts_table, say
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
 GROUPS = {
-    "Train": ("fit", "check", "plan", "view", "cache", "verify-resume"),
+    "Train": ("init", "fit", "check", "plan", "view", "cache", "verify-resume"),
     "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),
@@ -26,9 +26,10 @@ GROUPS = {
 EXAMPLES = """\
 Examples:
   sdtrain doctor                             is the machine ready?
-  sdtrain check my.toml                      every mistake, before training
-  sdtrain fit my.toml --set steps=500        train, with one setting changed
-  sdtrain sample runs/my --prompt "a photo"  look at what was learnt
+  sdtrain init pictures/cat                  a first config for your pictures
+  sdtrain check cat.toml                     every mistake, before training
+  sdtrain fit cat.toml --set steps=500       train, with one setting changed
+  sdtrain sample runs/cat --prompt "a photo" look at what was learnt
   sdtrain explain optimizer.d0               what a setting does
 """
 

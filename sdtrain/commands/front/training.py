@@ -10,14 +10,32 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.front.command_line import Json, check_as_json
-from sdtrain.commands.front.options import ConfigPath, Overrides, VerifyCache
+from sdtrain.commands.front.options import (
+    ConfigPath,
+    Model,
+    Output,
+    Overrides,
+    PictureFolder,
+    Steps,
+    Trigger,
+    VerifyCache,
+)
 from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.errors import Interrupted, user_error
+from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
+from sdtrain.training.watching.text import say, shell_word
 
 
 def fit(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None,
+        typer.Argument(metavar="[CONFIG]", help="The config, a .toml file; or none, and --model and --pictures."),
+    ] = None,
+    model: Model = "",
+    pictures: PictureFolder = "",
+    trigger: Trigger = "",
+    steps: Steps = None,
+    output: Output = "",
     set_: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last training state of this run.")] = False,
     accept_data: Annotated[
@@ -38,22 +56,98 @@ def fit(
         ),
     ] = 1,
 ) -> None:
-    """Train what CONFIG says.
+    """Train what CONFIG says; without one, a LoRA of --model on the pictures in --pictures.
 
     Exit codes: 0 done; 2 something to mend first; 4 losses or gradients stayed not finite; 1 another error, with what
     was reached saved; 130, 143, 129, 138 stopped by Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, with what was reached saved.
     """
-    from sdtrain.commands.fit import fit_config, is_launched, launch_fit
+    from sdtrain.commands.fit import fit_config, fit_table, is_launched, launch_fit
+    from sdtrain.commands.starting.first_config import Wishes, written_first
+    from sdtrain.config.read import read_written
+    from sdtrain.training.keeping.stored import readable_config
 
+    wishes = Wishes(model, pictures, trigger, steps, output=output, several_cards=gpus > 1 or is_launched())
+    if config is None and not (model or pictures):
+        what = "is missing: name a .toml file, which `sdtrain init` writes, or give --model and --pictures"
+        raise user_error("fit", "CONFIG", what)
+    if config is not None:
+        _refuse_wishes({"--model": model, "--pictures": pictures, "--trigger": trigger})
+        more = {"steps": steps, "output": output}
+        overrides = [*(f"{key}={value}" for key, value in more.items() if value), *(set_ or [])]
     if gpus > 1 and not is_launched():
-        raise typer.Exit(launch_fit(gpus, config, set_ or [], sys.argv[1:]))
+        written = (
+            read_written(readable_config(config, resume=True), overrides)
+            if config
+            else written_first(wishes, set_ or [])
+        )
+        raise typer.Exit(launch_fit(gpus, written, sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
-        done = fit_config(config, set_ or [], Console(), resume=how, accept_data=accept_data, verify_cache=verify_cache)
+        if config is not None:
+            done = fit_config(
+                config, overrides, Console(), resume=how, accept_data=accept_data, verify_cache=verify_cache
+            )
+        else:
+            done = fit_table(
+                *(lambda: written_first(wishes, set_ or []), Console()),
+                resume=how,
+                accept_data=accept_data,
+                verify_cache=verify_cache,
+            )
         code = done.exit_code
     except (Interrupted, ToldElsewhereError) as ended:  # which was told already
         code = ended.exit_code
     raise typer.Exit(code)
+
+
+def _refuse_wishes(given: dict[str, str]) -> None:
+    """Raise UserError for options that belong to a run without a config, where there is one."""
+    settings = {"--model": "model.path", "--pictures": "data.folder[0].path", "--trigger": "data.folder[0].trigger"}
+    problems = [
+        Problem(option, f"belongs to a run without CONFIG; with one use --set {settings[option]}={shell_word(value)}")
+        for option, value in given.items()
+        if value
+    ]
+    if problems:
+        raise UserError("fit", problems)
+
+
+def init(
+    where: Annotated[
+        Path,
+        typer.Argument(metavar="[FOLDER or FILE]", help="The .toml file to write, or the folder of the pictures."),
+    ] = Path(),
+    model: Model = "",
+    pictures: PictureFolder = "",
+    trigger: Trigger = "",
+    steps: Steps = None,
+    memory: Annotated[
+        str, typer.Option("--memory", metavar="SIZE", help="Of the graphics card, such as 12GB; default: it is asked.")
+    ] = "",
+    name: Annotated[
+        str, typer.Option("--name", metavar="NAME", help="Of the run; default the trigger or folder.")
+    ] = "",
+    output: Output = "",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Ask nothing: take what is there, or say what is missing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write a first config, with the reasons in it, for your model and your pictures; what is not told is asked."""
+    from sdtrain.commands.starting.first_config import Wishes
+    from sdtrain.commands.starting.init import init as run_init
+    from sdtrain.commands.starting.init import memory_of
+
+    wishes = Wishes(model, pictures, trigger, steps, memory_of(memory) if memory else None, name, output)
+    asks = not yes and sys.stdin.isatty()
+    run_init(where, wishes, Console(), force=force, ask=_ask if asks else None)
+
+
+def _ask(question: str, otherwise: str) -> str:
+    """Ask a person; return the answer, or `otherwise` where there is none."""
+    say(Console(), f"{question} [{otherwise}]" if otherwise else question)
+    answer: str = typer.prompt("", prompt_suffix="> ", default=otherwise, show_default=False)
+    return answer.strip()
 
 
 def check(config: ConfigPath, set_: Overrides = None, as_json: Json = False) -> None:
@@ -156,6 +250,6 @@ def verify_resume(
 
 def add_training(app: typer.Typer) -> None:
     """Add the commands of this file to the command line."""
-    for command in (fit, check, view, plan, cache):
+    for command in (init, fit, check, view, plan, cache):
         app.command()(command)
     app.command("verify-resume")(verify_resume)
