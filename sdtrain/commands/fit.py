@@ -19,6 +19,7 @@ from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import training_examples
 from sdtrain.data.report.facts import fact_lines
+from sdtrain.data.report.previewed import with_prompts
 from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.one_process import only_process
@@ -239,7 +240,7 @@ def _begin(
     quiet_pillow()
     with ProgressLines(console) as progress:
         opened, examples = inspect_run(draft, decode=False, fetch=True, on_progress=progress.show)
-    config, trained = draft.config, training_examples(examples)
+    config, trained = with_prompts(draft.config, examples), training_examples(examples)
     with ProgressLines(console) as progress:
         standing = find_standing(
             *(config, run_folder(config.output, config.name), opened, examples),

@@ -75,7 +75,7 @@ def fit(
     started = time.monotonic()
     training = prepare(config, opened, standing, console, stop, ranks)
     first_step = training.step
-    console.print(banner(training.run, training.trainable, training.data.batches, first_step))
+    console.print(banner(training.run, training.trainable, training.data.batches, first_step, training.data.examples))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     report = report_writer(training.run, standing, told)
     others = [report.see, *trackers(config.tracking), *watchers]

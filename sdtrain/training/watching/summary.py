@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 from rich.panel import Panel
@@ -9,7 +10,9 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.data.examples import Example
 from sdtrain.data.report.names import about
+from sdtrain.data.report.previewed import previews_text
 from sdtrain.training.ending.rescue import Kept
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
@@ -17,7 +20,7 @@ from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
 
 
-def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) -> Panel:
+def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int, examples: Sequence[Example]) -> Panel:
     """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps."""
     config = run.config
     rows = {
@@ -35,6 +38,7 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int) ->
     epochs = f"{config.steps / batches.steps_per_epoch:.1f} epochs"
     rows["steps"] = f"{config.steps}, {epochs}" + (f", of which {first_step} are done" if first_step else "")
     rows["optimizer"] = _optimizer(config)
+    rows["previews"] = previews_text(config, examples)
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
 
