@@ -12,6 +12,7 @@ from sdtrain.config.overrides import Table, apply_overrides, read_override
 from sdtrain.config.paths import Location, path_text, read_toml
 from sdtrain.config.schema import Config
 from sdtrain.config.text.lines import Lines, lines_of
+from sdtrain.config.text.recipes import config_file
 from sdtrain.errors import Problem, UserError, user_error
 
 _PLACE = re.compile(r" \(at line (\d+), column (\d+)\)")
@@ -58,7 +59,10 @@ def overridden(plain: Table, source: str, overrides: Sequence[str], lines: Lines
 
 
 def read_table(path: Path) -> Table:
-    """Return the plain table in a TOML file. Raises UserError where there is no such file, or no TOML in it."""
+    """Return the plain table in a TOML file, or in the recipe that `builtin:NAME` means.
+
+    Raises UserError where there is no such file, or no TOML in it.
+    """
     return read_table_and_lines(path)[0]
 
 
@@ -66,7 +70,7 @@ def read_table_and_lines(path: Path) -> tuple[Table, Lines]:
     """Return the plain table in a TOML file, and the line of each setting. Raises UserError as `read_table` does."""
     content = ""
     try:
-        content = path.read_text(encoding="utf-8")
+        content = config_file(path).read_text(encoding="utf-8")
         return read_toml(content), lines_of(content)
     except FileNotFoundError:
         raise user_error(str(path), "file", "no such file") from None

@@ -18,7 +18,7 @@ from sdtrain.training.watching.text import facts_table, say
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
 GROUPS = {
-    "Train": ("init", "fit", "check", "plan", "view", "cache", "verify-resume"),
+    "Train": ("init", "configs", "fit", "check", "plan", "view", "cache", "verify-resume"),
     "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
     "Help": ("explain", "presets", "schema", "doctor"),
@@ -34,8 +34,8 @@ Examples:
 """
 
 
-class GroupedHelp(TyperGroup):
-    """Lists the commands by what they are for, then examples."""
+class PlainHelp(TyperGroup):
+    """Shows no Python."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command whose arguments are shown by their names alone, without the Python types behind them."""
@@ -44,6 +44,10 @@ class GroupedHelp(TyperGroup):
             if parameter.param_type_name == "argument":
                 vars(parameter)["display_type_rich"] = _no_type
         return command
+
+
+class GroupedHelp(PlainHelp):
+    """Lists the commands by what they are for, then examples."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands in GROUPS, and any other under Others."""

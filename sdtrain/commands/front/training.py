@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from sdtrain.commands.front.command_line import Json, check_as_json
+from sdtrain.commands.front.command_line import Json, PlainHelp, check_as_json
 from sdtrain.commands.front.options import (
     ConfigPath,
     Model,
@@ -23,7 +23,7 @@ from sdtrain.commands.front.options import (
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.watching.text import say, shell_word
+from sdtrain.training.watching.text import facts_table, say, shell_word
 
 
 def fit(
@@ -248,8 +248,42 @@ def verify_resume(
         raise typer.Exit(1)
 
 
+configs = typer.Typer(
+    help="The recipes that come with sdtrain: list them, or copy one to change it.",
+    no_args_is_help=True,
+    cls=PlainHelp,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+@configs.command("list")
+def list_configs() -> None:
+    """List the recipes and what each is for; `builtin:NAME` stands for one wherever a CONFIG is asked for."""
+    from sdtrain.commands.starting.recipes import described
+
+    Console().print(facts_table(described()))
+    say(Console(), "copy one and change it: sdtrain configs copy NAME; or as it is: sdtrain fit builtin:quickstart")
+
+
+@configs.command("copy")
+def copy_config(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe, see `sdtrain configs list`.")],
+    file: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="The file or folder to write to; default NAME.toml here.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Copy a recipe, to change its paths and whatever else."""
+    from sdtrain.commands.starting.recipes import copy_recipe
+
+    target = copy_recipe(name, file, force=force)
+    say(Console(), f"wrote {target}", f"next: change its paths, then sdtrain check {shell_word(target)}")
+
+
 def add_training(app: typer.Typer) -> None:
     """Add the commands of this file to the command line."""
     for command in (init, fit, check, view, plan, cache):
         app.command()(command)
     app.command("verify-resume")(verify_resume)
+    app.add_typer(configs, name="configs")

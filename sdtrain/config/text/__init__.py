@@ -1,1 +1,1 @@
-"""A config as text: on which line each setting stands."""
+"""A config as text: on which line each setting stands; and those that come with sdtrain."""
