@@ -35,7 +35,7 @@ from sdtrain.training.start import draft_run, inspect_run, run_folder
 from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.report.about import Told
-from sdtrain.training.watching.terminal import outliving
+from sdtrain.training.watching.terminal import Consoles, outliving
 from sdtrain.training.watching.text import say
 
 Resume: TypeAlias = bool | Literal["auto"]
@@ -102,7 +102,7 @@ def fit(
         written = read_written(readable_config(Path(config), resume=bool(resume)), overrides)
     with stop_requests(speaker(screen)) as stop:
         return _fit_written(
-            *(written, screen, stop),
+            *(written, Consoles(screen, screen), stop),
             resume=resume,
             accept_data=accept_data,
             verify_cache=verify_cache,
@@ -118,8 +118,12 @@ def fit_config(
     resume: Resume,
     accept_data: bool = False,
     verify_cache: bool = False,
+    result: Console | None = None,
 ) -> FitResult:
-    """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted."""
+    """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted.
+
+    result: where it is told what came of it; None: on the console, too.
+    """
     console = _screen(console)
     readable = readable_config(path, resume=bool(resume))
     if readable != path:
@@ -129,17 +133,29 @@ def fit_config(
         resume=resume,
         accept_data=accept_data,
         verify_cache=verify_cache,
+        result=result,
     )
 
 
 def fit_table(
-    read: Callable[[], Written], console: Console, *, resume: Resume, accept_data: bool, verify_cache: bool
+    read: Callable[[], Written],
+    console: Console,
+    *,
+    resume: Resume,
+    accept_data: bool,
+    verify_cache: bool,
+    result: Console | None = None,
 ) -> FitResult:
     """Train what a table says that `read` returns; as `fit_config` does."""
-    console = _screen(console)
+    console, result = _screen(console), _screen(result or console)
     with stop_requests(speaker(console), leave=True) as stop:
         stop.doing = "reading the settings"
-        return _fit_written(read(), console, stop, resume=resume, accept_data=accept_data, verify_cache=verify_cache)
+        return _fit_written(
+            *(read(), Consoles(console, result), stop),
+            resume=resume,
+            accept_data=accept_data,
+            verify_cache=verify_cache,
+        )
 
 
 def is_launched() -> bool:
@@ -165,7 +181,7 @@ def _screen(console: Console) -> Console:
 
 def _fit_written(
     written: Written,
-    console: Console,
+    consoles: Consoles,
     stop: StopRequests,
     *,
     resume: Resume,
@@ -174,10 +190,11 @@ def _fit_written(
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
     """Train what a table says: alone in the run's folder, or as one of the processes of a launcher."""
-    with outliving(console), joined(place_of(os.environ)) as ranks, ExitStack() as held:
+    console, result = consoles.progress, consoles.result
+    with outliving(console, result), joined(place_of(os.environ)) as ranks, ExitStack() as held:
         with ranks.first_alone():
             begun = _begin(
-                *(written, console, stop, held, ranks),
+                *(written, consoles, stop, held, ranks),
                 resume=resume,
                 accept_data=accept_data,
                 verify_cache=verify_cache,
@@ -191,7 +208,11 @@ def _fit_written(
 
         config, folder = begun.config, run_folder(begun.config.output, begun.config.name)
         steps, is_finished = train(
-            *(config, begun.opened, begun.standing, console, stop), watchers=watchers, ranks=ranks, told=begun.told
+            *(config, begun.opened, begun.standing, console, stop),
+            watchers=watchers,
+            ranks=ranks,
+            told=begun.told,
+            result=result,
         )
         if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
@@ -210,7 +231,7 @@ class _Begun:
 
 def _begin(
     written: Written,
-    console: Console,
+    consoles: Consoles,
     stop: StopRequests,
     held: ExitStack,
     ranks: Ranks,
@@ -223,7 +244,7 @@ def _begin(
 
     Raises UserError if anything is wrong with it, its model, its pictures or its states.
     """
-    resumes = _resumes(written, resume)
+    console, resumes = consoles.progress, _resumes(written, resume)
     draft = draft_run(written, resume=resumes, accept_data=accept_data)
     if draft.is_sound:  # else nothing will be written, so nothing is locked, and what else is wrong is told together
         if ranks.is_first:
@@ -233,7 +254,7 @@ def _begin(
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
             if ranks.is_first:
                 remove_leftovers(done.folder)  # of a kill in its last moment
-            say(console, _done(done))
+            say(consoles.result, _done(done))
             return done
     draft = draft.with_problems(rank_problems(draft, ranks.place.size))
     stop.doing = "reading the model and the pictures"

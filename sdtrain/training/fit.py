@@ -61,13 +61,15 @@ def fit(
     watchers: Sequence[Watcher] = (),
     ranks: Ranks = ALONE,
     told: Told = NOTHING,
+    result: Console | None = None,
 ) -> tuple[int, bool]:
     """Train what the config says on a model that was opened, from where the run stands.
 
     Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
     found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
     between two steps. ranks: the processes that train the run together; the first one writes and speaks.
-    told: what the user was told of the pictures, which the report repeats.
+    told: what the user was told of the pictures, which the report repeats. result: where it is told what came of it;
+    None: on the console too.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
@@ -98,10 +100,10 @@ def fit(
         raise
     finally:
         training.data.close()
-        say(console, *said)
+        say(result or console, *said)
     if training.is_finished:
         best, seconds = training.validator.history.best, time.monotonic() - started
-        console.print(summary(training.run, training.optimizer, training.step, seconds, best))
+        (result or console).print(summary(training.run, training.optimizer, training.step, seconds, best))
     return training.step, training.is_finished
 
 

@@ -23,6 +23,7 @@ from sdtrain.commands.front.options import (
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
+from sdtrain.training.watching.terminal import consoles
 from sdtrain.training.watching.text import facts_table, say, shell_word
 
 
@@ -55,6 +56,10 @@ def fit(
             "--gpus", metavar="NUMBER", min=1, help="Train on so many cards of this machine, one process each."
         ),
     ] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="No display that is drawn anew: a line now and then, in ASCII.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Tell errors and the result, and nothing else.")] = False,
 ) -> None:
     """Train what CONFIG says; without one, a LoRA of --model on the pictures in --pictures.
 
@@ -74,6 +79,8 @@ def fit(
         _refuse_wishes({"--model": model, "--pictures": pictures, "--trigger": trigger})
         more = {"steps": steps, "output": output}
         overrides = [*(f"{key}={value}" for key, value in more.items() if value), *(set_ or [])]
+    if plain and quiet:
+        raise user_error("fit", "--plain", "tells more than --quiet does: give one of them")
     if gpus > 1 and not is_launched():
         written = (
             read_written(readable_config(config, resume=True), overrides)
@@ -83,16 +90,22 @@ def fit(
         raise typer.Exit(launch_fit(gpus, written, sys.argv[1:]))
     try:
         how: Literal["auto"] | bool = "auto" if resume_or_start else resume
+        shown = consoles(plain=plain, quiet=quiet)
         if config is not None:
             done = fit_config(
-                config, overrides, Console(), resume=how, accept_data=accept_data, verify_cache=verify_cache
-            )
-        else:
-            done = fit_table(
-                *(lambda: written_first(wishes, set_ or []), Console()),
+                *(config, overrides, shown.progress),
                 resume=how,
                 accept_data=accept_data,
                 verify_cache=verify_cache,
+                result=shown.result,
+            )
+        else:
+            done = fit_table(
+                *(lambda: written_first(wishes, set_ or []), shown.progress),
+                resume=how,
+                accept_data=accept_data,
+                verify_cache=verify_cache,
+                result=shown.result,
             )
         code = done.exit_code
     except (Interrupted, ToldElsewhereError) as ended:  # which was told already
