@@ -188,7 +188,7 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     marked, problems = hold_out(examples, apart, validation)
     folders = draft.config.data.folder
     marked = at_resolutions(marked, [folder.resolutions_px for folder in folders])
-    if draft.knows("data"):
+    if draft.knows("data") and not any(problem.where.startswith("data.") for problem in draft.problems):
         problems = [*problems, *cropped_masks(training_examples(marked), draft.config.data)]
     return with_regularisation(marked, folders), problems
 
