@@ -5,7 +5,10 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 
+MOST_PLACE = 48
+"""The width of the column of places, where what is wrong begins; longer ones push it aside."""
 JOINERS = "\u200c\u200d"
 """Characters without a width of their own that words and emoji are written with."""
 
@@ -28,11 +31,14 @@ class Problem:
     """One mistake: `where` names the setting, file or key; `what` says the rest in one sentence.
 
     settings: the settings it follows from, if not from the one that `where` names alone: of a picture the folders.
+    line: the line of the source that it stands on, counted from 1; None where it stands on none, or on a line that is
+    not known.
     """
 
     where: str
     what: str
     settings: tuple[str, ...] = ()
+    line: int | None = None
 
 
 class UserError(Exception):
@@ -49,13 +55,19 @@ class UserError(Exception):
     def text(self) -> str:
         """All problems, one a line, in aligned columns under the source they were found in.
 
-        It can be shown as it is: see `printable`.
+        What stands on a line of the source begins with it, as `my.toml:12:`, where editors and terminals go. It can be
+        shown as it is: see `printable`.
         """
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        rows = [(printable(problem.where), printable(problem.what)) for problem in self.problems]
-        width = min(40, max(len(where) for where, _ in rows))
-        lines = [f"  {where:<{width}}  {what}" for where, what in rows]
+        rows = [(printable(self._place(problem)), printable(problem.what)) for problem in self.problems]
+        width = min(MOST_PLACE, max(len(place) for place, _ in rows))
+        lines = [f"  {place:<{width}}  {what}" for place, what in rows]
         return "\n".join([f"{printable(self.source)}: {count}", *lines])
+
+    def _place(self, problem: Problem) -> str:
+        if problem.line is None:
+            return problem.where
+        return f"{PurePath(self.source).name}:{problem.line}: {problem.where}"
 
 
 class NotFiniteError(UserError):

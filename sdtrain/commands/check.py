@@ -13,6 +13,7 @@ from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.report.facts import fact_lines
+from sdtrain.data.report.previewed import previews_text, with_prompts
 from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.start import inspect_run
@@ -35,7 +36,8 @@ def check_config(path: Path, overrides: Sequence[str], console: Console) -> None
     report = summarise(trained, config.data)
     validation = _validation_lines(config, len(held_out_examples(examples)))
     say(console, f"{path}: no problems found")
-    for line in (*_model_lines(config, facts), *fact_lines(report, config.steps), *validation):
+    previews = previews_text(with_prompts(config, examples), examples)
+    for line in (*_model_lines(config, facts), *fact_lines(report, config.steps), *validation, f"previews: {previews}"):
         say(console, "  " + line)
     say(console, *note_lines([*setting_notes(config, facts), *picture_report_notes(config, facts, trained, report)]))
 

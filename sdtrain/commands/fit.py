@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from sdtrain.config.read import overridden, read_written
 from sdtrain.config.schema import Config
 from sdtrain.data.identity.held_out import training_examples
 from sdtrain.data.report.facts import fact_lines
+from sdtrain.data.report.previewed import with_prompts
 from sdtrain.data.report.summary import summarise
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.one_process import only_process
@@ -34,7 +35,7 @@ from sdtrain.training.start import draft_run, inspect_run, run_folder
 from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.report.about import Told
-from sdtrain.training.watching.terminal import outliving
+from sdtrain.training.watching.terminal import Consoles, outliving
 from sdtrain.training.watching.text import say
 
 Resume: TypeAlias = bool | Literal["auto"]
@@ -101,7 +102,7 @@ def fit(
         written = read_written(readable_config(Path(config), resume=bool(resume)), overrides)
     with stop_requests(speaker(screen)) as stop:
         return _fit_written(
-            *(written, screen, stop),
+            *(written, Consoles(screen, screen), stop),
             resume=resume,
             accept_data=accept_data,
             verify_cache=verify_cache,
@@ -117,15 +118,44 @@ def fit_config(
     resume: Resume,
     accept_data: bool = False,
     verify_cache: bool = False,
+    result: Console | None = None,
 ) -> FitResult:
-    """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted."""
+    """Train what a config file says; a second Ctrl-C ends the process. Raises UserError, see `fit`, and Interrupted.
+
+    result: where it is told what came of it; None: on the console, too.
+    """
     console = _screen(console)
     readable = readable_config(path, resume=bool(resume))
     if readable != path:
         say(console, f"{path} is gone or damaged: reading its copy, {readable}")
+    return fit_table(
+        *(lambda: read_written(readable, overrides), console),
+        resume=resume,
+        accept_data=accept_data,
+        verify_cache=verify_cache,
+        result=result,
+    )
+
+
+def fit_table(
+    read: Callable[[], Written],
+    console: Console,
+    *,
+    resume: Resume,
+    accept_data: bool,
+    verify_cache: bool,
+    result: Console | None = None,
+) -> FitResult:
+    """Train what a table says that `read` returns; as `fit_config` does."""
+    console, result = _screen(console), _screen(result or console)
     with stop_requests(speaker(console), leave=True) as stop:
-        written = read_written(readable, overrides)
-        return _fit_written(written, console, stop, resume=resume, accept_data=accept_data, verify_cache=verify_cache)
+        stop.doing = "reading the settings"
+        return _fit_written(
+            *(read(), Consoles(console, result), stop),
+            resume=resume,
+            accept_data=accept_data,
+            verify_cache=verify_cache,
+        )
 
 
 def is_launched() -> bool:
@@ -133,14 +163,14 @@ def is_launched() -> bool:
     return place_of(os.environ).size > 1
 
 
-def launch_fit(num: int, path: Path, overrides: Sequence[str], arguments: Sequence[str]) -> int:
+def launch_fit(num: int, written: Written, arguments: Sequence[str]) -> int:
     """Run this command with its `arguments` in `num` processes that train together; return the exit code.
 
-    What is wrong with the config, the first of them tells. Raises UserError where there are too few cards.
+    What is wrong with the settings, the first of them tells. Raises UserError where there are too few cards.
     """
     from sdtrain.commands.launch import launch
 
-    draft = draft_of(read_written(readable_config(path, resume=True), overrides))
+    draft = draft_of(written)
     return launch(num, arguments, on_cpu=draft.knows("device") and draft.config.device == "cpu")
 
 
@@ -151,7 +181,7 @@ def _screen(console: Console) -> Console:
 
 def _fit_written(
     written: Written,
-    console: Console,
+    consoles: Consoles,
     stop: StopRequests,
     *,
     resume: Resume,
@@ -160,10 +190,11 @@ def _fit_written(
     watchers: Sequence[Watcher] = (),
 ) -> FitResult:
     """Train what a table says: alone in the run's folder, or as one of the processes of a launcher."""
-    with outliving(console), joined(place_of(os.environ)) as ranks, ExitStack() as held:
+    console, result = consoles.progress, consoles.result
+    with outliving(console, result), joined(place_of(os.environ)) as ranks, ExitStack() as held:
         with ranks.first_alone():
             begun = _begin(
-                *(written, console, stop, held, ranks),
+                *(written, consoles, stop, held, ranks),
                 resume=resume,
                 accept_data=accept_data,
                 verify_cache=verify_cache,
@@ -188,6 +219,7 @@ def _fit_written(
             ranks=ranks,
             told=begun.told,
             expected=will,
+            result=result,
         )
         if is_finished:
             return FitResult(folder, steps, True, folder / "weights" / f"{config.name}.safetensors")
@@ -206,7 +238,7 @@ class _Begun:
 
 def _begin(
     written: Written,
-    console: Console,
+    consoles: Consoles,
     stop: StopRequests,
     held: ExitStack,
     ranks: Ranks,
@@ -219,7 +251,7 @@ def _begin(
 
     Raises UserError if anything is wrong with it, its model, its pictures or its states.
     """
-    resumes = _resumes(written, resume)
+    console, resumes = consoles.progress, _resumes(written, resume)
     draft = draft_run(written, resume=resumes, accept_data=accept_data)
     if draft.is_sound:  # else nothing will be written, so nothing is locked, and what else is wrong is told together
         if ranks.is_first:
@@ -229,14 +261,14 @@ def _begin(
         if resume == "auto" and draft.is_sound and (done := _finished(draft.config)):
             if ranks.is_first:
                 remove_leftovers(done.folder)  # of a kill in its last moment
-            say(console, _done(done))
+            say(consoles.result, _done(done))
             return done
     draft = draft.with_problems(rank_problems(draft, ranks.place.size))
     stop.doing = "reading the model and the pictures"
     quiet_pillow()
     with ProgressLines(console) as progress:
         opened, examples = inspect_run(draft, decode=False, fetch=True, on_progress=progress.show)
-    config, trained = draft.config, training_examples(examples)
+    config, trained = with_prompts(draft.config, examples), training_examples(examples)
     with ProgressLines(console) as progress:
         standing = find_standing(
             *(config, run_folder(config.output, config.name), opened, examples),

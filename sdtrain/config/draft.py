@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from sdtrain.config.paths import Location, begins_with, location_of, order_in, p
 from sdtrain.config.presets import with_preset
 from sdtrain.config.rules import broken_rules
 from sdtrain.config.schema import Config
+from sdtrain.config.text.lines import Lines, nearest_line
 from sdtrain.errors import Problem, UserError
 
 STAND_INS: dict[Location, Any] = {
@@ -41,7 +42,8 @@ class Written:
     """A plain table as a person wrote it.
 
     source: where it was read from. plain: the table as it stands there. table: the same with the overrides put in.
-    overrides: those that were put in. problems: those of overrides that could not be.
+    overrides: those that were put in. problems: those of overrides that could not be. lines: where in `source` each
+    setting of `plain` stands, as far as that is known.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Written:
     table: Table
     overrides: tuple[Override, ...] = ()
     problems: tuple[Problem, ...] = ()
+    lines: Lines = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,10 @@ def draft_of(written: Written) -> Draft:
         written=written,
         config=config,
         doubtful=tuple(location for location in wrong if location is not None),
-        problems=tuple(Problem(path_text(mistake.setting), mistake.what) for mistake in mistakes),
+        problems=tuple(
+            Problem(path_text(mistake.setting), mistake.what, line=nearest_line(written.lines, mistake.setting))
+            for mistake in mistakes
+        ),
     )
     return draft.with_problems(broken_rules(config, draft.knows))
 
@@ -114,14 +120,15 @@ def draft_of(written: Written) -> Draft:
 def told(written: Written, problems: Sequence[Problem]) -> UserError:
     """Return the error with all problems of what was written.
 
-    Those of the file come first, in its order, then those of the command line.
+    Those of the file come first, in its order and with its lines, then those of the command line.
     """
     own: list[tuple[tuple[float, ...], Problem]] = []
     given: list[tuple[int, Problem]] = []
     for problem in problems:
         override = _override_of(written, problem)
         if override is None:
-            own.append((order_in(written.plain, location_of(_settings(problem)[0])), problem))
+            line = written.lines.get(location_of(problem.where)) if problem.line is None else problem.line
+            own.append((order_in(written.plain, location_of(_settings(problem)[0])), replace(problem, line=line)))
         else:
             given.append((written.overrides.index(override), _at_override(problem, override)))
     own.sort(key=lambda pair: pair[0])

@@ -39,7 +39,7 @@ def split_path(text: str) -> tuple[Location, str] | None:
     location: list[str | int] = []
     position = 0
     while match := _KEY.match(text, position):
-        key = _plain_key(match[1])
+        key = plain_key(match[1])
         if key is None:
             return None
         location.append(key)
@@ -131,7 +131,8 @@ def read_toml(text: str) -> dict[str, Any]:
     return table
 
 
-def _plain_key(written: str) -> str | None:
+def plain_key(written: str) -> str | None:
+    """Return the key that is written bare or in quotes; None where it is none."""
     if written[0] not in "\"'" or len(written) < 2 or written[-1] != written[0]:
         return written.strip() or None
     try:

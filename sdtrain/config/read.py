@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,12 @@ from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.overrides import Table, apply_overrides, read_override
 from sdtrain.config.paths import Location, path_text, read_toml
 from sdtrain.config.schema import Config
+from sdtrain.config.text.lines import Lines, lines_of
+from sdtrain.config.text.recipes import config_file
 from sdtrain.errors import Problem, UserError, user_error
+
+_PLACE = re.compile(r" \(at line (\d+), column (\d+)\)")
+"""Where tomllib says that a text is no TOML."""
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -36,25 +42,36 @@ def read_written(path: Path, overrides: Sequence[str] = ()) -> Written:
     Raises UserError as `read_draft` does.
     """
     try:
-        plain = read_table(path)
+        plain, lines = read_table_and_lines(path)
     except UserError as error:
         unreadable = [read for read in map(read_override, overrides) if isinstance(read, Problem)]
         raise UserError(error.source, [*error.problems, *unreadable]) from None
-    return overridden(plain, str(path), overrides)
+    return overridden(plain, str(path), overrides, lines)
 
 
-def overridden(plain: Table, source: str, overrides: Sequence[str]) -> Written:
-    """Return a plain table that was read from `source`, and the one that `key=value` overrides make of it."""
+def overridden(plain: Table, source: str, overrides: Sequence[str], lines: Lines | None = None) -> Written:
+    """Return a plain table that was read from `source`, and the one that `key=value` overrides make of it.
+
+    lines: where in the source each setting stands.
+    """
     table, applied, problems = apply_overrides(plain, overrides)
-    return Written(source, plain, table, tuple(applied), tuple(problems))
+    return Written(source, plain, table, tuple(applied), tuple(problems), lines or {})
 
 
 def read_table(path: Path) -> Table:
-    """Return the plain table in a TOML file. Raises UserError where there is no such file, or no TOML in it."""
+    """Return the plain table in a TOML file, or in the recipe that `builtin:NAME` means.
+
+    Raises UserError where there is no such file, or no TOML in it.
+    """
+    return read_table_and_lines(path)[0]
+
+
+def read_table_and_lines(path: Path) -> tuple[Table, Lines]:
+    """Return the plain table in a TOML file, and the line of each setting. Raises UserError as `read_table` does."""
     content = ""
     try:
-        content = path.read_text(encoding="utf-8")
-        return read_toml(content)
+        content = config_file(path).read_text(encoding="utf-8")
+        return read_toml(content), lines_of(content)
     except FileNotFoundError:
         raise user_error(str(path), "file", "no such file") from None
     except IsADirectoryError:
@@ -67,9 +84,15 @@ def read_table(path: Path) -> Table:
         if content.lstrip().startswith("{"):
             what = "is JSON, but a config is TOML; `sdtrain import-kohya FILE` makes one of a file of kohya"
             raise user_error(str(path), "syntax", what) from None
-        raise user_error(
-            str(path), "syntax", f"{error}; strings stand in quotes, `true` and `false` are lower case"
-        ) from None
+        raise UserError(str(path), [_no_toml(str(error), content)]) from None
+
+
+def _no_toml(what: str, content: str) -> Problem:
+    """Return the problem that a text is no TOML. what: what tomllib says of it, with the place."""
+    line = content.count("\n") + 1 if what.endswith("(at end of document)") else None
+    if place := _PLACE.search(what):
+        what, line = what.replace(place[0], f" at column {place[2]}"), int(place[1])
+    return Problem("syntax", f"{what}; strings stand in quotes, `true` and `false` are lower case", line=line)
 
 
 def resolve(table: Table, source: str, overrides: Sequence[str] = ()) -> Config:

@@ -349,7 +349,10 @@ class PreviewConfig(Settings):
     """Pictures made while training, with averaged weights."""
 
     every: Whole = Field(default=250, description="Steps between previews; 0: none at all.")
-    prompts: list[str] = Field(default=[], description="One row of the grid each.")
+    prompts: list[str] = Field(
+        default=[],
+        description="One row of the grid each; none: the first captions of the pictures that are trained on.",
+    )
     negative_prompt: str = Field(default="", description="What the pictures should not show.")
     seeds: list[Whole] = Field(default=[0, 1, 2], min_length=1, description="One column of the grid each.")
     num_inference_steps: Count = Field(default=25, description="Sampling steps.")

@@ -63,13 +63,15 @@ def fit(
     ranks: Ranks = ALONE,
     told: Told = NOTHING,
     expected: Expected | None = None,
+    result: Console | None = None,
 ) -> tuple[int, bool]:
     """Train what the config says on a model that was opened, from where the run stands.
 
     Returns the steps done, and whether the run is finished: all planned steps are done, or as many as its validation
     found enough. watchers: are handed a record of everything that happens, see `watching/records.py`. stop: asked
     between two steps. ranks: the processes that train the run together; the first one writes and speaks.
-    told: what the user was told of the pictures, which the report repeats. expected: what the run will need.
+    told: what the user was told of the pictures, which the report repeats. expected: what the run will need. result:
+    where it is told what came of it; None: on the console too.
 
     Raises UserError for what the user can mend, before anything is changed wherever that can be known. Whatever is
     raised after the first step, what was reached is saved before, and told.
@@ -78,7 +80,9 @@ def fit(
     training = prepare(config, opened, standing, console, stop, ranks)
     first_step = training.step
     planned = expected.line() if expected else ""
-    console.print(banner(training.run, training.trainable, training.data.batches, first_step, planned))
+    console.print(
+        banner(training.run, training.trainable, training.data.batches, first_step, training.data.examples, planned)
+    )
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     report = report_writer(training.run, standing, told)
     others = [report.see, *trackers(config.tracking), *watchers]
@@ -101,11 +105,11 @@ def fit(
         raise
     finally:
         training.data.close()
-        say(console, *said)
+        say(result or console, *said)
     if training.is_finished:
         best, seconds = training.validator.history.best, time.monotonic() - started
         memory = expected.judged(training.run.device) if expected else ""
-        console.print(summary(training.run, training.optimizer, training.step, seconds, best, memory))
+        (result or console).print(summary(training.run, training.optimizer, training.step, seconds, best, memory))
     return training.step, training.is_finished
 
 

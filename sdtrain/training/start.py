@@ -80,12 +80,16 @@ def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str
     """Return the table with what the run resolved when it began, unless the user sets it now.
 
     A preset means numbers that follow from the planned steps; more steps later must not move what already happened.
-    What no caption is must not change in the middle of a run either.
+    What no caption is must not change in the middle of a run either; and prompts that were its own captions stay, so
+    that the base's pictures stand beside them.
     """
     kept = dict(table)
     model = table.get("model", {})
     if isinstance(model, Mapping) and model and "no_caption" in stored["model"]:
         kept["model"] = {"no_caption": stored["model"]["no_caption"], **model}
+    preview = table.get("preview", {})
+    if isinstance(preview, Mapping) and not preview.get("prompts") and stored["preview"]["prompts"]:
+        kept["preview"] = {**preview, "prompts": stored["preview"]["prompts"]}
     optimizer = table.get("optimizer", {})
     if isinstance(optimizer, Mapping) and optimizer.get("preset") in (None, stored["optimizer"]["preset"]):
         kept["optimizer"] = {**stored["optimizer"], **optimizer}
@@ -185,7 +189,7 @@ def _pictures(draft: Draft, *, decode: bool, on_progress: Progress | None) -> tu
     marked, problems = hold_out(examples, apart, validation)
     folders = draft.config.data.folder
     marked = at_resolutions(marked, [folder.resolutions_px for folder in folders])
-    if draft.knows("data"):
+    if draft.knows("data") and not any(problem.where.startswith("data.") for problem in draft.problems):
         problems = [*problems, *cropped_masks(training_examples(marked), draft.config.data)]
     return with_regularisation(marked, folders), problems
 

@@ -144,8 +144,9 @@ def test_a_narrow_terminal_shows_the_time_left_and_every_number(columns: int) ->
     last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown).split("something to know")[-1]
     assert "…" not in shown
     assert re.search(r"step 137/1000 .* left [-0-9]", last)
-    for number in ("loss 0.5000", "10.0 images/s", *(f"{name} 2.0e-05" for name in names)):
-        assert number in " ".join(last.split()), number
+    assert re.search(r"  10\.0 im(ages|g)/s", last)
+    assert "loss 0.5000" in last
+    assert last.split("\r")[-1].count("2.0e-05") == 3
 
 
 @pytest.mark.parametrize(("steps", "lines"), [(1, 1), (20, 20), (39, 20), (1000, 20)])

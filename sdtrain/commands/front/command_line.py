@@ -18,7 +18,7 @@ from sdtrain.training.watching.text import facts_table, say
 Json = Annotated[bool, typer.Option("--json", help="Answer with one JSON object, for programs.")]
 
 GROUPS = {
-    "Train": ("fit", "check", "plan", "view", "cache", "verify-resume"),
+    "Train": ("init", "configs", "fit", "check", "plan", "view", "cache", "verify-resume"),
     "Look and use": ("report", "compare", "sample", "export", "runs", "info"),
     "Publish": ("card", "push"),
     "Files": ("merge", "extract", "resize", "import-kohya"),
@@ -27,15 +27,16 @@ GROUPS = {
 EXAMPLES = """\
 Examples:
   sdtrain doctor                             is the machine ready?
-  sdtrain check my.toml                      every mistake, before training
-  sdtrain fit my.toml --set steps=500        train, with one setting changed
-  sdtrain sample runs/my --prompt "a photo"  look at what was learnt
+  sdtrain init pictures/cat                  a first config for your pictures
+  sdtrain check cat.toml                     every mistake, before training
+  sdtrain fit cat.toml --set steps=500       train, with one setting changed
+  sdtrain sample runs/cat --prompt "a photo" look at what was learnt
   sdtrain explain optimizer.d0               what a setting does
 """
 
 
-class GroupedHelp(TyperGroup):
-    """Lists the commands by what they are for, then examples."""
+class PlainHelp(TyperGroup):
+    """Shows no Python."""
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Return a command whose arguments are shown by their names alone, without the Python types behind them."""
@@ -44,6 +45,10 @@ class GroupedHelp(TyperGroup):
             if parameter.param_type_name == "argument":
                 vars(parameter)["display_type_rich"] = _no_type
         return command
+
+
+class GroupedHelp(PlainHelp):
+    """Lists the commands by what they are for, then examples."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the commands in GROUPS, and any other under Others."""
@@ -135,7 +140,7 @@ def check_as_json(path: Path, overrides: list[str]) -> None:
     try:
         check_config(path, overrides, told)
     except UserError as error:
-        problems = [{"where": problem.where, "what": problem.what} for problem in error.problems]
+        problems = [{"where": one.where, "what": one.what, "line": one.line} for one in error.problems]
         answer("check", {"ok": False, "source": error.source, "problems": problems, "told": []})
         raise typer.Exit(error.exit_code) from None
     lines = told.file.getvalue().splitlines() if isinstance(told.file, io.StringIO) else []

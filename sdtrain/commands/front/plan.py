@@ -9,6 +9,7 @@ from rich.console import Console
 
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
+from sdtrain.data.report.previewed import with_prompts
 from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.text import facts_table, say
 
@@ -20,7 +21,7 @@ def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budge
     """
     draft = read_draft(path, overrides)
     opened, examples = inspect_run(draft, decode=False)
-    config = draft.require_sound()
+    config = with_prompts(draft.require_sound(), examples)
     from sdtrain.training.planning.levers import budget_bytes, fit_to
     from sdtrain.training.planning.plan import Plan, lines_of, plan_run
 

@@ -1,19 +1,20 @@
-"""Shows a run in the terminal: a progress bar, or plain lines where nothing can be redrawn."""
+"""Shows a run in the terminal: two lines that are drawn anew, or plain lines where nothing can be redrawn."""
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Self, assert_never
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from sdtrain.training.watching.records import (
     EndRecord,
+    GroupRecord,
     NoteRecord,
     PictureRecord,
     Record,
@@ -28,32 +29,38 @@ SMOOTHING = 0.98
 """The share of the smoothed loss that stays at each step: it looks back about 50 steps."""
 PLAIN_LINES = 20
 """The most lines of progress that a whole run prints where nothing can be redrawn, not counting the last one."""
+GAP = "  "
+LEAST_BAR = 8
+"""A shorter bar tells nothing, and leaves its place to numbers."""
 
 
 class Screen:
-    """Shows records on a console. It is a context manager around the progress display; its `see` is the watcher."""
+    """Shows records on a console. It is a context manager around the display; its `see` is the watcher."""
 
-    def __init__(self, console: Console, run: RunRecord) -> None:
+    def __init__(self, console: Console, run: RunRecord, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._run = run
+        self._clock = clock
         self._smoothed = 0.0
         self._weight = 0.0
-        self._started = time.monotonic()
-        self._bar = _bar(console)
-        self._task = self._bar.add_task("", total=run.steps, completed=run.first_step)
-        self._numbers = Text()
-        self._live = Live(Group(self._bar, self._numbers), console=console)
+        self._started = clock()
+        self._record: StepRecord | None = None
+        self._live = Live(self, console=console)
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
             self._live.start()
-        self._started = time.monotonic()
+        self._started = self._clock()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the display: step, time and pace, then loss and rates; nothing of it is lost at 60 columns or more."""
+        yield from self._display(options.max_width, ascii_only=options.ascii_only)
 
     def see(self, record: Record) -> None:
         """Show a record where it tells a person something."""
@@ -72,28 +79,52 @@ class Screen:
                 assert_never(record)
 
     def _say(self, text: str) -> None:
-        """Print one line above the progress display."""
+        """Print one line above the display."""
         say(self._console, text)
 
     def _step(self, record: StepRecord) -> None:
         if math.isfinite(record.loss):  # any other would stay in the mean for ever
             self._smoothed = SMOOTHING * self._smoothed + (1 - SMOOTHING) * record.loss
             self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
-        smoothed = self._smoothed / self._weight if self._weight else float("nan")
-        rates = "  ".join(
-            f"{group.name} {'stopped' if group.stopped else f'{group.effective_lr:.1e}'}" for group in record.groups
-        )
-        text = f"loss {smoothed:.4f}  {record.images_per_s:.1f} images/s  effective_lr {rates}"
+        self._record = record
         step, steps = record.step, self._run.steps
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=step)
-            self._numbers.plain = text
-        elif step == steps or step % math.ceil(steps / PLAIN_LINES) == 0:
-            self._say(f"step {step}/{steps}  {self._left(step)} left  {text}")
+        if not self._console.is_terminal and (step == steps or step % math.ceil(steps / PLAIN_LINES) == 0):
+            rates = GAP.join(_rates(record.groups))
+            texts = [f"step {step}/{steps}", f"{duration(self._left_s(step))} left", self._loss()]
+            texts += [f"{_pace(record)} images/s", f"effective_lr {rates}", *_memory(record)]
+            self._say(GAP.join(texts))
 
-    def _left(self, step: int) -> str:
+    def _left_s(self, step: int) -> float:
         done = max(1, step - self._run.first_step)
-        return duration((time.monotonic() - self._started) / done * (self._run.steps - step))
+        return (self._clock() - self._started) / done * (self._run.steps - step)
+
+    def _loss(self) -> str:
+        return f"loss {self._smoothed / self._weight if self._weight else float('nan'):.4f}"
+
+    def _display(self, width: int, *, ascii_only: bool) -> Iterator[Text]:
+        record, steps = self._record, self._run.steps
+        step = record.step if record else self._run.first_step
+        place, spent = f"step {step}/{steps}", _clock(self._clock() - self._started)
+        left = f"left {_clock(self._left_s(step)) if record else '-:--:--'}"
+        pace = _pace(record) if record else "-"
+        memory = _memory(record) if record else []
+        narrower = [
+            [spent, left, f"{pace} images/s", *memory],
+            [spent, left, f"{pace} img/s", *memory],
+            [left, f"{pace} img/s", *memory],
+            [left, f"{pace} img/s"],
+            [left],
+        ]
+        behind = _first_that_fits(narrower, width - len(place + GAP))
+        room = width - len(place + GAP + behind + GAP)
+        upper = _line(place + GAP)
+        if room >= LEAST_BAR:
+            upper.append_text(_bar(step / steps, room, ascii_only=ascii_only)).append(GAP)
+        yield upper.append(behind)
+        if record:
+            yield _line(self._loss() + GAP + _rates_that_fit(record.groups, width - len(self._loss() + GAP)))
+        else:
+            yield _line("the first step is on its way")
 
 
 def validation_line(record: ValidationRecord) -> str:
@@ -107,17 +138,53 @@ def validation_line(record: ValidationRecord) -> str:
     return f"step {record.step}: held-out loss {loss} over {record.num_pictures} pictures{best}"
 
 
-def _bar(console: Console) -> Progress:
-    """Return the upper line of the display.
+def _rates(groups: Sequence[GroupRecord], *, short: bool = False) -> list[str]:
+    """Return how far each network moves in a step. short: by names such as `te2`, as in sd-scripts."""
+    names = [group.name for group in groups]
+    if short:
+        names = [name.replace("text_encoder_", "te").replace("text_encoder", "te1") for name in names]
+    rates = ["stopped" if group.stopped else f"{group.effective_lr:.1e}" for group in groups]
+    return [f"{name} {rate}" for name, rate in zip(names, rates, strict=True)]
 
-    The numbers have a line of their own, for a narrow terminal would cut the time that is left.
-    """
-    return Progress(
-        TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-        BarColumn(bar_width=None),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        expand=True,
-    )
+
+def _rates_that_fit(groups: Sequence[GroupRecord], width: int) -> str:
+    long, short = _rates(groups), _rates(groups, short=True)
+    choices = [
+        [f"effective_lr {long[0]}", *long[1:]],
+        [f"lr {long[0]}", *long[1:]],
+        [f"lr {short[0]}", *short[1:]],
+        [short[0]],
+    ]
+    return _first_that_fits(choices, width)
+
+
+def _first_that_fits(choices: Sequence[Sequence[str]], width: int) -> str:
+    """Return the first of some texts that fits, each put together of parts; the last where none does."""
+    texts = [GAP.join(parts) for parts in choices]
+    return next((text for text in texts if len(text) <= width), texts[-1])
+
+
+def _pace(record: StepRecord) -> str:
+    """Return the images per second, which may be far below one."""
+    return f"{record.images_per_s:.1f}" if record.images_per_s >= 1 else f"{record.images_per_s:.2g}"
+
+
+def _memory(record: StepRecord) -> list[str]:
+    return [] if record.peak_memory_gib is None else [f"peak {record.peak_memory_gib:.1f} GiB"]
+
+
+def _clock(seconds: float) -> str:
+    """Return seconds as a clock shows them: 1:02:03."""
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def _bar(share: float, width: int, *, ascii_only: bool) -> Text:
+    done, rest = ("#", "-") if ascii_only else ("━", "╌")
+    filled = round(min(1.0, max(0.0, share)) * width)
+    return Text(done * filled, "bar.complete").append(rest * (width - filled), "bar.back")
+
+
+def _line(text: str) -> Text:
+    """Return one line of the display, which is cut rather than folded."""
+    return Text(text, no_wrap=True, overflow="crop", end="\n")

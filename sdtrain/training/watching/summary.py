@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 from rich.panel import Panel
@@ -9,7 +10,9 @@ from rich.panel import Panel
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
+from sdtrain.data.examples import Example
 from sdtrain.data.report.names import about
+from sdtrain.data.report.previewed import previews_text
 from sdtrain.training.ending.rescue import Kept
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
@@ -17,7 +20,9 @@ from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
 
 
-def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int, planned: str) -> Panel:
+def banner(
+    run: Run, trainable: Trainable, batches: Batches, first_step: int, examples: Sequence[Example], planned: str
+) -> Panel:
     """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps.
 
     planned: the memory that it will need, in a line; empty: not known.
@@ -40,6 +45,7 @@ def banner(run: Run, trainable: Trainable, batches: Batches, first_step: int, pl
     rows["optimizer"] = _optimizer(config)
     if planned:
         rows["memory"] = planned
+    rows["previews"] = previews_text(config, examples)
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
 

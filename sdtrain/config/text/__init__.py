@@ -1,0 +1,1 @@
+"""A config as text: on which line each setting stands; and those that come with sdtrain."""
