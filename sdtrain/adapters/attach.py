@@ -26,6 +26,7 @@ from sdtrain.adapters.kinds import (
     OftWeights,
     kind_of,
 )
+from sdtrain.adapters.quantised.layer import original_weight
 from sdtrain.adapters.targets import last_match
 from sdtrain.errors import Problem, UserError
 from sdtrain.families.adapter_names import ADAPTER as NAME
@@ -194,7 +195,8 @@ def _first_values(network: nn.Module, name: str, parameter: Tensor, generator: G
     if part in ZERO:
         return torch.zeros(parameter.shape, dtype=torch.float32)
     if part == "lora_magnitude_vector":
-        return _row_lengths(network.get_submodule(layer).get_submodule("base_layer").weight).view(parameter.shape)
+        frozen = network.get_submodule(layer).get_submodule("base_layer")
+        return _row_lengths(original_weight(frozen)).view(parameter.shape)
     bound = 1 / math.sqrt(parameter[0].numel())
     return (torch.rand(parameter.shape, generator=generator) * 2 - 1) * bound
 

@@ -23,6 +23,7 @@ from sdtrain.adapters.kinds import (
 )
 from sdtrain.adapters.layers import plain_modules
 from sdtrain.adapters.low_rank import RankRule, approximate
+from sdtrain.adapters.quantised.layer import original_weight
 from sdtrain.errors import user_error
 
 Form = Literal["native", "lora", "diff"]
@@ -51,7 +52,7 @@ def converted(
 ) -> Converted:
     """Return adapters in a form, with their change times `strength`.
 
-    `networks` hold the weights below the adapters, which DoRA and OFT depend on.
+    `networks` hold the weights below the adapters, which DoRA and OFT depend on: those that are packed are read again.
 
     A LoRA is left as it is in the form `lora`, whatever the rule: nothing would be gained. Layers are converted one
     after another where their weights are, in float32, and come back on the CPU. Raises UserError for a strength that
@@ -65,8 +66,7 @@ def converted(
             if form == "native" or (form == "lora" and isinstance(weights, LoraWeights)):
                 found.adapters[component][module] = scaled(weights, strength)
                 continue
-            base = layers[module].weight
-            assert isinstance(base, Tensor)
+            base = original_weight(layers[module])
             found.adapters[component][module] = _layer(found, strength * delta(weights, base.detach()), form, rule)
     return found
 

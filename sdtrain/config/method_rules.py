@@ -97,6 +97,16 @@ def only_adapters_have_a_base(config: Config) -> Iterator[Problem]:
         yield Problem("preserve.weight", what, ("preserve.weight", "method.kind"))
 
 
+def only_a_frozen_base_is_packed(config: Config) -> Iterator[Problem]:
+    """A full fine-tune trains the weights themselves, whose small steps 8 bits cannot hold."""
+    precision = config.model.base_precision
+    if precision != "full" and isinstance(config.method, FullConfig):
+        what = (
+            f'{precision}, but a full fine-tune changes the base, which few bits cannot follow; use "full", or a LoRA'
+        )
+        yield Problem("model.base_precision", what)
+
+
 def _weight_of(pattern: str) -> str:
     return path_text(("method", "layer_weights", pattern))
 

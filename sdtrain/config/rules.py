@@ -267,6 +267,7 @@ RULES = (
     Rule(("method.layer_weights", "method.adapter"), method_rules.layer_weights_need_a_product),
     Rule(("method.layer_weights", "method.kind"), method_rules.layer_weights_of_full),
     Rule(("preserve.weight", "method.kind"), method_rules.only_adapters_have_a_base),
+    Rule(("model.base_precision", "method.kind"), method_rules.only_a_frozen_base_is_packed),
     Rule(
         ("memory.compile", "method.dropout", "method.rank_dropout", "method.module_dropout"),
         method_rules.dropout_is_not_compiled,

@@ -13,6 +13,7 @@ from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, Traina
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
 TrackerName = Literal["tensorboard", "wandb", "trackio"]
+BasePrecision = Literal["full", "int8", "fp8", "nf4"]
 
 
 class ModelConfig(Settings):
@@ -46,6 +47,12 @@ class ModelConfig(Settings):
         default="auto",
         description="Precision of the networks; `auto`: bfloat16 on a GPU that has it, else float32. "
         "`mixed`: weights in float32, computed with in bfloat16 (autocast).",
+    )
+    base_precision: BasePrecision = Field(
+        default="full",
+        description="How the frozen U-Net's linear layers are held while adapters are trained: `full` as `dtype` says; "
+        "`int8`, `fp8`: in 8 bits, a scale an output; `nf4`: in 4 bits, a scale for 64 neighbours. They are unpacked "
+        "for each product. Files, `merge` and `sample` are of the model as it is. `pip install sdtrain[quantised]`.",
     )
 
 

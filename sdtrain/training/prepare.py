@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import assert_never
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from sdtrain.adapters.quantised.layer import quantise
+from sdtrain.adapters.quantised.packing import Packed, Packing, packed
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batches, prepare_batches
 from sdtrain.data.encoding import Encoders
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import identity
 from sdtrain.data.order import Plan
+from sdtrain.families.words import DENOISER
+from sdtrain.models.checkpoints.components import Components, load_components
+from sdtrain.models.checkpoints.fill import read_again
 from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
-from sdtrain.models.load import load_model
+from sdtrain.models.load import load_model, model_of
 from sdtrain.models.model import Model
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.preservation import Preservation, prepare_preservation
@@ -28,13 +35,45 @@ from sdtrain.training.watching.progress import ProgressLines
 
 
 def open_and_load(run: Run) -> Model:
-    """Open and load the model of a run. Raises UserError when it is missing or contradicts the config."""
+    """Open and load the model of a run as it is. Raises UserError when it is missing or contradicts the config."""
     fetch_if_missing(run.config.model)
-    return load(run, open_model(run.config.model, "model"))
+    return load_as_it_is(run, open_model(run.config.model, "model"))
 
 
 def load(run: Run, opened: OpenedModel) -> Model:
-    """Load the model of a run that was opened already. Raises UserError when its weights do not fit."""
+    """Load the model of a run that was opened already, its frozen base packed as `model.base_precision` says.
+
+    Raises UserError when its weights do not fit.
+    """
+    if run.config.model.base_precision == "full":
+        return load_as_it_is(run, opened)
+    components = load_components(opened, run.dtype)
+    stored = components.stored[DENOISER]
+    pack_base(components, run, lambda name: read_again(stored[name], run.dtype), packed)
+    return model_of(components, run.config.model, device=run.device, caption_chunks=run.config.data.caption_chunks)
+
+
+def pack_base(
+    components: Components,
+    run: Run,
+    original: Callable[[str], Tensor],
+    pack: Callable[[Tensor, Packing], Packed],
+) -> None:
+    """Pack the U-Net as `model.base_precision` says, onto the run's device; original and pack: see `quantise`."""
+    match run.config.model.base_precision:
+        case "full":
+            return
+        case "int8" | "fp8" | "nf4" as packing:
+            quantise(components.unet, packing, run.device, original, pack)
+        case _ as never:
+            assert_never(never)
+
+
+def load_as_it_is(run: Run, opened: OpenedModel) -> Model:
+    """Load the model of a run that was opened already, nothing of it packed.
+
+    Raises UserError when its weights do not fit.
+    """
     return load_model(
         opened,
         run.config.model,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdtrain.adapters.quantised.packages import package_problems
 from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table, resolve
 from sdtrain.config.schema import Config, FolderConfig
@@ -148,7 +149,8 @@ def inspect_run(
     nothing else is wrong. on_progress: is told how many of the pictures are read.
     """
     examples, problems = _pictures(draft, decode=decode, on_progress=on_progress)
-    problems += tracker_problems(draft.config.tracking) + author_problems(draft.config)
+    problems += [*tracker_problems(draft.config.tracking), *author_problems(draft.config)]
+    problems += package_problems(draft.config.model.base_precision)
     draft = draft.with_problems(problems).with_new_problems(warm_start_problems(draft.config))
     if fetch and draft.is_sound:
         fetch_if_missing(draft.config.model)

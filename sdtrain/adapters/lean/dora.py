@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from sdtrain.adapters.lean.inputs import Remade, kept_of
 from sdtrain.adapters.lean.lora import low_rank_gradients, scaled
 from sdtrain.adapters.lean.products import POINT, Window, add_product, input_gradient, product
+from sdtrain.adapters.quantised.packing import Packed, apart, in_full
 
 PIECE = 2**20
 """Numbers of a weight that are computed at once where it is not needed whole: 4 MiB in float32."""
@@ -31,7 +32,7 @@ class Dora(torch.autograd.Function):
         down: Tensor,
         up: Tensor,
         magnitude: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         scale: float,
         window: Window | None,
@@ -39,12 +40,16 @@ class Dora(torch.autograd.Function):
     ) -> Tensor:
         """Return y, (..., out) or (n, out, h, w); exactly W x + bias where the magnitude is |V| and up is zero.
 
+        With a packed weight |V| is that of what is computed with, so that each output has its length all the same.
+
         magnitude: as many numbers as outputs, in any shape. The rest is as in `LowRank`.
         """
         ctx.scale, ctx.window = scale, window
         ctx.compute, kept = kept_of(inputs, how)
+        saved, ctx.packed = apart(weight)
+        weight = in_full(weight, inputs.dtype)
         lengths = lengths_with(weight, down, up, scale)
-        ctx.save_for_backward(down, up, magnitude, lengths, weight, *kept)
+        ctx.save_for_backward(down, up, magnitude, lengths, saved, *kept)
         factor = _by_output(magnitude.reshape(-1) / lengths, window)
         hidden = product(inputs, down.to(inputs.dtype), window)
         change = product(hidden, scaled(up, scale).to(inputs.dtype), window and POINT)
@@ -56,8 +61,9 @@ class Dora(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs, down, up and magnitude."""
-        down, up, magnitude, lengths, weight, *kept = ctx.saved_tensors
+        down, up, magnitude, lengths, saved, *kept = ctx.saved_tensors
         inputs, scale, window = ctx.compute(*kept), ctx.scale, ctx.window
+        weight = in_full(ctx.packed or saved, inputs.dtype)
         small_down, small_up = down.to(inputs.dtype), scaled(up, scale).to(inputs.dtype)
         hidden = product(inputs, small_down, window)
         direction = product(inputs, weight, window)

@@ -16,6 +16,7 @@ from sdtrain.adapters.lean.lokr import Kronecker
 from sdtrain.adapters.lean.lora import LowRank
 from sdtrain.adapters.lean.marking import mark_what_is_remade
 from sdtrain.adapters.lean.products import POINT, Product, Window
+from sdtrain.adapters.quantised.layer import QuantisedLinear, frozen_weight
 from sdtrain.families.adapter_names import ADAPTER as NAME
 
 
@@ -42,10 +43,10 @@ def make_plain(network: nn.Module) -> None:
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Whether a frozen layer is one whose product we can take apart: not quantised, of one group, padded with zeros."""
+    """Whether a frozen layer is one whose product we can take apart: of one group, padded with zeros."""
     if type(base) is nn.Conv2d:
         return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
-    return type(base) is nn.Linear
+    return type(base) in (nn.Linear, QuantisedLinear)
 
 
 def _is_usual(layer: Any, inputs: Tensor) -> bool:
@@ -90,20 +91,22 @@ def _lora(layer: Any, inputs: Tensor) -> Tensor:
     window = _window(frozen)
     if down._forward_hooks:  # dropout wants to see what is inside, which then has to be kept; it is small
         return _tensor(frozen(inputs) + _applied(Product, down(inputs), up * scale, window and POINT, None))
-    return _applied(LowRank, inputs, down.weight, up, frozen.weight, frozen.bias, scale, window, remade(inputs))
+    rest = (frozen_weight(frozen), frozen.bias, scale, window, remade(inputs))
+    return _applied(LowRank, inputs, down.weight, up, *rest)
 
 
 def _dora(layer: Any, inputs: Tensor) -> Tensor:
     frozen, magnitude = layer.base_layer, layer.lora_magnitude_vector[NAME].weight
     down, up = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
-    rest = (frozen.weight, frozen.bias, layer.scaling[NAME], _window(frozen), remade(inputs))
+    rest = (frozen_weight(frozen), frozen.bias, layer.scaling[NAME], _window(frozen), remade(inputs))
     return _applied(Dora, inputs, down, up, magnitude, *rest)
 
 
 def _loha(layer: Any, inputs: Tensor) -> Tensor:
     factors = [each[NAME] for each in (layer.hada_w1_a, layer.hada_w1_b, layer.hada_w2_a, layer.hada_w2_b)]
-    rest = (layer.scaling[NAME], layer.base_layer.weight.shape, _window(layer.base_layer), remade(inputs))
-    return _applied(Hadamard, layer.base_layer(inputs), inputs, *factors, *rest)
+    frozen = layer.base_layer
+    rest = (layer.scaling[NAME], frozen_weight(frozen).shape, _window(frozen), remade(inputs))
+    return _applied(Hadamard, frozen(inputs), inputs, *factors, *rest)
 
 
 def _lokr(layer: Any, inputs: Tensor) -> Tensor:

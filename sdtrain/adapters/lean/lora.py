@@ -18,6 +18,7 @@ from sdtrain.adapters.lean.products import (
     product,
     weight_gradient,
 )
+from sdtrain.adapters.quantised.packing import Packed, apart, in_full
 
 
 class LowRank(torch.autograd.Function):
@@ -25,7 +26,8 @@ class LowRank(torch.autograd.Function):
 
     What is kept besides the inputs is small: what is inside, of `rank` channels, and both matrices in the type of the
     activations. Computing them again cost a card less than it cost the processor that feeds it: hundreds of layers of
-    a few microseconds each. The weight is nobody's to train: it gets no gradient.
+    a few microseconds each. The weight is nobody's to train: it gets no gradient. A packed one is
+    unpacked for each product, and not kept.
     """
 
     @staticmethod
@@ -34,7 +36,7 @@ class LowRank(torch.autograd.Function):
         inputs: Tensor,
         down: Tensor,
         up: Tensor,
-        weight: Tensor,
+        weight: Tensor | Packed,
         bias: Tensor | None,
         scale: float,
         window: Window | None,
@@ -49,16 +51,22 @@ class LowRank(torch.autograd.Function):
         small_down, small_up = down.to(inputs.dtype), scaled(up, scale).to(inputs.dtype)
         hidden = product(inputs, small_down, window)
         ctx.types = down.dtype, up.dtype
-        ctx.save_for_backward(small_down, small_up, hidden, weight, *kept)
-        return add_product(product(inputs, weight, window, bias), hidden, small_up, window and POINT)
+        saved, ctx.packed = apart(weight)
+        ctx.save_for_backward(small_down, small_up, hidden, saved, *kept)
+        base = product(inputs, in_full(weight, inputs.dtype), window, bias)
+        return add_product(base, hidden, small_up, window and POINT)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of inputs, down and up."""
-        small_down, small_up, hidden, weight, *kept = ctx.saved_tensors
+        small_down, small_up, hidden, saved, *kept = ctx.saved_tensors
         inputs, window, (of_down, of_up) = ctx.compute(*kept), ctx.window, ctx.types
-        of_inputs = input_gradient(gradient, inputs, weight, window) if ctx.needs_input_grad[0] else None
+        of_inputs = None
+        if ctx.needs_input_grad[0]:
+            weight = in_full(ctx.packed or saved, inputs.dtype)
+            of_inputs = input_gradient(gradient, inputs, weight, window)
+            del weight
         found = low_rank_gradients(gradient, inputs, hidden, small_down, small_up, window, of_inputs)
         return of_inputs, found[0].to(of_down), scaled(found[1].to(of_up), ctx.scale), None, None, None, None, None
 

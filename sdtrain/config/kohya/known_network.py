@@ -24,7 +24,8 @@ MODEL: Answers = {
     **needless("tokenizers come from the model, `model.components` or the hub cache", "tokenizer_cache_dir"),
     **needless("the VAE encodes in float32", "no_half_vae", "sdxl_no_half_vae", "vae_dtype"),
     **needless("files are mapped into memory and read once", "disable_mmap_load_safetensors"),
-    **missing("the base model is held in bfloat16 or float32", "fp8_base", "fp8_base_unet", "fp8_scaled", "fp8_vl"),
+    **becomes("model.base_precision", "fp8_base", "fp8_base_unet", why='true is "fp8"'),
+    **missing("it is an option of other models; here `fp8` always has a scale an output", "fp8_scaled", "fp8_vl"),
     **missing("the text encoders are read at the layer that the model was trained with", "clip_skip"),
     **missing(
         _OTHER_MODELS,

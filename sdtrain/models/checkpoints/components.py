@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from sdtrain.families.family import Family
 from sdtrain.families.words import DENOISER, Component, NoCaption
-from sdtrain.models.checkpoints.fill import Fill, fill
+from sdtrain.models.checkpoints.fill import Fill, Stored, fill
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.networks import Loaded, load_network, load_vae
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
@@ -32,6 +32,8 @@ class Components:
     """The type that each network's weights have on disk."""
     tokenizer_sources: tuple[TokenizerSource, ...]
     """Where the tokenizers came from."""
+    stored: Mapping[Component, Mapping[str, Stored]] = field(default_factory=dict)
+    """Where each parameter of each network lies on disk."""
 
     @property
     def unet(self) -> nn.Module:
@@ -64,6 +66,7 @@ def load_components(opened: OpenedModel, dtype: torch.dtype, fill: Fill = fill) 
         no_caption=opened.no_caption,
         stored_dtypes={part: loaded.stored_dtype for part, loaded in networks.items()},
         tokenizer_sources=opened.tokenizers,
+        stored={part: loaded.stored for part, loaded in networks.items()},
     )
 
 

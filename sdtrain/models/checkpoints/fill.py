@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sdtrain.errors import Problem, UserError
+from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.original_names import Place
-from sdtrain.files.header import Entry, Header
+from sdtrain.files.header import Entry, Header, read_header
 from sdtrain.files.tensors import DTYPES, read_tensor
 
 TRAINABLE = ("F64", "F32", "F16", "BF16")
@@ -64,6 +64,16 @@ def read_parameter(file: FileIO, where: Stored, shape: Sequence[int]) -> Tensor:
     if where.place.form == "transposed":
         raw = raw.T.contiguous()
     return raw.view(*shape)
+
+
+def read_again(where: Stored, dtype: torch.dtype) -> Tensor:
+    """Return one matrix (out, in) as `fill` read it, in `dtype`. Raises UserError when its file is not as it was."""
+    path, key = where.header.path, where.place.key
+    if read_header(path).entries.get(key) != where.entry:
+        raise user_error(str(path), key, "is not where it was when the run began; put the model's file back")
+    with path.open("rb", buffering=0) as file:
+        raw = read_tensor(file, where.entry, where.place.third)
+    return (raw.T.contiguous() if where.place.form == "transposed" else raw).flatten(1).to(dtype)
 
 
 def fill_with_shapes(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:

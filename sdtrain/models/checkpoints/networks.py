@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network, and the type in which its weights are stored on disk."""
+    """A network, where each of its parameters lies, and the type in which they are stored on disk."""
 
     network: nn.Module
+    stored: Mapping[str, Stored]
     stored_dtype: torch.dtype
 
 
@@ -101,7 +102,7 @@ def load_vae(source: VaeSource, family: Family, dtype: torch.dtype, fill: Fill =
 def _loaded(network: nn.Module, stored: dict[str, Stored], dtype: torch.dtype, fill: Fill) -> Loaded:
     fill(network, stored, dtype)
     _fill_buffers(network)
-    return Loaded(network.eval(), stored_dtype(stored.values()))
+    return Loaded(network.eval(), stored, stored_dtype(stored.values()))
 
 
 def empty_network(family: Family, component: Component, config: dict[str, Any]) -> nn.Module:

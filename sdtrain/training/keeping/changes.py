@@ -13,7 +13,7 @@ from sdtrain.errors import Problem
 
 CHANGEABLE = (
     *("steps", "output", "device", "preview.", "checkpoint.", "export.", "memory.", "tracking.", "data.cache"),
-    *("model.dtype", "optimizer.d_coef", "optimizer.prodigy_steps", "optimizer.freeze_share"),
+    *("model.dtype", "model.base_precision", "optimizer.d_coef", "optimizer.prodigy_steps", "optimizer.freeze_share"),
     *("validation.every", "validation.patience"),
 )
 """The settings that a resumed run may change: none changes what was computed before, or what it means."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
-from sdtrain.config.schema import Config
+from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.buckets import bucket_sizes, place
 from sdtrain.data.examples import Example
 from sdtrain.models.checkpoints.inspect import OpenedModel
@@ -33,6 +33,8 @@ class Plan:
     """Bytes by what for."""
     flops: int
     """Floating point operations of a step."""
+    bases: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the frozen U-Net by `model.base_precision`; empty where it is trained."""
 
     @property
     def worst(self) -> Phase:
@@ -61,7 +63,9 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
         **needed(run.folder, config, opened, traced.trainable, 0),
     }
     name = f"a {'GPU' if on_gpu else 'CPU'}, {str(run.dtype).removeprefix('torch.')}"
-    return Plan(name, bucket, traced.phases, {what: size for what, size in disk.items() if size}, traced.flops)
+    disk = {what: size for what, size in disk.items() if size}
+    bases = traced.bases if isinstance(config.method, LoraConfig) else {}
+    return Plan(name, bucket, traced.phases, disk, traced.flops, bases)
 
 
 def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
@@ -87,6 +91,8 @@ def lines_of(plan: Plan) -> dict[str, str]:
         away = f"; {size_text(phase.least_bytes)} where the U-Net leaves to decode" if phase.away_bytes else ""
         rows[phase.name] = f"{size_text(phase.peak_bytes)}: {_listed(phase.parts)}{away}"
     rows["most"] = f"{size_text(plan.worst.peak_bytes)}, to {plan.worst.name}; a GPU's driver and allocator take more"
+    if plan.bases:
+        rows["the U-Net"] = f"{_listed(plan.bases)}: see model.base_precision"
     rows["disk"] = f"{size_text(sum(plan.disk.values()))}: {_listed(plan.disk)}"
     rows["a step"] = f"{plan.flops / 1e12:.3g} TFLOP"
     return rows

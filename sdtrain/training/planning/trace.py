@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from optim import ProdigyPlusScheduleFree, averaged
-from sdtrain.config.schema import Config
+from sdtrain.adapters.quantised.layer import base_bytes
+from sdtrain.adapters.quantised.packing import Packing, packed_shapes
+from sdtrain.config.schema import BasePrecision, Config
 from sdtrain.data.batches import Batch
 from sdtrain.data.cache import HELD_BYTES
 from sdtrain.data.order import Piece
@@ -26,12 +28,14 @@ from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.tracking import Tracker, movable_modules
+from sdtrain.training.prepare import pack_base
 from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
 from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
 
 CPU = torch.device("cpu")
+PACKINGS: dict[BasePrecision, Packing | None] = {"full": None, "int8": "int8", "fp8": "fp8", "nf4": "nf4"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Traced:
     phases: tuple[Phase, ...]
     flops: int
     trainable: Trainable
+    bases: Mapping[str, int]
+    """Bytes of the U-Net by `model.base_precision`."""
 
     @property
     def worst(self) -> Phase:
@@ -88,13 +94,23 @@ def trace(
     assert run.device == CPU, "fake tensors lie on the CPU"
     with FakeTensorMode(allow_non_fake_inputs=True), movable_modules():
         components = load_components(opened, run.dtype, fill_with_shapes)
+        bases: dict[str, int] = {word: base_bytes(components.unet, packing) for word, packing in PACKINGS.items()}
+        pack_base(components, run, _unread(components), packed_shapes)
         tracker = Tracker()
         tracker.leave_out(tensor for network in components.networks.values() for tensor in _tensors(network))
         with tracker:
             model = model_of(components, run.config.model, device=CPU, caption_chunks=run.config.data.caption_chunks)
-            return _Trace(run, model, _Weights.of(components, run.config, on_gpu=on_gpu), tracker).all_phases(
+            weights = _Weights.of(components, run.config, on_gpu=on_gpu)
+            phases, flops, trainable = _Trace(run, model, weights, tracker).all_phases(
                 bucket, (0, 0) if on_gpu else num_examples
             )
+    return Traced(phases, flops, trainable, bases)
+
+
+def _unread(components: Components) -> Callable[[str], Tensor]:
+    """Return what stands for reading a parameter of the U-Net again: its shape and type alone."""
+    there = dict(components.unet.named_parameters())
+    return lambda name: torch.empty_like(there[name])
 
 
 @dataclass(frozen=True)
@@ -133,7 +149,9 @@ class _Trace:
         self.run, self.config, self.model, self.weights, self.tracker = run, run.config, model, weights, tracker
         self.preservation: Preservation | None = None
 
-    def all_phases(self, bucket: tuple[int, int], num_examples: tuple[int, int]) -> Traced:
+    def all_phases(
+        self, bucket: tuple[int, int], num_examples: tuple[int, int]
+    ) -> tuple[tuple[Phase, ...], int, Trainable]:
         encode, batch, prompts = self.encode(bucket)
         held = _held_bytes(batch, num_examples) + _encoded_bytes(prompts)
         before = self.tracker.bytes_now
@@ -144,7 +162,7 @@ class _Trace:
         parts = {"adapters": adapters, "optimizer": step.state, "pictures and captions": held}
         standing = {part: size for part, size in parts.items() if size}
         phases = [encode, self.train(step, standing), *self.look(trainable, optimizer, prompts, standing)]
-        return Traced(tuple(phases), step.flops * self.config.data.gradient_accumulation, trainable)
+        return tuple(phases), step.flops * self.config.data.gradient_accumulation, trainable
 
     def encode(self, bucket: tuple[int, int]) -> tuple[Phase, Batch, Prompts]:
         """Encode one picture and one caption, as the cache is filled, and all prompts together."""

@@ -249,6 +249,12 @@ def test_a_file_without_a_network_trains_all_weights(
     assert meaning({"learning_rate": 1e-5, "full_bf16": True}).model.dtype == "bfloat16"
 
 
+def test_a_base_in_eight_bits_is_brought_over_to_adapters() -> None:
+    assert meaning(GUI | {"fp8_base": True}).model.base_precision == "fp8"
+    assert meaning(GUI | {"fp8_base": False}).model.base_precision == "full"
+    assert meaning({"learning_rate": 1e-5, "fp8_base": True}).model.base_precision == "full"
+
+
 def test_learning_rates_and_schedules_are_answered_with_the_reason() -> None:
     result = imported(GUI | {"lr_scheduler": "cosine", "max_grad_norm": 1.0})
     assert sort_of(result, "learning_rate")[0] == sort_of(result, "lr_scheduler")[0] == "not needed"

@@ -77,8 +77,10 @@ def counted(config: Config) -> dict[str, int]:
         {"preview.every": 1, "preview.seeds": [0, 1, 2]},
         {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]},
         {"method.kind": "full", "data.gradient_accumulation": 2},
+        {"model.base_precision": "int8", "preview.every": 1},
+        {"model.base_precision": "nf4", "method.adapter": "dora"},
     ],
-    ids=["lora", "checkpointing", "full"],
+    ids=["lora", "checkpointing", "full", "int8", "dora nf4"],
 )
 def test_a_plan_is_within_three_percent_of_the_truth(config_of: Callable[..., Config], changes: dict[str, Any]) -> None:
     config = config_of(changes)
@@ -106,6 +108,13 @@ def test_on_a_gpu_what_does_not_train_has_left(config_of: Callable[..., Config])
     assert weights[1] < weights[2] < weights[0]
     unet = gpu.phases[1].parts["weights"]  # which comes there when all is encoded
     assert cpu.phases[0].parts["weights"] == gpu.phases[0].parts["weights"] + unet
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "nf4"])
+def test_a_plan_says_what_a_packed_base_saves(config_of: Callable[..., Config], precision: str) -> None:
+    whole, packed = traced(config_of({})), traced(config_of({"model.base_precision": precision}))
+    saved = whole.phases[1].parts["weights"] - packed.phases[1].parts["weights"]
+    assert packed.bases == whole.bases and saved == whole.bases["full"] - whole.bases[precision] > 0
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [("8GB", 8 * 2**30), ("7.5 gib", int(7.5 * 2**30)), ("512MB", 2**29)])
@@ -158,6 +167,7 @@ def test_the_command_tells_every_phase(config_of: Callable[..., Config], tmp_pat
     path, text = tmp_path / "config.toml", io.StringIO()
     path.write_text(config_to_toml(config_of({})), encoding="utf-8")
     plan_config(path, [], Console(file=text, width=200), budget="1GB")
-    for word in ("encode", "train", "save", "most", "disk", "TFLOP", "fits into 1GB as it is"):
+    phases = ("encode", "train", "save", "most", "disk", "TFLOP")
+    for word in (*phases, "fits into 1GB as it is", "see model.base_precision"):
         assert word in text.getvalue()
     assert not (tmp_path / "runs").exists()

@@ -202,6 +202,13 @@ def _precision(options: Options) -> Iterator[Finding]:
         yield NotNeeded(mixed, f"{half}; model.dtype = auto takes it where the card has it")
     if whole_fp16 is not None and read_as(whole_fp16, flag, False):
         yield NotNeeded(whole_fp16, half)
+    eight_bits = options.find("fp8_base", "fp8_base_unet")
+    if eight_bits is not None and read_as(eight_bits, flag, False):
+        if full:
+            yield NotNeeded(eight_bits, "a full fine-tune trains the weights themselves, which 8 bits cannot follow")
+        else:
+            yield Became("model.base_precision", "fp8", (eight_bits,), "the text encoders stay as they are")
+    yield from unread(eight_bits, flag)
     saved = options.find("save_precision")
     if saved is not None and str(saved.value) in DTYPES:
         yield Became("export.dtype", DTYPES[str(saved.value)], (saved,))
