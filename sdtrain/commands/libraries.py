@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import warnings
@@ -18,6 +19,8 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which diffusers imports where they are installed
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_pillow() -> None:
