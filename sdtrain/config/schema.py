@@ -43,10 +43,11 @@ class ModelConfig(Settings):
         description="What an empty caption is, dropped, missing or a negative prompt: the encoded empty string, or "
         "zeros; `auto` reads it from the model.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "mixed"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "mixed", "float16"] = Field(
         default="auto",
-        description="Precision of the networks; `auto`: bfloat16 on a GPU that has it, else float32. "
-        "`mixed`: weights in float32, computed with in bfloat16 (autocast).",
+        description="Precision of the networks; `auto`: bfloat16 on a GPU that has it, float16 on others, float32 on a "
+        "CPU. `mixed`: weights in float32, computed with in bfloat16 (autocast). `float16`: for GPUs without bfloat16, "
+        "with a scaled loss; what is trained stays in float32.",
     )
     base_precision: BasePrecision = Field(
         default="full",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,7 @@ from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
 from sdtrain.training.ending.memory import Room, explained_while, peak_memory_gib
 from sdtrain.training.ending.rescue import kept_on_errors
+from sdtrain.training.ending.scaling import LossScale
 from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.keeping.room import require_room
@@ -40,7 +42,7 @@ from sdtrain.training.parameters import train_parameters
 from sdtrain.training.planning.budget import Expected
 from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
-from sdtrain.training.run import Run, open_run, write_resolved_config
+from sdtrain.training.run import Run, chose_float16, computes_in_float16, open_run, write_resolved_config
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
@@ -118,6 +120,8 @@ def prepare(
 ) -> Training:
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config, ranks)
+    if ranks.is_first and chose_float16(config, run.device):
+        say(console, "this card does not compute in bfloat16, so the run computes in float16, with a scaled loss")
     with explained_while(lambda: stop.doing, run):
         stop.doing = "loading the model"
         model = load(run, opened)
@@ -134,7 +138,10 @@ def prepare(
             say(console, *standing.notes, *clear_the_way(standing, run.folder))
     background = Background(config_to_toml(config), standing.register_text(), standing.plan, standing.base)
     validator = Validator(data.held_out, run.folder / "checkpoints", config.validation.patience)
-    training = Training(run, model, trainable, optimizer, data, background, validator)
+    scale = LossScale(is_used=computes_in_float16(config, run.device))
+    if config.memory.fused_back_pass:
+        scale.unscale_within(trainable.parameters())
+    training = Training(run, model, trainable, optimizer, data, background, validator, scale)
     _go_on_from(standing, training, console)
     write_resolved_config(run)
     return training
@@ -158,6 +165,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             lambda: gradients(training, objective, room.batch_size),
             lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
         )
+        if not config.memory.fused_back_pass:
+            training.scale.unscale(trainable.parameters())
         loss = ranks.add_up(trainable.parameters(), loss)
         optimizer.step()  # changes nothing where gradients are not finite
         trainable.limit_norms(optimizer)
@@ -165,6 +174,7 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         total, groups = float(loss), group_records(optimizer)
         skipped = guard.was_left_out(groups)
         training.is_sound = guard.is_sound
+        overflowed = training.scale.note(left_out=skipped) and math.isfinite(total)
         bad = bad_gradients(trainable.named_parameters()) if skipped else ""
         optimizer.zero_grad(set_to_none=True)
         examples = training.data.batches.examples_at(training.step - 1)
@@ -174,7 +184,9 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             training.step, total, len(examples), images_per_s, groups, skipped, pictures, peak_memory_gib(run.device)
         )
         watchers.tell(record)
-        if skipped:
+        if overflowed:
+            watchers.tell(NoteRecord(training.step, f"step {training.step}: {training.scale.overflow}"))
+        elif skipped:
             guard.tell(record, bad, watchers.tell)
         if due(training.step, config.preview.every, config.steps):
             preview(training, watchers, stop)
@@ -199,7 +211,7 @@ def gradients(training: Training, objective: Objective, batch_size: int) -> Tens
     for batch, share in training.data.batches.at(training.step, batch_size, hand=place.rank, hands=place.size):
         with training.trainable.dropout.drawn(run.generator("dropout", training.step, batch.index)):
             loss = share * objective(batch, partial(run.generator, "noise", training.step))
-            backward(loss)
+            backward(loss, training.scale.value)
         total += loss.detach()
     return total
 
@@ -220,6 +232,7 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
     with contextlib.suppress(OSError):  # which a kill may have kept the last save from
         remove_superfluous(standing.state.folder.parent, training.step, training.run.config.checkpoint)
     training.is_sound = standing.state.loss_was_finite
+    training.scale.go_on_from(standing.state.loss_scale)
     training.validator.go_on_from(training.step)
     if thawed := training.optimizer.thaw():
         say(console, f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")

@@ -17,6 +17,7 @@ from sdtrain.diffusion.timesteps import draw_timesteps
 from sdtrain.models.model import Model
 from sdtrain.models.placing import sent
 from sdtrain.training.preservation import Preservation
+from sdtrain.training.run import autocast_dtype
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Objective:
         return errors * weights
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.model.dtype == "mixed")
+        dtype = autocast_dtype(self.config, self.device)
+        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw the noise, the noise that the network sees, both (n, c, h, w), the timesteps, (n,), and which caption is

@@ -16,6 +16,7 @@ from sdtrain.errors import NotFiniteError, UserError
 from sdtrain.models.model import Model
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
+from sdtrain.training.ending.scaling import LossScale
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
 from sdtrain.training.export import export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
@@ -47,6 +48,7 @@ class Training:
     data: Prepared
     background: Background
     validator: Validator
+    scale: LossScale
     step: int = 0
     """The number of steps that are done."""
     saved_step: int | None = None
@@ -160,6 +162,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
             training.background,
             training.run.config.checkpoint,
             loss_is_finite=training.is_sound,
+            loss_scale=training.scale.state,
             keep_all=keep_all,
         )
     except UnusableNumbersError as error:

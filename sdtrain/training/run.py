@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Generator
 
-from sdtrain.config.schema import Config
+from sdtrain.config.schema import Config, FullConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import user_error
 from sdtrain.files.writer import write_text
@@ -63,15 +63,52 @@ def pick_device(config: Config, local_rank: int = 0) -> torch.device:
 
 
 def pick_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """Return the precision of the networks: what the config says, or bfloat16 on a GPU that has it, else float32."""
-    match config.model.dtype:
+    """Return the precision of the networks: what the config says, or what suits the device.
+
+    Raises UserError where the config asks for bfloat16, and the device's bfloat16 would be slow arithmetic in software.
+    """
+    word = config.model.dtype
+    if word in ("bfloat16", "mixed") and lacks_bfloat16(device):
+        what = f'{word}, but this card does not compute in bfloat16; use "float16" or "auto"'
+        raise user_error("this machine", "model.dtype", what)
+    match word:
         case "float32" | "mixed":
             return torch.float32
         case "bfloat16":
             return torch.bfloat16
+        case "float16":
+            return _held_for_float16(config)
         case "auto":
-            fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-            return torch.bfloat16 if fast else torch.float32
+            if lacks_bfloat16(device):
+                return _held_for_float16(config)
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _held_for_float16(config: Config) -> torch.dtype:
+    """Return the precision of networks that compute in float16, which is too coarse for weights that are trained."""
+    return torch.float32 if isinstance(config.method, FullConfig) else torch.float16
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is a GPU without arithmetic in bfloat16; PyTorch would make up for it in software."""
+    return device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
+    """Return the type in which networks compute that are held in float32; None where all compute in their own."""
+    if config.model.dtype == "mixed":
+        return torch.bfloat16
+    return torch.float16 if isinstance(config.method, FullConfig) and computes_in_float16(config, device) else None
+
+
+def computes_in_float16(config: Config, device: torch.device) -> bool:
+    """Return whether a run computes in float16, for which its loss is scaled."""
+    return config.model.dtype == "float16" or chose_float16(config, device)
+
+
+def chose_float16(config: Config, device: torch.device) -> bool:
+    """Return whether `auto` means float16, for want of bfloat16."""
+    return config.model.dtype == "auto" and lacks_bfloat16(device)
 
 
 def open_run(config: Config, ranks: Ranks = ALONE) -> Run:

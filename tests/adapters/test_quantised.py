@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
@@ -67,6 +67,7 @@ def test_packed_weights_are_rounded_to_the_nearest(shape: tuple[int, int], scale
 
 @settings(max_examples=10, deadline=None)
 @given(shape=SHAPES)
+@example(shape=(96, 160))  # whose rows end within a block
 def test_four_bits_mean_quantiles_times_the_largest_of_their_block(shape: tuple[int, int]) -> None:
     weight = noise(*shape, seed=shape[1])
     blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
@@ -115,6 +116,13 @@ def test_a_network_is_as_large_as_was_said(make_networks: MakeNetworks, packing:
     said, before = base_bytes(unet, packing), base_bytes(unet, None)
     network, _ = packed_unet(make_networks, packing)
     assert base_bytes(network, None) == said < before
+
+
+def test_layers_that_tell_the_timestep_and_the_size_stay_as_they_are(make_networks: MakeNetworks) -> None:
+    network, _ = packed_unet(make_networks, "int8")
+    kept_linear = {name for name, layer in network.named_modules() if type(layer) is nn.Linear}
+    assert kept_linear and all("time" in name or "add_embedding" in name for name in kept_linear)
+    assert all("attentions" in name for name, layer in network.named_modules() if isinstance(layer, QuantisedLinear))
 
 
 @pytest.mark.parametrize(("kind", "packing"), PAIRS)

@@ -27,10 +27,10 @@ def bad_gradients(monkeypatch: pytest.MonkeyPatch, steps: set[int], value: float
     """In these steps one gradient gets a number that is not finite, with a finite loss."""
     calls = 0
 
-    def poisoned(loss: torch.Tensor) -> None:
+    def poisoned(loss: torch.Tensor, scale: float) -> None:
         nonlocal calls
         calls += 1
-        backward(loss)
+        backward(loss, scale)
         if calls in steps:
             next(p for p in trained if p.grad is not None).grad[0] = value  # type: ignore[index]
 

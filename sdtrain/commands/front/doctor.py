@@ -81,7 +81,8 @@ def _devices(found: Findings, load: Callable[[str], Any]) -> None:
         for index in range(torch.cuda.device_count()):
             card = torch.cuda.get_device_properties(index)
             free, total = (number / 2**30 for number in torch.cuda.mem_get_info(index))
-            bfloat16 = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
+            computes = torch.cuda.is_bf16_supported(including_emulation=False)
+            bfloat16 = "bfloat16" if computes else "no bfloat16, so float16"
             found.facts[f"cuda:{index}"] = f"{card.name}, {free:.1f} of {total:.1f} GiB free, {bfloat16}"
         return
     found.facts["device"] = "cpu"

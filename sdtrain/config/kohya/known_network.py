@@ -18,7 +18,7 @@ MODEL: Answers = {
     **becomes("model.vae", "vae"),
     **becomes("model.prediction", "v_parameterization", why='true is "v_prediction"'),
     **becomes("model.zero_terminal_snr", "zero_terminal_snr", why='true is "on"'),
-    **becomes("model.dtype", "mixed_precision", "full_bf16", "full_fp16", why="float16 is not there, bfloat16 is"),
+    **becomes("model.dtype", "mixed_precision", "full_bf16", "full_fp16", why="bfloat16 in the place of float16"),
     **needless("the family of the model is read from its files", "v2", "sdxl", "sdxl_checkbox", "model_train_type"),
     **needless("the model is named by its path or hub id alone", "model_list"),
     **needless("tokenizers come from the model, `model.components` or the hub cache", "tokenizer_cache_dir"),

@@ -16,7 +16,7 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import OutOfMemoryError, Problem
 from sdtrain.models.model import Model
 from sdtrain.training.parameters import Trainable, recompute_activations
-from sdtrain.training.run import Run
+from sdtrain.training.run import Run, computes_in_float16, lacks_bfloat16
 
 if sys.platform != "win32":
     import resource
@@ -115,7 +115,7 @@ def explained_while(doing: Callable[[], str], run: Run) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        lever = "; model.dtype = bfloat16 halves what the weights take" if run.dtype == torch.float32 else ""
+        lever = f"; model.dtype = {_half(run)} halves what the weights take" if _may_halve(run) else ""
         what = f"too little for {doing()}{memory_used(run.device)}; close other programs on this device{lever}"
         raise OutOfMemoryError(str(run.folder), [Problem("memory", what)]) from error
 
@@ -155,8 +155,20 @@ def _levers(run: Run, weights: int, gradients: int) -> Sequence[str]:
     if isinstance(config.method, FullConfig) and not memory.fused_back_pass and data.gradient_accumulation == 1:
         levers.append(f"memory.fused_back_pass = true saves the gradients, {_gib(gradients)}")
     if run.dtype == torch.float32 and isinstance(config.method, LoraConfig):
-        levers.append(f"model.dtype = bfloat16 halves the frozen weights, by {_gib(weights // 2)}, and the activations")
+        word = _half(run)
+        levers.append(f"model.dtype = {word} halves the frozen weights, by {_gib(weights // 2)}, and the activations")
+    if config.model.base_precision == "full" and isinstance(config.method, LoraConfig):
+        levers.append('model.base_precision = "int8" takes about half of the frozen weights, "nf4" a third')
     return levers
+
+
+def _half(run: Run) -> str:
+    return "float16" if lacks_bfloat16(run.device) else "bfloat16"
+
+
+def _may_halve(run: Run) -> bool:
+    """Return whether the networks need not be in float32; under float16 those that are trained must be."""
+    return run.dtype == torch.float32 and not computes_in_float16(run.config, run.device)
 
 
 def _gib(num_bytes: int) -> str:

@@ -43,6 +43,8 @@ class SavedState:
     """How the pictures are dealt out to steps; 0 in states of before that was written down."""
     base: str = ""
     """The digest of the model that is trained; empty where it was not written down."""
+    loss_scale: tuple[float, int] | None = None
+    """The scale of the loss and the number of good steps with it, of a run that computes in float16."""
 
     @property
     def is_checked(self) -> bool:
@@ -88,6 +90,7 @@ def read_index(folder: Path, step: int) -> SavedState:
         return SavedState(folder, step, WITHOUT_DIGESTS)
     if version != VERSION:
         raise DamagedError(f"{INDEX} is of version {version}, this sdtrain reads {WITHOUT_DIGESTS} and {VERSION}")
+    scale = content.get("loss_scale")
     return SavedState(
         folder,
         step,
@@ -95,6 +98,7 @@ def read_index(folder: Path, step: int) -> SavedState:
         batch_size=content["batch_size"],
         accumulation=content["accumulation"],
         base=content["base"],
+        loss_scale=(float(scale[0]), int(scale[1])) if scale else None,
     )
 
 

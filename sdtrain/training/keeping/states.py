@@ -59,13 +59,15 @@ def save_state(
     settings: CheckpointConfig,
     *,
     loss_is_finite: bool = True,
+    loss_scale: tuple[float, int] | None = None,
     keep_all: bool = False,
 ) -> Path:
     """Write the state after `step` steps under `folder`, then remove those that need not stay; return its folder.
 
     It is written under a temporary name and renamed when it is complete, so that a kill at any moment leaves whole
     states only. A state of that step that is there already is replaced: it may only look whole. loss_is_finite: whether
-    the last step had a finite loss; if not, the state removes no other. keep_all: whether none is removed anyway.
+    the last step had a finite loss; if not, the state removes no other. loss_scale: see `LossScale.state`. keep_all:
+    whether none is removed anyway.
     Raises UserError when it cannot be written, for example because the disk is full, and UnusableNumbersError, before
     anything is written, when there is no use in it.
     """
@@ -87,6 +89,7 @@ def save_state(
             "accumulation": background.plan.accumulation,
             "base": background.base,
             "files": files,
+            **({} if loss_scale is None else {"loss_scale": list(loss_scale)}),
         }
         write_text(partial / INDEX, index_text(index))
     if not keep_all:

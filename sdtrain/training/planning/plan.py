@@ -16,7 +16,7 @@ from sdtrain.training.keeping.disk import size as size_text
 from sdtrain.training.keeping.room import needed
 from sdtrain.training.keeping.standing import cache_folder
 from sdtrain.training.planning.trace import CPU, Phase, trace
-from sdtrain.training.run import Run
+from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.start import run_folder
 
 
@@ -70,6 +70,8 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
 
 def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:
     """Return the precision of the networks on a GPU that has bfloat16, or on the CPU."""
+    if config.model.dtype == "float16":
+        return pick_dtype(config, CPU)
     if config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and on_gpu):
         return torch.bfloat16
     return torch.float32

@@ -188,7 +188,7 @@ def _precision(options: Options) -> Iterator[Finding]:
     whole_bf16, whole_fp16 = options.find("full_bf16"), options.find("full_fp16")
     in_bf16 = read_as(whole_bf16, flag, False)
     there = tuple(option for option in (mixed, whole_bf16 if in_bf16 else None) if option is not None)
-    half = "there is no float16; bfloat16 has the range of float32, so nothing overflows"
+    half = "bfloat16 has the range of float32, so nothing overflows"
     word = "" if mixed is None else str(mixed.value).strip().lower()
     if in_bf16 or (word == "bf16" and not full):
         yield Became("model.dtype", "bfloat16", there)
@@ -197,9 +197,9 @@ def _precision(options: Options) -> Iterator[Finding]:
     elif word == "no" and mixed is not None:
         yield Became("model.dtype", "float32", (mixed,))
     elif word == "fp16" and mixed is not None and full:
-        yield Became("model.dtype", "mixed", (mixed,), half)
+        yield Became("model.dtype", "mixed", (mixed,), f'{half}; "float16" is for cards without it')
     elif word == "fp16" and mixed is not None:
-        yield NotNeeded(mixed, f"{half}; model.dtype = auto takes it where the card has it")
+        yield NotNeeded(mixed, f"{half}; model.dtype = auto takes it where the card has it, and float16 elsewhere")
     if whole_fp16 is not None and read_as(whole_fp16, flag, False):
         yield NotNeeded(whole_fp16, half)
     eight_bits = options.find("fp8_base", "fp8_base_unet")
