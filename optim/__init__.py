@@ -2,8 +2,8 @@
 README.md."""
 
 from optim.averaging import averaged
-from optim.metrics import GroupMetrics
+from optim.metrics import GroupMetrics, fetching
 from optim.optimizer import ProdigyPlusScheduleFree
 from optim.saving import flatten_state, unflatten_state
 
-__all__ = ["GroupMetrics", "ProdigyPlusScheduleFree", "averaged", "flatten_state", "unflatten_state"]
+__all__ = ["GroupMetrics", "ProdigyPlusScheduleFree", "averaged", "fetching", "flatten_state", "unflatten_state"]

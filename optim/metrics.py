@@ -1,6 +1,7 @@
 """What people see of a running optimizer."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,27 +44,55 @@ class GroupMetrics:
     """Whether parameters of it began at zero, as an adapter's up matrices do, and none of these had a gradient yet."""
 
 
-def metrics_of(
+def fetching(tensor: Tensor) -> Callable[[], Tensor]:
+    """Begins to copy a tensor to the CPU, as it is now; what is returned waits for the copy, if it must, and gives it.
+
+    So a number can be asked for when the next work is on its way, and neither waits for the other.
+    """
+    if tensor.device.type != "cuda":
+        taken = tensor.clone()
+        return lambda: taken.cpu()
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    copied.copy_(tensor, non_blocking=True)
+    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    done.record()
+
+    def fetched() -> Tensor:
+        done.synchronize()
+        return copied
+
+    return fetched
+
+
+def metrics_later(
     groups: list[dict[str, Any]], buffer: Tensor, values: GroupValues, settings: Settings, zeros: set[int]
-) -> list[GroupMetrics]:
-    """One entry per group, from the numbers of all groups (fields, groups); waits for the device, once.
+) -> Callable[[], list[GroupMetrics]]:
+    """Begins to read the numbers of all groups (fields, groups) as they are now; what is returned waits for them, once,
+    and gives one entry per group.
 
     zeros: the groups with parameters that began at zero.
     """
     numbers = Numbers.of(buffer)
     marks = torch.stack((is_settled(numbers, values, settings), is_climbing(numbers))).to(buffer)
+    read = fetching(torch.cat((buffer, marks)))
+    known = [(group["name"], float(group["lr"]), float(group["d_coef"])) for group in groups]
+    return lambda: _metrics(read().T.tolist(), known, settings, zeros)
+
+
+def _metrics(
+    columns: list[list[float]], known: list[tuple[str, float, float]], settings: Settings, zeros: set[int]
+) -> list[GroupMetrics]:
     result = []
-    columns = torch.cat((buffer, marks)).T.tolist()
-    for index, (group, (*column, settled, climbs)) in enumerate(zip(groups, columns, strict=True)):
+    for index, ((name, lr, d_coef), (*column, settled, climbs)) in enumerate(zip(known, columns, strict=True)):
         now = dict(zip(Numbers._fields, column, strict=True))
         share = 1 - settings.betas[0] * (1 - now["weight"]) if settings.use_schedulefree else 1.0
         frozen = now["frozen"]
         result.append(
             GroupMetrics(
-                name=group["name"],
-                d=now["d"] * float(group["d_coef"]) if settled else now["d"],
+                name=name,
+                d=now["d"] * d_coef if settled else now["d"],
                 applied_d=now["applied_d"],
-                lr=float(group["lr"]),
+                lr=lr,
                 effective_lr=now["applied_d"] * now["applied_lr"] * share if now["active"] else 0.0,
                 k=int(now["k"]),
                 frozen=bool(frozen),

@@ -13,7 +13,7 @@ from optim.formulas import rounding
 from optim.formulas.numbers import GroupValues, Numbers, no_op_coefficients
 from optim.formulas.prodigy import begin_step, end_step
 from optim.groups import GroupsOnDevice, group_ranges
-from optim.metrics import GroupMetrics, metrics_of
+from optim.metrics import GroupMetrics, metrics_later
 from optim.parameters import parameter_problems
 from optim.settings import GROUP_SETTINGS, Params, Settings, check_group, with_settings_as_keywords
 from optim.state import State
@@ -320,8 +320,25 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def metrics(self) -> list[GroupMetrics]:
         """What each group is doing, one entry per group. Waits for the device, once."""
+        return self.metrics_later()()
+
+    def metrics_later(self) -> Callable[[], list[GroupMetrics]]:
+        """As `metrics`, of this moment; but only who calls what is returned waits for the device, if it is not done."""
         zeros = {stack.kind.group for stack in self._kept.stacks if stack.kind.starts_at_zero}
-        return metrics_of(self.param_groups, self._kept.numbers, self._values(), self.settings, zeros)
+        return metrics_later(self.param_groups, self._kept.numbers, self._values(), self.settings, zeros)
+
+    def not_finite(self) -> list[int]:
+        """Which parameters, in their order, had a gradient that is not finite in the last step, or whose square is not.
+
+        Waits for the device. Not for a fused backward, which has no such moment.
+        """
+        bad = [
+            index
+            for stack in self._kept.stacks
+            for index, is_finite in zip(stack.indices, stack.totals.isfinite().tolist(), strict=True)
+            if not is_finite
+        ]
+        return sorted(bad)
 
     # ------------------------------------------------------------------ fused backward
 

@@ -278,7 +278,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
 def test_whatever_metadata_says_the_answer_is_a_description_or_a_sentence(
     tmp_path: Path, loras: dict[str, dict[str, torch.Tensor]], names: str, metadata: dict[str, str]
 ) -> None:
-    from sdtrain.adapters.warm_start import _stored_d
+    from sdtrain.adapters.loading.warm_start import _stored_d
     from sdtrain.files.header import read_header
 
     path = tmp_path / "x.safetensors"

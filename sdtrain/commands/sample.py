@@ -12,8 +12,8 @@ from PIL import Image
 from rich.console import Console
 
 from optim import averaged
-from sdtrain.adapters.beside import put_beside
 from sdtrain.adapters.formats.lora_file import read_lora
+from sdtrain.adapters.loading.beside import put_beside
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.commands.reached import open_reached

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -16,17 +15,18 @@ from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import NotFiniteError
 from sdtrain.models.checkpoints.inspect import OpenedModel
-from sdtrain.training.ending.guard import NonFiniteGuard, backward, bad_gradients, files_of
-from sdtrain.training.ending.memory import Room, explained_while, peak_memory_gib
+from sdtrain.training.ending.guard import backward
+from sdtrain.training.ending.memory import Room, explained_while
 from sdtrain.training.ending.rescue import kept_on_errors
 from sdtrain.training.ending.scaling import LossScale
+from sdtrain.training.ending.settling import Settling
 from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.keeping.room import require_room
 from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.objective import Objective
-from sdtrain.training.optimizers import build_optimizer, group_records
+from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.outputs import (
     Training,
     checkpoint,
@@ -44,8 +44,7 @@ from sdtrain.training.prepare import encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
 from sdtrain.training.run import Run, chose_float16, computes_in_float16, open_run, write_resolved_config
 from sdtrain.training.validating.validator import Validator
-from sdtrain.training.watching.pace import Pace
-from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, StepRecord, Watcher
+from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, Watcher
 from sdtrain.training.watching.report.about import NOTHING, Told
 from sdtrain.training.watching.report.begin import report_writer
 from sdtrain.training.watching.summary import banner, summary
@@ -150,44 +149,34 @@ def prepare(
 def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, ranks, pace, room = run.config, run.ranks, Pace(), Room(training.model, run.config, optimizer)
-    guard = NonFiniteGuard(group_records(optimizer), fused=config.memory.fused_back_pass)
+    config, ranks, room = run.config, run.ranks, Room(training.model, run.config, optimizer)
+    settling = Settling(training, watchers)
     objective = Objective(training.model, config, run.device, training.data.preservation)
+
+    def told(text: str) -> None:
+        settling.settle()
+        watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}"))
+
     if training.step == 0:
         preview(training, watchers, stop)
     if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):
         validate(training, objective, watchers, stop)  # which was given up when the run was stopped
     while not training.all_agree_to_end(stop):
         training.doing = f"finishing step {training.step + 1}"
-        pace.begin_step()
+        settling.begin()
         trainable.require_gradients(training.step)
-        loss = room.enough_for(
-            lambda: gradients(training, objective, room.batch_size),
-            lambda text: watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}")),
-        )
+        loss = room.enough_for(lambda: gradients(training, objective, room.batch_size), told)
         if not config.memory.fused_back_pass:
             training.scale.unscale(trainable.parameters())
+        settling.settle()  # the step before: what it came to is there by now
         loss = ranks.add_up(trainable.parameters(), loss)
         optimizer.step()  # changes nothing where gradients are not finite
         trainable.limit_norms(optimizer)
         training.step += 1
-        total, groups = float(loss), group_records(optimizer)
-        skipped = guard.was_left_out(groups)
-        training.is_sound = guard.is_sound
-        overflowed = training.scale.note(left_out=skipped) and math.isfinite(total)
-        bad = bad_gradients(trainable.named_parameters()) if skipped else ""
+        settling.take(loss)
         optimizer.zero_grad(set_to_none=True)
-        examples = training.data.batches.examples_at(training.step - 1)
-        images_per_s = pace.end_step(len(examples))
-        pictures = files_of(examples) if skipped else ()
-        record = StepRecord(
-            training.step, total, len(examples), images_per_s, groups, skipped, pictures, peak_memory_gib(run.device)
-        )
-        watchers.tell(record)
-        if overflowed:
-            watchers.tell(NoteRecord(training.step, f"step {training.step}: {training.scale.overflow}"))
-        elif skipped:
-            guard.tell(record, bad, watchers.tell)
+        if looks(training):
+            settling.settle()
         if due(training.step, config.preview.every, config.steps):
             preview(training, watchers, stop)
         if due(training.step, config.validation.every, config.steps):
@@ -196,9 +185,17 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
             checkpoint(training, watchers)
         if due(training.step, config.export.every, config.steps):
             export_along(training, watchers)
+    settling.settle()
     if training.is_finished:
         save(training, watchers)
         export(training, watchers, run.weights_path)
+
+
+def looks(training: Training) -> bool:
+    """Return whether something is done after this step that must know what it came to."""
+    config = training.run.config
+    cadences = config.preview.every, config.validation.every, config.checkpoint.every, config.export.every
+    return training.state_is_owed or any(due(training.step, every, config.steps) for every in cadences)
 
 
 def gradients(training: Training, objective: Objective, batch_size: int) -> Tensor:

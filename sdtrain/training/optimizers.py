@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from optim import ProdigyPlusScheduleFree
+from collections.abc import Callable, Sequence
+
+from optim import GroupMetrics, ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.watching.records import GroupRecord
@@ -49,6 +51,20 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
 
     Without `split_groups` all share one d, which starts at the first network's d0.
     """
+    return group_records_later(optimizer)()
+
+
+def group_records_later(optimizer: ProdigyPlusScheduleFree) -> Callable[[], tuple[GroupRecord, ...]]:
+    """As `group_records`, of this moment; but only who calls what is returned waits for the device."""
+    read = optimizer.metrics_later()
+    groups = optimizer.param_groups
+    trained = [any(parameter.requires_grad for parameter in group["params"]) for group in groups]
+    return lambda: _records(optimizer, read(), trained)
+
+
+def _records(
+    optimizer: ProdigyPlusScheduleFree, metrics: Sequence[GroupMetrics], trained: Sequence[bool]
+) -> tuple[GroupRecord, ...]:
     groups = optimizer.param_groups
     return tuple(
         GroupRecord(
@@ -57,7 +73,7 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
             applied_d=now.applied_d,
             effective_lr=now.effective_lr,
             frozen=now.frozen,
-            stopped=not now.active and not any(parameter.requires_grad for parameter in group["params"]),
+            stopped=not now.active and not is_trained,
             climbing=now.climbing,
             settled=now.settled,
             weight=group["initial_lr"] * group["d_coef"],
@@ -67,5 +83,5 @@ def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]
             given=optimizer.settings.prodigy_steps == 1,
             start_d=float((group if optimizer.settings.split_groups else groups[0])["d0"]),
         )
-        for now, group in zip(optimizer.metrics(), groups, strict=True)
+        for now, group, is_trained in zip(metrics, groups, trained, strict=True)
     )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,8 @@ class Training:
     """What is done now, for the person who stops it."""
     try_again_at: int = 0
     """The step before which saving is not tried again, after it failed."""
+    settle: Callable[[], None] = field(default=lambda: None)
+    """Tells of the last step, where that was not done yet; for those who end a run."""
     first_is_finished: bool = False
     """Whether the ranks agreed that the run is finished; the first one alone validates."""
 
@@ -225,6 +227,7 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> lis
 
     cause: the error that ends it, or the name of the signal.
     """
+    training.settle()
     if not training.run.ranks.is_first:
         return []
     failed = isinstance(cause, Exception)

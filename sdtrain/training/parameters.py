@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.adapters.attach import AdapterSettings, attach_adapters, keep_quiet
 from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
+from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
-from sdtrain.adapters.warm_start import start_from
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model

@@ -14,10 +14,10 @@ from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_ada
 from sdtrain.adapters.formats.lora_file import write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.kinds import AdapterKind, AdapterWeights, LoraWeights, delta
+from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.low_rank import RankRule, approximate, extract, resize
 from sdtrain.adapters.merge import merge_into
 from sdtrain.adapters.targets import select_modules, select_parameters, select_targets
-from sdtrain.adapters.warm_start import start_from
 from sdtrain.errors import UserError
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]

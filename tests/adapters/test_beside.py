@@ -6,8 +6,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from sdtrain.adapters.attach import live_layers
-from sdtrain.adapters.beside import put_beside
 from sdtrain.adapters.kinds import AdapterWeights, DiffWeights, DoraWeights, LoraWeights, delta
+from sdtrain.adapters.loading.beside import put_beside
 
 WIDTH = 8
 

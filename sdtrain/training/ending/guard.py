@@ -6,10 +6,10 @@ Nothing here waits for the device: whether a step was left out is in the numbers
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdtrain.data.examples import Example
 from sdtrain.errors import NotFiniteError, Problem
@@ -85,12 +85,14 @@ class NonFiniteGuard:
         return f"{loss}, but {gradients} not finite, so nothing was changed; pictures in this step: "
 
 
-def bad_gradients(parameters: Mapping[str, nn.Parameter]) -> str:
-    """Return which gradients are not finite, as a part of a sentence. It waits for the device."""
-    present = {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
-    bad = [name for name, grad in present.items() if not bool(grad.isfinite().all())]
+def bad_gradients(names: Sequence[str], bad: Sequence[int]) -> str:
+    """Return which gradients are not finite, as a part of a sentence.
+
+    names: of all parameters. bad: the numbers of those whose gradients are not finite.
+    """
     more = ", ..." if len(bad) > NAMED else ""
-    return f"the gradients of {len(bad)} of {len(present)} parameters ({', '.join(bad[:NAMED])}{more}) are"
+    named = ", ".join(names[number] for number in bad[:NAMED])
+    return f"the gradients of {len(bad)} of {len(names)} parameters ({named}{more}) are"
 
 
 def files_of(examples: Sequence[Example]) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ def ran(*arguments: str, code: int = 0) -> str:
 
 
 def test_the_folder_of_the_repository_is_that_of_the_package() -> None:
-    assert (ROOT / "configs").resolve() == FOLDER
+    assert (ROOT / "configs").resolve() == FOLDER.resolve()
     assert {path.stem for path in (ROOT / "configs").glob("*.toml")} == set(recipes())
 
 

@@ -83,8 +83,9 @@ def translate_data(config: ForeignConfig) -> Iterator[Finding]:
 def translate_folders(config: ForeignConfig) -> Iterator[Finding]:
     """Yield the folders of pictures: of the dataset config, or of the training's own folder with its `10_name`s."""
     seen: set[str] = set()
-    index = 0
-    for folder in _folders(config):
+    folders = list(_folders(config))
+    index = int(all(folder.regular for folder in folders))  # beside the stand-in where there is nothing but these
+    for folder in folders:
         if folder.path in seen:
             yield Lost(folder.option, "named before: a folder is trained at one resolution, data.resolution_px")
         else:
