@@ -249,6 +249,8 @@ class Hub(BaseHTTPRequestHandler):
         data = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
+        if "error" in content:
+            self.send_header("X-Error-Message", content["error"])
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -294,6 +296,7 @@ def test_what_the_hub_refuses_is_a_sentence_without_the_token(run: Path, hub: ty
     hub.refuses = True
     with pytest.raises(UserError, match="did not take it") as raised:
         run_command("push", run, "ada/rings", "--public")
+    assert "*** may not write here" in str(raised.value)
     assert TOKEN not in str(raised.value) and len(str(raised.value)) < 700
     assert raised.value.exit_code == 2
     assert not [path for path, _, _ in hub.told if path.endswith("/commit/main")]
