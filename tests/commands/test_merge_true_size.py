@@ -36,8 +36,8 @@ done = merge(str(base), [(one, share_of("0.7,up_blocks.*=0")), (other, share_of(
 told = {"before": before, "peak": peak(), "seconds": time.monotonic() - began, "hash": done.hash}
 print(json.dumps(told | {"processor_s": sum(resource.getrusage(resource.RUSAGE_SELF)[:2])}))
 """
-SPARE_MIB = 400
-"""What a merge may take beside its LoRAs: the largest tensors that change, in float32, and the outlines of networks."""
+SPARE_MIB = 500
+"""What a merge may take beside its LoRAs: tensors in float32, outlines of networks, what was freed; 420 was measured."""
 
 
 @pytest.fixture
