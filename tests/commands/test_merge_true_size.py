@@ -37,7 +37,7 @@ told = {"before": before, "peak": peak(), "seconds": time.monotonic() - began, "
 print(json.dumps(told | {"processor_s": sum(resource.getrusage(resource.RUSAGE_SELF)[:2])}))
 """
 SPARE_MIB = 500
-"""What a merge may take beside its LoRAs: tensors in float32, outlines of networks, what was freed; 420 was measured."""
+"""What a merge may take beside its LoRAs: tensors in float32, outlines of networks; about 400 is measured."""
 
 
 @pytest.fixture

@@ -243,7 +243,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.told.append((self.path, self.headers.get("Authorization", ""), None))
-        self.answer(200, {"id": "ada/rings", "sha": "0", "siblings": []})
+        if self.refuses:  # else the client takes it that the repository is there, and goes on
+            return self.answer(403, {"error": f"{TOKEN} may not write here"})
+        return self.answer(200, {"id": "ada/rings", "sha": "0", "siblings": []})
 
     def answer(self, code: int, content: Any) -> None:
         data = json.dumps(content).encode()
