@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from sdtrain.config.mistakes import Mistake, Table, mistakes_in
 from sdtrain.config.overrides import Override, responsible
-from sdtrain.config.paths import Location, begins_with, location_of, order_in, path_text
+from sdtrain.config.paths import Location, begins_with, holds, location_of, order_in, path_text
 from sdtrain.config.presets import with_preset
 from sdtrain.config.rules import broken_rules
 from sdtrain.config.schema import Config
@@ -35,6 +35,8 @@ STAND_INS: dict[Location, Any] = {
     ("data", "folder", 0, "path"): "",
 }
 """Values that stand in for settings without a default; 0 stands for any index of a list."""
+DEEPER: dict[Location, int] = {("data", "folder", 0): 4, ("export", "about"): 3}
+"""Where settings stand deeper than in a section of their own, and how many parts the whole of one has there."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,10 @@ def _mend(table: Table, mistake: Mistake) -> None:
     pattern = tuple(0 if isinstance(part, int) else part for part in setting)
     if mistake.unknown or pattern not in STAND_INS:
         if not mistake.unknown:
-            setting = setting[:4] if pattern[:3] == ("data", "folder", 0) else setting[:2]  # the whole of a setting
-        _inner(table, setting).pop(setting[-1], None)
-    else:
+            setting = setting[: next((depth for start, depth in DEEPER.items() if begins_with(pattern, start)), 2)]
+        if holds(table, setting):  # a mistake before this one may have taken what it stands in
+            _inner(table, setting).pop(setting[-1])
+    elif holds(table, setting[:-1]):
         _inner(table, setting)[setting[-1]] = deepcopy(STAND_INS[pattern])
 
 

@@ -38,6 +38,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+PIECE = 2**22
+"""How many values are looked at together."""
 Seal = Callable[[Hashes], Mapping[str, str]]
 """Maps the hashes of the tensors to metadata, which must be as long for one file's hashes as for another's."""
 
@@ -115,9 +117,14 @@ def _bytes_of(path: Path, name: str, plan: Planned, *, finite_only: bool) -> mem
     values = plan.values()
     tensor = values.detach().to("cpu", plan.dtype).contiguous()
     assert tuple(tensor.shape) == plan.shape, f"{name} has shape {tuple(tensor.shape)}, not {plan.shape}"
-    if finite_only and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+    if finite_only and tensor.is_floating_point() and not _is_finite(tensor):
         raise user_error(str(path), name, _not_finite(values, plan.dtype))
     return _memory(tensor)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether all values are finite; piece by piece, for torch needs three times a tensor's memory to see it."""
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.view(-1), PIECE))
 
 
 def _not_finite(values: Tensor, dtype: torch.dtype) -> str:

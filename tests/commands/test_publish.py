@@ -243,12 +243,16 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.told.append((self.path, self.headers.get("Authorization", ""), None))
-        self.answer(200, {"id": "ada/rings", "sha": "0", "siblings": []})
+        if self.refuses:  # else the client takes it that the repository is there, and goes on
+            return self.answer(403, {"error": f"{TOKEN} may not write here"})
+        return self.answer(200, {"id": "ada/rings", "sha": "0", "siblings": []})
 
     def answer(self, code: int, content: Any) -> None:
         data = json.dumps(content).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
+        if "error" in content:
+            self.send_header("X-Error-Message", content["error"])
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -294,6 +298,7 @@ def test_what_the_hub_refuses_is_a_sentence_without_the_token(run: Path, hub: ty
     hub.refuses = True
     with pytest.raises(UserError, match="did not take it") as raised:
         run_command("push", run, "ada/rings", "--public")
+    assert "*** may not write here" in str(raised.value)
     assert TOKEN not in str(raised.value) and len(str(raised.value)) < 700
     assert raised.value.exit_code == 2
     assert not [path for path, _, _ in hub.told if path.endswith("/commit/main")]

@@ -266,3 +266,29 @@ def test_every_setting_is_described() -> None:
 def test_differences_name_the_setting() -> None:
     before, after = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4, "d": 3, "e": 5}}
     assert differences(before, after) == [("b.c", 2, 4), ("b.e", None, 5)]
+
+
+def test_several_mistakes_deep_in_a_section_are_all_told() -> None:
+    """One that is mended takes nothing from the next: they may stand in the same table."""
+    about = {"licence": "x", "tags": "a", "author": 3}
+    validation = {"folder": [{"path": "a", "captions": "x", "rpeats": 2}]}
+    table = {
+        "name": "x",
+        "steps": 1,
+        "model": {"path": "m"},
+        "method": {"kind": "lora"},
+        "data": {"folder": [{"path": "p"}]},
+        "export": {"about": about},
+        "validation": validation,
+    }
+    with pytest.raises(UserError) as raised:
+        resolve(table, "test")
+    told = {problem.where: problem.what for problem in raised.value.problems}
+    assert told.keys() == {
+        "export.about.licence",
+        "export.about.tags",
+        "export.about.author",
+        "validation.folder[0].captions",
+        "validation.folder[0].rpeats",
+    }
+    assert "did you mean `license`?" in told["export.about.licence"]

@@ -78,6 +78,8 @@ def test_what_the_author_says_stands_in_every_file_and_in_all_that_is_made_of_it
             assert json_or_text(found[key]) == json_or_text(origin[key]), (path, key)
         assert found["modelspec.title"] == path.stem
         assert found["modelspec.hash_sha256"] != origin["modelspec.hash_sha256"]
+        assert not {"sdtrain.no_caption", "sdtrain.configs"} & found.keys(), "a LoRA is no model"
+    assert "sdtrain.no_caption" in metadata(whole)
     assert metadata(made[0])["ss_network_dim"] == "1", "what is about the file itself is made anew"
 
 

@@ -28,7 +28,7 @@ from sdtrain.data import cache as store
 from sdtrain.data.order import Plan
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
-from sdtrain.files import temporary
+from sdtrain.files import temporary, tensors
 from sdtrain.files.temporary import NAME, temporary_name
 from sdtrain.files.tensors import planned, write_safetensors
 from sdtrain.files.writer import atomic_folder, remove_folder, write_bytes, write_json, write_text
@@ -447,3 +447,16 @@ def test_names_that_are_nearly_too_long_can_be_written(tmp_path: Path) -> None:
         write_text(tmp_path / name, "x")
     with pytest.raises(UserError, match="choose a shorter name"):
         write_text(tmp_path / ("x" * 256), "x")
+
+
+@pytest.mark.parametrize("place", range(9))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_seen_in_every_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int, value: float
+) -> None:
+    monkeypatch.setattr(tensors, "PIECE", 4)
+    broken = torch.zeros(3, 3)
+    broken.view(-1)[place] = value
+    with pytest.raises(UserError, match="not finite"):
+        write_safetensors(tmp_path / "x.safetensors", planned({"a": broken}), {}, finite_only=True)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from sdtrain.commands.files.merge import read_whole
 from sdtrain.errors import user_error
 from sdtrain.families.metadata import now, resolution_of
 from sdtrain.families.words import Resolution
+from sdtrain.models.checkpoints.markers import CONFIGS_KEY, NO_CAPTION_KEY
 from sdtrain.models.model import Model
 
 
@@ -69,6 +70,6 @@ def _write(
         prediction=model.prediction,
         resolution_px=resolution_px,
         base_model=Path(base).name,
-        more=carried(metadata),
+        more={key: value for key, value in carried(metadata).items() if key not in (CONFIGS_KEY, NO_CAPTION_KEY)},
     )
     write_lora(out, adapters, model.networks, names="sd-scripts", facts=facts)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.lora_file import LoraFile, read_lora
 from sdtrain.adapters.layers import layer_names
 from sdtrain.adapters.shares import Share, unmatched
@@ -22,13 +23,13 @@ from sdtrain.families.family import Family
 from sdtrain.families.metadata import resolution_of
 from sdtrain.families.modelspec import Description, kept_words, spec_metadata
 from sdtrain.families.words import Resolution
-from sdtrain.files.header import Header, read_header
+from sdtrain.files.header import read_header
 from sdtrain.files.locations import location
 from sdtrain.files.tensors import write_safetensors
 from sdtrain.models.checkpoints.components import load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
-from sdtrain.models.checkpoints.locate import SingleFile, fallback_folder, locate, open_checkpoint
+from sdtrain.models.checkpoints.locate import SingleFile, fallback_folder, open_checkpoint
 from sdtrain.models.checkpoints.markers import CONFIGS_KEY, NO_CAPTION_KEY, no_caption_of, scheduler_of
 from sdtrain.models.checkpoints.networks import trainable_outlines
 from sdtrain.models.checkpoints.single_file import seal, write_single_file
@@ -199,14 +200,9 @@ def _described(
     return Description(title=out.stem, resolution_px=resolution_px, more=more)
 
 
-def is_adapter_file(path: str) -> Header | None:
-    """Return the header of an adapter file; None for a model, and for what cannot be read, which is told elsewhere."""
-    if not path.endswith(".safetensors"):
-        return None
-    from sdtrain.adapters.formats.describe import describe_file
-
+def is_adapter_file(path: str) -> bool:
+    """Return whether a file holds adapters; what cannot be read is told by who opens it as a model."""
     try:
-        file = locate(path, "")
-        return read_header(file) if describe_file(file).kind else None
+        return path.endswith(".safetensors") and bool(describe_file(location(path)).kind)
     except UserError:
-        return None
+        return False

@@ -14,8 +14,8 @@ _WEIGHTS = ", or weigh networks against each other with `method.lr`"
 _BUILT_IN = "Prodigy + Schedule-Free is built in; its values are in [optimizer]"
 _ATTENTION = "PyTorch's own fast attention is used"
 _LOGS = "each step is a line of the run's log.jsonl"
-_METADATA = "a file says how it was trained, and no more"
-_HUB = "nothing is uploaded; use `hf upload` on the run's weights"
+_METADATA = "a file says how it was trained, and what [export.about] says"
+_HUB = "no training uploads anything; `sdtrain push RUN REPO` does afterwards"
 _ONE_PROCESS = "a run is one process on one device"
 _RESUME = "`sdtrain fit CONFIG --resume` goes on from this run's own states; those of other tools are not read"
 _RUN_FOLDER = "a run's folder holds its config, states and weights"
@@ -94,11 +94,18 @@ OUTPUT: Answers = {
         _LOGS,
         *("log_with", "log_tracker_name", "log_tracker_config", "use_wandb", "wandb_api_key", "wandb_run_name"),
     ),
+    **becomes("export.about.author", "metadata_author"),
+    **becomes("export.about.license", "metadata_license"),
+    **becomes("export.about.description", "metadata_description"),
+    **becomes("export.about.usage_hint", "metadata_usage_hint"),
+    **becomes("export.about.tags", "metadata_tags", why="a list"),
+    **becomes("export.about.trigger_words", "metadata_trigger_phrase", why="a list"),
+    **becomes("export.about.thumbnail", "metadata_thumbnail", why="the path of a picture"),
+    **needless("the title of a file is the name of its run", "metadata_title"),
     **missing(
         _METADATA,
-        *("training_comment", "no_metadata", "metadata_title", "metadata_author", "metadata_description"),
-        *("metadata_license", "metadata_tags", "metadata_usage_hint", "metadata_thumbnail", "metadata_merged_from"),
-        *("metadata_trigger_phrase", "metadata_preprocessor", "metadata_is_negative_embedding"),
+        *("training_comment", "no_metadata", "metadata_merged_from"),
+        *("metadata_preprocessor", "metadata_is_negative_embedding"),
     ),
     **missing(
         _HUB,

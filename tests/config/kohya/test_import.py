@@ -529,3 +529,20 @@ def test_learning_rates_of_blocks_are_told_to_be_written_as_weights_of_layers() 
 def test_every_setting_that_an_answer_names_exists() -> None:
     named = {answer.setting for table in (KNOWN, NETWORK_ARGS, OPTIMIZER_ARGS) for answer in table.values()} - {""}
     assert named <= set(all_settings())
+
+
+def test_what_the_author_says_is_brought_over() -> None:
+    said = {
+        "metadata_author": "Ada",
+        "metadata_license": "CC-BY-4.0",
+        "metadata_description": "rings",
+        "metadata_usage_hint": "0.8",
+        "metadata_tags": "rings, shapes",
+        "metadata_trigger_phrase": "zorbit, a ring",
+        "metadata_thumbnail": "ring.png",
+    }
+    about = meaning(GUI | said).export.about
+    assert (about.author, about.license, about.description, about.usage_hint) == ("Ada", "CC-BY-4.0", "rings", "0.8")
+    assert (about.tags, about.trigger_words, about.thumbnail) == (["rings", "shapes"], ["zorbit", "a ring"], "ring.png")
+    inline = imported(GUI | {"metadata_thumbnail": "data:image/png;base64,AAAA"}).text
+    assert "name the file of the picture" in inline

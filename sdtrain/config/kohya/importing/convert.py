@@ -17,7 +17,7 @@ from sdtrain.config.kohya.importing.data import (
     translate_folders,
 )
 from sdtrain.config.kohya.importing.findings import Became, Finding, Lost, NotNeeded, read_as
-from sdtrain.config.kohya.importing.method import translate_method, translate_model
+from sdtrain.config.kohya.importing.method import translate_author, translate_method, translate_model
 from sdtrain.config.kohya.importing.networks import translate_networks
 from sdtrain.config.kohya.importing.optimizer import translate_optimizer
 from sdtrain.config.kohya.importing.options import ForeignConfig
@@ -66,6 +66,7 @@ def _translated(config: ForeignConfig, count: CountPictures) -> Iterator[Finding
     yield from translate_steps(config, steps_per_epoch, per_step)
     yield from translate_model(config)
     yield from translate_method(config)
+    yield from translate_author(config)
     yield from translate_networks(config)
     yield from translate_data(config)
     yield from translate_folders(config)

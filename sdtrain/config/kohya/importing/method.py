@@ -215,6 +215,24 @@ def _precision(options: Options) -> Iterator[Finding]:
     yield from unread(whole_bf16, flag)
 
 
+def translate_author(config: ForeignConfig) -> Iterator[Finding]:
+    """Yield what becomes of what the author says of the file."""
+    options = config.arguments
+    for setting in ("author", "license", "description", "usage_hint"):
+        yield from direct(options, f"export.about.{setting}", text, f"metadata_{setting}")
+    yield from direct(options, "export.about.tags", _words, "metadata_tags")
+    yield from direct(options, "export.about.trigger_words", _words, "metadata_trigger_phrase")
+    picture = options.find("metadata_thumbnail")
+    if picture is not None and str(picture.value).startswith("data:"):
+        yield Lost(picture, "name the file of the picture in export.about.thumbnail")
+    else:
+        yield from direct(options, "export.about.thumbnail", text, "metadata_thumbnail")
+
+
+def _words(value: object) -> list[str]:
+    return [word.strip() for word in text(value).split(",") if word.strip()]
+
+
 def _rate(value: object) -> float:
     read = number(value, least=0, most=1)
     if read == 1:
