@@ -13,13 +13,16 @@ from sdtrain import __version__
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 """The libraries whose versions decide what a run does."""
 
+LOUD = ("torchao", "bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree")
+"""Loggers that warn of missing kernels when a package of the extra `quantised` is imported, as diffusers does."""
+
 
 def quiet_libraries() -> None:
     """Keep advice meant for programmers out of the user's terminal; errors still come through."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # which diffusers imports where they are installed
+    for name in LOUD:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -83,7 +83,10 @@ def gradients(config: Config, state: dict[str, Tensor]) -> Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in parameters.values() if parameter.grad is not None])
 
 
-@pytest.mark.parametrize("adapter", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize(
+    "adapter",
+    ["lora", "dora", "oft", pytest.param("loha", marks=pytest.mark.slow), pytest.param("lokr", marks=pytest.mark.slow)],
+)
 def test_the_gradients_on_a_packed_base_are_nearly_those_on_the_unpacked_one(
     train: Train, table: dict[str, Any], adapter: str
 ) -> None:

@@ -103,6 +103,19 @@ def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, An
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
+def test_ranks_that_compute_in_float16_have_one_scale(team: Team, base: dict[str, Any]) -> None:
+    seen = {}
+    for ranks in (1, 2):
+        told = team.run(ranks, job(base, {"name": f"half-{ranks}", "model.dtype": "float16"}))
+        assert codes(told) == [0] * ranks, told
+        assert all(other.d == told[0].d and other.weights == told[0].weights for other in told)
+        run = Path(base["output"]) / f"half-{ranks}"
+        state = json.loads((run / "checkpoints" / "step-000004" / "state.json").read_text())
+        assert state["loss_scale"] == [2.0**16, 4]
+        seen[ranks] = [line["loss"] for line in log(run)]
+    assert seen[2] == pytest.approx(seen[1], rel=1e-2)
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(team: Team, base: dict[str, Any], alone: Path) -> None:
     for steps, ranks in ((1, 2), (2, 1), (3, 3), (4, 2)):
         told = team.run(ranks, job(base, {"name": "changing", "steps": steps}, resume=steps > 1))

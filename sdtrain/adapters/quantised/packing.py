@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
@@ -50,25 +47,24 @@ class Packed:
 def packed(weight: Tensor, packing: Packing) -> Packed:
     """Return a weight (out, in) in few bits, on its device."""
     wide = weight.detach().float()
-    with _quiet():  # both packages tell at their import of kernels that they do without
-        match packing:
-            case "int8":
-                from torchao.quantization import Int8Tensor, PerRow
+    match packing:
+        case "int8":
+            from torchao.quantization import Int8Tensor, PerRow
 
-                found = Int8Tensor.from_hp(wide, PerRow())
-                values, scales = found.qdata, found.scale
-            case "fp8":
-                from torchao.quantization import Float8Tensor, PerRow
+            found = Int8Tensor.from_hp(wide, PerRow())
+            values, scales = found.qdata, found.scale
+        case "fp8":
+            from torchao.quantization import Float8Tensor, PerRow
 
-                found = Float8Tensor.from_hp(wide, granularity=PerRow(), hp_value_lb=SMALLEST)
-                values, scales = found.qdata, found.scale
-            case "nf4":
-                from bitsandbytes.functional import quantize_4bit
+            found = Float8Tensor.from_hp(wide, granularity=PerRow(), hp_value_lb=SMALLEST)
+            values, scales = found.qdata, found.scale
+        case "nf4":
+            from bitsandbytes.functional import quantize_4bit
 
-                values, state = quantize_4bit(wide, blocksize=BLOCK, quant_type="nf4")
-                scales = state.absmax
-            case _:
-                assert_never(packing)
+            values, state = quantize_4bit(wide, blocksize=BLOCK, quant_type="nf4")
+            scales = state.absmax
+        case _:
+            assert_never(packing)
     return Packed(packing, weight.shape, values, scales)
 
 
@@ -80,7 +76,8 @@ def packed_shapes(weight: Tensor, packing: Packing) -> Packed:
             values = torch.empty(out, inputs, dtype=torch.int8 if packing == "int8" else torch.float8_e4m3fn)
             scales = torch.empty(out, 1)
         case "nf4":
-            _register_operations()
+            import bitsandbytes  # noqa: F401 - it makes its operations known to torch
+
             values = torch.empty(math.ceil(out * inputs / 2), 1, dtype=torch.uint8)
             scales = torch.empty(math.ceil(out * inputs / BLOCK))
         case _:
@@ -97,23 +94,6 @@ def packed_bytes(shape: torch.Size, packing: Packing) -> int:
             return math.ceil(shape.numel() / 2) + 4 * math.ceil(shape.numel() / BLOCK)
         case _:
             assert_never(packing)
-
-
-def _register_operations() -> None:
-    """Let bitsandbytes make its operations known to torch, which it does when it is imported."""
-    with _quiet():
-        import bitsandbytes  # noqa: F401
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Let no logger tell of anything below an error."""
-    before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def in_full(weight: Tensor | Packed, dtype: torch.dtype) -> Tensor:
