@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from sdtrain.cli import app
 from sdtrain.config.paths import Location
 from sdtrain.config.read import read_draft
 from sdtrain.config.text.lines import lines_of, nearest_line
@@ -245,3 +248,9 @@ def test_what_is_no_toml_is_told_with_its_line(tmp_path: Path, text: str, line: 
     assert lines == {"syntax": line}
     assert f"my.toml:{line}: syntax" in said
     assert "line" not in said.partition("syntax")[2]
+
+
+def test_programs_are_told_the_line_too(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(CONFIG, encoding="utf-8")
+    answer = json.loads(CliRunner().invoke(app, ["check", str(tmp_path / "my.toml"), "--json"]).stdout)
+    assert {problem["where"]: problem["line"] for problem in answer["problems"]}["data.batch_size"] == 12
