@@ -25,7 +25,7 @@ from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
-from sdtrain.training.start import stored_table
+from sdtrain.training.start import stored_config
 from sdtrain.training.watching.grid import labelled_grid, save_picture
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
@@ -114,8 +114,7 @@ def draw(
     weights = finished_weights(source) if step is None else None
     if weights is not None:
         return _draw_file(weights, prompts, seeds, overrides, loras)
-    table = with_prompts(stored_table(source), prompts)
-    config = resolve(table, str(source / "config.toml"), overrides)
+    config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
         _add(reached.model, loras)
