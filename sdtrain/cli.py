@@ -15,6 +15,7 @@ from rich.console import Console
 
 from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
+from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.front.training import add_training
 from sdtrain.commands.libraries import quiet_libraries, versions
@@ -58,40 +59,6 @@ ComponentsFolder = Annotated[
 Partial = Annotated[
     bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
 ]
-
-
-@app.command()
-def sample(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_WEIGHTS", help="A run folder or a weights file.")],
-    prompt: Annotated[
-        list[str], typer.Option("--prompt", metavar="TEXT", help="What to show; can be given repeatedly.")
-    ],
-    seed: Annotated[
-        list[int] | None, typer.Option("--seed", metavar="NUMBER", help="One picture each; default 0, 1, 2, 3.")
-    ] = None,
-    step: Step = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
-    guidance_rescale: Annotated[
-        float | None,
-        typer.Option(
-            "--guidance-rescale",
-            metavar="SHARE",
-            min=0.0,
-            max=1.0,
-            help="See preview.guidance_rescale.",
-            show_default=False,
-        ),
-    ] = None,
-    set_: Overrides = None,
-) -> None:
-    """Make pictures with the averaged weights of a run, finished or not."""
-    overrides = list(set_ or [])
-    if guidance_rescale is not None:
-        overrides.append(f"preview.guidance_rescale={guidance_rescale}")
-    quiet_libraries()
-    from sdtrain.commands.sample import SEEDS, sample_to_files
-
-    sample_to_files(source, prompt, seed or SEEDS, out, overrides, Console(), step=step)
 
 
 @app.command()
@@ -249,6 +216,7 @@ def compare(
 
 
 add_training(app)
+app.command()(sample)
 add_commands(app)
 add_file_commands(app)
 add_publish_commands(app)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, assert_never
+from typing import Any, TypeAlias, assert_never
 
 import torch
 from PIL import Image
@@ -27,11 +27,13 @@ from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
-from sdtrain.training.start import stored_table
+from sdtrain.training.start import stored_config
 from sdtrain.training.watching.grid import labelled_grid, save_picture
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
 
+Loras: TypeAlias = Sequence[tuple[Path, float]]
+"""Files of LoRAs, each with its weight."""
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
 
@@ -82,9 +84,13 @@ def sample_to_files(
     console: Console,
     *,
     step: int | None = None,
+    loras: Loras = (),
 ) -> None:
-    """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid."""
-    drawn = draw(source, prompts, seeds, step, overrides)
+    """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid.
+
+    loras: files of LoRAs that are added to the weights, each times its weight.
+    """
+    drawn = draw(source, prompts, seeds, step, overrides, loras)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
@@ -95,31 +101,45 @@ def sample_to_files(
 
 
 def draw(
-    source: Path, prompts: Sequence[str], seeds: Sequence[int], step: int | None, overrides: Sequence[str]
+    source: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    step: int | None,
+    overrides: Sequence[str],
+    loras: Loras = (),
 ) -> Pictures:
     """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
     if not source.is_dir():
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
-        return _draw_file(source, prompts, seeds, overrides)
+        return _draw_file(source, prompts, seeds, overrides, loras)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
-        return _draw_file(weights, prompts, seeds, overrides)
-    table = with_prompts(stored_table(source), prompts)
-    config = resolve(table, str(source / "config.toml"), overrides)
+        return _draw_file(weights, prompts, seeds, overrides, loras)
+    config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
+        _add(reached.model, loras)
         rows = _render(reached.model, reached.run, seeds)
     return Pictures(rows, f"{config.name}, step {reached.step}")
 
 
-def _draw_file(weights: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str]) -> Pictures:
+def _draw_file(
+    weights: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], loras: Loras
+) -> Pictures:
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
     device = pick_device(config)
     run = Run(weights.parent, config, device, pick_dtype(config, device))
-    rows = _render(load_with_weights(run, weights), run, seeds)
+    model = load_with_weights(run, weights)
+    _add(model, loras)
+    rows = _render(model, run, seeds)
     return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
+
+
+def _add(model: Model, loras: Loras) -> None:
+    """Add LoRAs to the weights of a model. Raises UserError, naming the file, for one that does not fit."""
+    merge_into(model.networks, [(read_lora(file, model.networks).adapters, weight) for file, weight in loras])
 
 
 def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:

@@ -95,12 +95,13 @@ def _no_toml(what: str, content: str) -> Problem:
     return Problem("syntax", f"{what}; strings stand in quotes, `true` and `false` are lower case", line=line)
 
 
-def resolve(table: Table, source: str, overrides: Sequence[str] = ()) -> Config:
+def resolve(table: Table, source: str, overrides: Sequence[str] = (), lines: Lines | None = None) -> Config:
     """Return the Config that a table means with overrides, preset filled in.
 
-    Raises UserError with everything that is wrong, naming `source` and the overrides.
+    lines: where in the source each setting stands. Raises UserError with everything that is wrong, naming `source` and
+    the overrides.
     """
-    return draft_of(overridden(table, source, overrides)).require_sound()
+    return draft_of(overridden(table, source, overrides, lines)).require_sound()
 
 
 def differences(

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from sdtrain.config.settings.export import ExportConfig
 from sdtrain.config.settings.values import Budget, Count, PathText, Rate, Settings, Share, Times, Whole
-from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Weighting
+from sdtrain.diffusion.words import Density, HuberSchedule, LossKind, Prediction, Sampler, Weighting
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
 Preset = Literal["lora", "lora-text-encoders", "full", "full-text-encoders", "auto-freeze", "never-freeze"]
@@ -363,6 +363,11 @@ class PreviewConfig(Settings):
     )
     negative_prompt: str = Field(default="", description="What the pictures should not show.")
     seeds: list[Whole] = Field(default=[0, 1, 2], min_length=1, description="One column of the grid each.")
+    sampler: Sampler = Field(
+        default="euler",
+        description="How noise becomes a picture: `euler`, `euler_a` (ancestral, which adds noise on the way), "
+        "`dpmpp_2m_karras` or `unipc`, as diffusers has them.",
+    )
     num_inference_steps: Count = Field(default=25, description="Sampling steps.")
     guidance_scale: Annotated[float, Field(ge=1)] = Field(default=6.0, description="Classifier-free guidance; 1: off.")
     guidance_rescale: Share = Field(

@@ -17,3 +17,6 @@ Weighting = Literal["none", "min_snr", "debiased", "debiased_kohya", "scale_v_li
 
 
 Density = Literal["uniform", "logit_normal"]
+
+
+Sampler = Literal["euler", "euler_a", "dpmpp_2m_karras", "unipc"]

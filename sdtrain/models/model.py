@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.diffusion.schedule import NoiseSchedule
-from sdtrain.diffusion.words import Prediction
+from sdtrain.diffusion.words import Prediction, Sampler
 from sdtrain.families.family import Family
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import NoCaption
@@ -22,7 +22,7 @@ Layout = Literal["single-file", "folder"]
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """How a picture is sampled: the number of Euler steps, the guidance scale (1 is off) and the size in pixels.
+    """How a picture is sampled: the number of steps, the guidance scale (1 is off) and the size in pixels.
 
     guidance_rescale: how far the spread of guided predictions is put right, from 0 (not at all) to 1.
     """
@@ -32,6 +32,7 @@ class SamplingSettings:
     width_px: int
     height_px: int
     guidance_rescale: float = 0.0
+    sampler: Sampler = "euler"
 
 
 class Model(Protocol):

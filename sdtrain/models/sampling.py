@@ -1,14 +1,16 @@
-"""Drawing pictures out of noise with diffusers' Euler scheduler and classifier-free guidance."""
+"""Drawing pictures out of noise with schedulers of diffusers and classifier-free guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from inspect import signature
+from typing import Any, assert_never
 
 import torch
 from torch import Generator, Tensor
 
 from sdtrain.diffusion.guidance import rescaled_guidance
+from sdtrain.diffusion.words import Sampler
 from sdtrain.models.model import Model, SamplingSettings
 
 Denoise = Callable[[Tensor, Tensor], Tensor]
@@ -52,9 +54,8 @@ def sample(
 
     channels, factor = model.latent_shape
     noise = initial_noise((channels, height // factor, width // factor), generators).to(model.device)
-    latents = sample_euler(
-        denoise, noise, scheduler_config=model.scheduler_config, num_inference_steps=settings.num_inference_steps
-    )
+    scheduler = scheduler_of(settings.sampler, model.scheduler_config)
+    latents = sample_latents(denoise, noise, scheduler, settings.num_inference_steps, generators)
     pictures = []
     for one in latents:
         between()
@@ -70,21 +71,42 @@ def initial_noise(shape: tuple[int, int, int], generators: Sequence[Generator]) 
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def sample_euler(
-    denoise: Denoise, noise: Tensor, *, scheduler_config: Mapping[str, Any], num_inference_steps: int
-) -> Tensor:
-    """Return latents (n, c, h, w) made from unit noise of that shape by Euler steps.
+def scheduler_of(sampler: Sampler, config: Mapping[str, Any]) -> Any:
+    """Return a scheduler of diffusers for a model whose noise schedule has this configuration.
 
-    Source: arXiv 2206.00364, algorithm 1 without churn.
+    Sources: `euler` is arXiv 2206.00364, algorithm 1 without churn, with its times in equal steps, `euler_a` the same
+    with noise put back at every step; `dpmpp_2m_karras` is DPM-Solver++(2M), arXiv 2211.01095, at the noise levels of
+    arXiv 2206.00364, eq. 5; `unipc` is UniPC, arXiv 2302.04867.
     """
-    from diffusers import EulerDiscreteScheduler
+    import diffusers
 
-    scheduler = EulerDiscreteScheduler.from_config(dict(scheduler_config))
+    plain = dict(config)
+    match sampler:
+        case "euler":
+            return diffusers.EulerDiscreteScheduler.from_config(plain)
+        case "euler_a":
+            return diffusers.EulerAncestralDiscreteScheduler.from_config(plain)
+        case "dpmpp_2m_karras":
+            return diffusers.DPMSolverMultistepScheduler.from_config(plain, use_karras_sigmas=True)
+        case "unipc":
+            return diffusers.UniPCMultistepScheduler.from_config(plain)
+        case _:
+            assert_never(sampler)
+
+
+def sample_latents(
+    denoise: Denoise, noise: Tensor, scheduler: Any, num_inference_steps: int, generators: Sequence[Generator]
+) -> Tensor:
+    """Return latents (n, c, h, w) made from unit noise of that shape by the steps of a scheduler.
+
+    generators: one for each picture, of which samplers that add noise draw on.
+    """
     scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    extra = {"generator": list(generators)} if "generator" in signature(scheduler.step).parameters else {}
     latents = noise * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = denoise(scheduler.scale_model_input(latents, timestep), timestep)
-        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
     assert isinstance(latents, Tensor)
     return latents
 

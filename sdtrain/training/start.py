@@ -9,8 +9,9 @@ from typing import Any
 
 from sdtrain.adapters.quantised.packages import package_problems
 from sdtrain.config.draft import Draft, Written, draft_of
-from sdtrain.config.read import read_table, resolve
+from sdtrain.config.read import read_table_and_lines, resolve
 from sdtrain.config.schema import Config, FolderConfig
+from sdtrain.config.text.lines import Lines
 from sdtrain.data.examples import Example, Progress, scan_folders
 from sdtrain.data.identity.held_out import hold_out, training_examples
 from sdtrain.data.placing import at_resolutions, cropped_masks
@@ -61,20 +62,25 @@ def run_folder(output: str, name: str) -> Path:
     return Path(output).expanduser() / name
 
 
-def stored_table(folder: Path) -> dict[str, Any]:
-    """Return the resolved config of an earlier run as a plain table. Raises UserError when there is none.
+def stored_config(folder: Path, overrides: Sequence[str] = (), *, prompts: Sequence[str] | None = None) -> Config:
+    """Return the resolved config of an earlier run, with overrides. Raises UserError when there is none.
 
-    Where its file is gone or cut off, this is the copy in its newest training state.
+    Where its file is gone or cut off, this is the copy in its newest training state. prompts: what to draw instead of
+    its previews; None: these.
     """
+    table, lines = _stored(folder)
+    if prompts is not None:
+        preview = table.get("preview", {})
+        table["preview"] = {**(preview if isinstance(preview, dict) else {}), "prompts": list(prompts)}
+    return resolve(table, str(settings_path(folder)), overrides, lines)
+
+
+def _stored(folder: Path) -> tuple[dict[str, Any], Lines]:
     path = settings_path(folder)
     if not path.exists():
         raise user_error(str(folder), "run", "there is no run in this folder; start one with `sdtrain fit CONFIG`")
-    return as_it_began(read_table(path))
-
-
-def stored_config(folder: Path) -> Config:
-    """Return the resolved config of an earlier run. Raises UserError when there is none."""
-    return resolve(stored_table(folder), str(settings_path(folder)))
+    table, lines = read_table_and_lines(path)
+    return as_it_began(table), lines
 
 
 def keep_stored(table: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Laws of `sdtrain sample`: it draws what the preview drew."""
+"""`sdtrain sample`: its options mean the settings of previews, and all that is wrong with them is told at once."""
 
 from __future__ import annotations
 
@@ -7,53 +7,119 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sdtrain.cli import app
+from sdtrain.commands.sample import draw, sample_to_files
+from sdtrain.errors import UserError
 
 Train = Callable[..., tuple[Path, str]]
-PROMPTS, SEEDS = ["a red circle", "a cat"], [3, 4]
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Image.Image]]]:
-    """The pictures of every preview of a run, in their order."""
-    from sdtrain.training import outputs
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What the command hands on: prompts, seeds, overrides and LoRAs."""
+    calls: list[tuple[Any, ...]] = []
 
-    found: list[list[list[Image.Image]]] = []
-    original = outputs.render
+    def called(source: Path, prompts: Any, seeds: Any, out: Any, overrides: Any, console: Console, **how: Any) -> None:
+        calls.append((prompts, list(seeds), overrides, how["loras"]))
 
-    def watched(*arguments: Any) -> list[list[Image.Image]]:
-        found.append(original(*arguments))
-        return found[-1]
-
-    monkeypatch.setattr(outputs, "render", watched)
-    return found
+    monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", called)
+    return calls
 
 
-def bits(rows: list[list[Image.Image]]) -> list[list[bytes]]:
-    return [[picture.tobytes() for picture in row] for row in rows]
+def asked(*arguments: str) -> BaseException | None:
+    return CliRunner().invoke(app, ["sample", "runs/a", *arguments]).exception
+
+
+def told(*arguments: str) -> dict[str, str]:
+    error = asked(*arguments)
+    assert isinstance(error, UserError), error
+    return {problem.where: problem.what for problem in error.problems}
+
+
+def test_options_are_settings_of_the_previews(handed: list[tuple[Any, ...]]) -> None:
+    options = ["--size", "832x1216", "--steps", "7", "--guidance", "3.5", "--sampler", "euler_a", "--negative", 'a "b"']
+    assert asked("--prompt", "a cat", *options, "--set", "preview.sampler=unipc") is None
+    assert asked("--prompt", "a cat", "--size", "1024") is None
+    (prompts, seeds, overrides, loras), (_, _, square, _) = handed
+    assert (prompts, seeds, loras) == (["a cat"], [0, 1, 2, 3], [])
+    assert set(overrides) == {
+        "preview.sampler=unipc",
+        "preview.width_px=832",
+        "preview.height_px=1216",
+        "preview.num_inference_steps=7",
+        "preview.guidance_scale=3.5",
+        "preview.sampler=euler_a",
+        'preview.negative_prompt="a \\"b\\""',
+    }
+    assert square == ["preview.width_px=1024", "preview.height_px=1024"]
 
 
 @pytest.mark.parametrize(
-    ("adapter", "settings"),
+    ("options", "seeds"),
     [
-        ("lora", {"model.dtype": "bfloat16"}),
-        ("lora", {"model.dtype": "float32", "method.train": ["unet", "text_encoder"], "method.targets": "all"}),
-        ("dora", {"model.dtype": "bfloat16"}),
-        pytest.param("loha", {"model.dtype": "bfloat16"}, marks=pytest.mark.slow),
-        pytest.param("lokr", {"model.dtype": "bfloat16", "method.targets": "all"}, marks=pytest.mark.slow),
-        pytest.param("oft", {"model.dtype": "float32", "method.rank": 8}, marks=pytest.mark.slow),
+        ([], [0, 1, 2, 3]),
+        (["--count", "2"], [0, 1]),
+        (["--count", "3", "--seed", "7"], [7, 8, 9]),
+        (["--seed", "7", "--seed", "5"], [7, 5]),
     ],
 )
-def test_a_sample_is_the_preview_of_the_same_step_prompt_and_seed(
-    train: Train, drawn: list[list[list[Image.Image]]], adapter: str, settings: dict[str, Any]
-) -> None:
-    """Also where the base is stored in 16 bits: adapters that are added into it lose a part of what they change."""
-    from sdtrain.commands.sample import draw
+def test_seeds_are_named_or_counted(handed: list[tuple[Any, ...]], options: list[str], seeds: list[int]) -> None:
+    assert asked("--prompt", "a cat", *options) is None
+    assert handed[0][1] == seeds
 
-    previews = {"preview.every": 2, "preview.prompts": PROMPTS, "preview.seeds": SEEDS}
-    learns = {"optimizer.d0": 1e-2, "checkpoint.every": 2, "checkpoint.keep": 4}
-    run, _ = train({"method.adapter": adapter, **previews, **learns, **settings})
-    first, second, last = map(bits, drawn)
-    assert first != second != last, "or there is nothing to see"
-    assert bits(draw(run, PROMPTS, SEEDS, None, []).rows) == last, "from the file"
-    assert bits(draw(run, PROMPTS, SEEDS, 2, []).rows) == second, "from a training state"
+
+def test_prompts_stand_in_a_file_a_line_each(handed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa cat\r\n\r\n# not this\n  a größer dog  \n".encode())
+    assert asked("--prompt", "first", "--prompt-file", str(file)) is None
+    assert handed[0][0] == ["first", "a cat", "a größer dog"]
+
+
+def test_all_that_is_wrong_is_told_at_once(handed: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    found = told(
+        "--size", "big", "--seed", "1", "--seed", "2", "--count", "3", "--lora", "a", "--weight", "1", "--weight", "2"
+    )
+    assert set(found) == {"--prompt", "--size", "--count", "--weight"}
+    (tmp_path / "empty.txt").write_text("# nothing\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    assert "holds no prompt" in told("--prompt-file", str(tmp_path / "empty.txt"))["--prompt-file"]
+    assert "not text in UTF-8" in told("--prompt-file", str(tmp_path / "bytes.txt"))["--prompt-file"]
+    assert "No such file" in told("--prompt-file", str(tmp_path / "none.txt"))["--prompt-file"]
+    assert "no size" in told("--prompt", "x", "--size", "0x64")["--size"]
+    assert not handed
+
+
+def difference(one: Image.Image, other: Image.Image) -> int:
+    return max(high for _, high in ImageChops.difference(one, other).getextrema())
+
+
+def test_loras_are_added_each_times_its_weight(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"optimizer.d0": 0.05})
+    other, _ = train({"name": "other", "optimizer.d0": 0.05, "seed": 5})
+    file = other / "weights" / "other.safetensors"
+    overrides = ["preview.num_inference_steps=2", "preview.width_px=64", "preview.height_px=64"]
+
+    def drawn(source: Path, *loras: tuple[Path, float], step: int | None = None) -> Image.Image:
+        return draw(source, ["a red circle"], [0], step, overrides, loras).rows[0][0]
+
+    plain = drawn(run)
+    assert difference(plain, drawn(run, (file, 0.0))) == 0
+    assert difference(plain, drawn(run, (file, 1.0))) > 3
+    twice, halves = drawn(run, (file, 1.0)), drawn(run, (file, 0.5), (file, 0.5))
+    assert difference(twice, halves) <= 1
+    assert difference(twice, drawn(run, (file, 1.0), step=4)) <= 1, "a training state is the same as its weights"
+    assert difference(plain, drawn(run, (file, 1.0), (file, -1.0))) <= 1
+    with pytest.raises(UserError, match=r"nothing\.safetensors"):
+        drawn(run, (tmp_path / "nothing.safetensors", 1.0))
+
+
+def test_a_size_and_a_sampler_are_drawn_with(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 1})
+    overrides = ["preview.width_px=64", "preview.height_px=96", "preview.sampler=euler_a"]
+    sample_to_files(run, ["a cat"], [0], tmp_path / "out", overrides, Console(quiet=True))
+    with Image.open(tmp_path / "out" / "prompt-00-seed-0.png") as picture:
+        assert picture.size == (64, 96)

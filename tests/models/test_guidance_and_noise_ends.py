@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.diffusion.words import Sampler
 from sdtrain.families.modelspec import Description
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.inspect import open_model
@@ -52,6 +60,43 @@ def test_pictures_with_rescaled_guidance_are_those_of_diffusers_pipeline(rescale
     if rescale:
         plain = sample(model, *texts, [torch.Generator().manual_seed(1)], SamplingSettings(4, 6.0, 64, 64))
         assert (plain - pictures).abs().max() > 0.05, "the rescaling is seen, or this test shows nothing"
+
+
+SAMPLERS: dict[Sampler, Any] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_pictures_of_every_sampler_are_those_of_diffusers_pipeline(sampler: Sampler) -> None:
+    model = tiny_model()
+    settings = SamplingSettings(6, guidance_scale=2.0, width_px=64, height_px=64, sampler=sampler)
+    texts = [model.encode_captions(["a red star"]), model.encode_captions([""])]
+    pictures = sample(model, *texts, [torch.Generator().manual_seed(1)], settings)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(BUILTIN_FOLDER / "tiny-sdxl", local_files_only=True)
+    scheduler, how = SAMPLERS[sampler]
+    pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config, **how)
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        "a red star", negative_prompt="", num_inference_steps=6, guidance_scale=2.0,
+        width=64, height=64, output_type="pt", generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+    assert torch.allclose((pictures + 1) / 2, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_a_picture_does_not_depend_on_its_neighbours(sampler: Sampler) -> None:
+    model = tiny_model()
+    settings = SamplingSettings(3, guidance_scale=2.0, width_px=64, height_px=64, sampler=sampler)
+    texts = [model.encode_captions(["a red star"] * 2), model.encode_captions([""] * 2)]
+    both = sample(model, *texts, [torch.Generator().manual_seed(seed) for seed in (1, 2)], settings)
+    alone = [{key: value[:1] for key, value in one.items()} for one in texts]
+    for index, seed in enumerate((1, 2)):
+        one = sample(model, *alone, [torch.Generator().manual_seed(seed)], settings)
+        assert torch.allclose(one[0], both[index], atol=1e-4)
 
 
 def test_a_picture_without_guidance_knows_no_rescaling() -> None:

@@ -190,7 +190,7 @@ def test_a_note_says_that_pure_noise_is_not_trained(train: Train) -> None:
 
 def test_sample_hands_on_how_guidance_is_rescaled(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: list[Any] = []
-    monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, step: handed.append(given[4]))
+    monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.append(given[4]))
     command = ["sample", "runs/a", "--prompt", "a cat", "--set", "preview.guidance_scale=4"]
     assert CliRunner().invoke(app, [*command, "--guidance-rescale", "0.7"]).exit_code == 0
     assert CliRunner().invoke(app, command).exit_code == 0

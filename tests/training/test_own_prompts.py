@@ -38,6 +38,9 @@ def test_previews_without_prompts_show_the_first_captions_and_change_nothing(tra
     assert state_bits(without, 4) == state_bits(shown, 4)
     assert weights_bits(without) == weights_bits(shown)
     assert text_of(shown / "previews" / "step-000004.png", CELLS)["prompts"] == FIRST
+    assert "sampler" not in text_of(shown / "previews" / "base.png", DRAWN_BY), (
+        "as in runs of before there were several"
+    )
     assert "3 pictures every 2 steps, of captions of your own pictures: " in said
     assert f'"{FIRST[0]}"' in said
     assert read_config(shown / "config.toml").preview.prompts == FIRST

@@ -101,7 +101,7 @@ def fit(
             )
         else:
             done = fit_table(
-                *(lambda: written_first(wishes, set_ or []), shown.progress),
+                *(lambda: written_first(wishes, set_ or [], resume=resume), shown.progress),
                 resume=how,
                 accept_data=accept_data,
                 verify_cache=verify_cache,

@@ -16,8 +16,6 @@ from optim import averaged
 from sdtrain.adapters.kinds import Adapters
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.reached import find_state
-from sdtrain.commands.sample import with_prompts
-from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config
 from sdtrain.errors import user_error
 from sdtrain.models.model import Model, SamplingSettings
@@ -28,7 +26,7 @@ from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
-from sdtrain.training.start import stored_config, stored_table
+from sdtrain.training.start import stored_config
 from sdtrain.training.watching.grid import Rows
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.report.comparison import Comparison, Row, write_comparison
@@ -102,13 +100,13 @@ def compare(
     texts = list(prompts) or list(first.preview.prompts)
     if not texts:
         raise user_error(str(runs[0]), "--prompt", "the run has no preview.prompts; say what to draw")
-    drawn = resolve(with_prompts(stored_table(runs[0]), texts), str(runs[0]), overrides)
+    drawn = stored_config(runs[0], overrides, prompts=texts)
     wanted = Wanted(texts, list(seeds) or list(first.preview.seeds), list(strengths), sampling_settings(drawn))
     several = len(runs) > 1
     chosen = [(folder, state) for folder in runs for state in chosen_states(folder, steps, several=several)]
     rows: list[Row] = []
     for folder in runs:
-        config = resolve(with_prompts(stored_table(folder), texts), str(folder))
+        config = stored_config(folder, prompts=texts)
         config = config.model_copy(update={"preview": drawn.preview})
         rows += _rows(folder, config, [state for where, state in chosen if where == folder], wanted, named=several)
     return Comparison(" and ".join(folder.name for folder in runs), texts, wanted.seeds, strengths, rows)

@@ -11,11 +11,11 @@ from sdtrain.commands.starting.seen import Pictures, card_memory_gib, opened_mod
 from sdtrain.config.draft import Written
 from sdtrain.config.paths import read_toml
 from sdtrain.config.read import overridden
-from sdtrain.config.schema import ModelConfig
 from sdtrain.config.write import toml_value
 from sdtrain.errors import Problem, UserError, printable
 from sdtrain.families.known import FAMILIES
-from sdtrain.models.checkpoints.hub import fetch_if_missing
+from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
+from sdtrain.training.start import draft_run
 
 VIEWS = 100
 """How often each picture is to be seen: enough for a likeness, and few enough not to learn it by heart."""
@@ -60,11 +60,8 @@ class Seen:
     card_gib: float | None
 
 
-def look(wishes: Wishes, source: str, *, fetch: bool) -> Seen:
-    """Return what there is of what a person wishes. Raises UserError, naming `source`, with all that is missing.
-
-    fetch: whether a model that is named by a hub id and not on this machine is fetched.
-    """
+def look(wishes: Wishes, source: str) -> Seen:
+    """Return what there is of what a person wishes. Raises UserError, naming `source`, with all that is missing."""
     problems = []
     if not wishes.model:
         what = "is missing: name a .safetensors file, a diffusers folder, a hub id, or builtin:tiny-sdxl to try it"
@@ -81,8 +78,6 @@ def look(wishes: Wishes, source: str, *, fetch: bool) -> Seen:
             problems.append(Problem("--pictures", f"{wishes.pictures} cannot be read: {error}"))
     if problems:
         raise UserError(source, problems)
-    if fetch:
-        fetch_if_missing(ModelConfig(path=wishes.model))
     opened = opened_model(wishes.model)
     card = card_memory_gib() if wishes.memory_gib is None else None
     return Seen(pictures, resolution_of(opened) if opened else None, card)
@@ -109,11 +104,19 @@ def _of_pictures(pictures: Pictures, wishes: Wishes) -> Iterator[Problem]:
         yield Problem("--trigger", what)
 
 
-def written_first(wishes: Wishes, overrides: Sequence[str]) -> Written:
-    """Return the table of a run without a config, with overrides. Raises UserError with all that is missing."""
-    source = f"fit --model {wishes.model} --pictures {wishes.pictures}"
-    table = read_toml(first_config(wishes, look(wishes, "fit", fetch=True)))
-    return overridden(table, source, overrides)
+def written_first(wishes: Wishes, overrides: Sequence[str], *, resume: bool = False) -> Written:
+    """Return the table of a run without a config, with overrides. Raises UserError with all that is missing.
+
+    A model that is named by a hub id and not on this machine is fetched, for it says how large pictures are to be;
+    not where the run cannot begin anyway, which is then told.
+    """
+    source, seen = f"fit --model {wishes.model} --pictures {wishes.pictures}", look(wishes, "fit")
+    written = overridden(read_toml(first_config(wishes, seen)), source, overrides)
+    draft = draft_run(written, resume=resume)
+    if seen.resolution_px is not None or not draft.is_sound or not is_missing(draft.config.model):
+        return written
+    fetch_if_missing(draft.config.model)
+    return overridden(read_toml(first_config(wishes, look(wishes, "fit"))), source, overrides)
 
 
 def first_config(wishes: Wishes, seen: Seen, file: str = "FILE") -> str:
@@ -124,7 +127,7 @@ def first_config(wishes: Wishes, seen: Seen, file: str = "FILE") -> str:
 def name_of(wishes: Wishes) -> str:
     """Return the name of a run: the one that was wished for, or what is left of its trigger or its folder's name."""
     folder = wishes.pictures.rpartition(":")[2]
-    named = (wishes.name, _plain(wishes.trigger), _plain(Path(folder).expanduser().absolute().name))
+    named = (wishes.name, _plain(wishes.trigger), _plain(Path(folder).absolute().name))
     return next((name for name in named if name), "first")
 
 

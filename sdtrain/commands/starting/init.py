@@ -42,7 +42,7 @@ def init(where: Path, wishes: Wishes, console: Console, *, force: bool, ask: Ask
         file = where / f"{name_of(wishes)}.toml"
     if file.exists() and not force:
         raise user_error("init", str(file), "is there already; add --force to replace it, or name another file")
-    seen = look(wishes, "init", fetch=False)
+    seen = look(wishes, "init")
     text = first_config(wishes, seen, shell_word(file))
     _require_sound(text, str(file))
     write_text(file, text)
@@ -51,6 +51,8 @@ def init(where: Path, wishes: Wishes, console: Console, *, force: bool, ask: Ask
 
 
 def _is_of_pictures(folder: Path) -> bool:
+    if str(folder).startswith("~"):  # which a config would take for somebody's home
+        return False
     return folder != Path() and folder.is_dir() and pictures_in(str(folder)).num > 0
 
 

@@ -56,6 +56,7 @@ def sampling_settings(config: Config) -> SamplingSettings:
         width_px=preview.width_px or side,
         height_px=preview.height_px or side,
         guidance_rescale=preview.guidance_rescale,
+        sampler=preview.sampler,
     )
 
 
@@ -104,6 +105,8 @@ def preview_grid(rows: Rows, prompts: Prompts, config: Config, step: int, base: 
     seeds, title = config.preview.seeds, f"{config.name}, step {step}"
     drawn_by = {"prompts": prompts.texts, "negative_prompt": prompts.negative, "seeds": seeds}
     drawn_by |= asdict(sampling_settings(config))
+    if config.preview.sampler == "euler":
+        del drawn_by["sampler"]  # as in runs that began when there was no other
     if step == 0:
         keep_base(rows, base, drawn_by)
         return labelled_grid(rows, prompts.texts, seeds, title)

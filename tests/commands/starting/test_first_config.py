@@ -16,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
+from sdtrain.commands.starting import first_config as first
 from sdtrain.commands.starting import seen as what_is_seen
 from sdtrain.commands.starting.first_config import FEWEST_STEPS, MOST_STEPS, Seen, Wishes, first_config, written_first
 from sdtrain.commands.starting.init import init
@@ -192,6 +193,14 @@ def test_names_of_any_letters_neither_break_the_file_nor_write_into_it(name: str
     assert "\x1b" not in text and "\r" not in text
 
 
+def test_the_home_of_nobody_is_told(here: Path) -> None:
+    (here / "~nobody-here").mkdir()
+    folder(here / "~nobody-here" / "a", 1)
+    for where, wishes in (("~nobody-here", Wishes(TINY)), (".", Wishes(TINY, "~nobody-here"))):
+        with pytest.raises(UserError):
+            begin(where, wishes)
+
+
 def test_a_name_that_is_no_text_is_told(here: Path) -> None:
     with pytest.raises(UserError, match="is not text in UTF-8"):
         begin(".", Wishes(TINY, "p\udcff"))
@@ -261,3 +270,21 @@ def test_what_check_would_find_is_told_and_nothing_is_written(here: Path) -> Non
     told = ran("init", "my.toml", "--yes", "--model", "nowhere.safetensors", code=2)
     assert "0.png" in told and "model.path" in told
     assert not list(here.glob("*.toml"))
+
+
+def test_a_model_is_fetched_for_a_run_that_can_begin_and_for_no_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(first, "is_missing", lambda model: True)
+    monkeypatch.setattr(first, "opened_model", lambda path: None)
+    monkeypatch.setattr(first, "fetch_if_missing", lambda model: fetched.append(model.path))
+    wishes = Wishes("owner/name", "pictures", "zorbit")
+    written_first(wishes, ["data.batch_size=0"])
+    (here / "runs" / "zorbit" / "checkpoints").mkdir(parents=True)
+    (here / "runs" / "zorbit" / "config.toml").write_text("")
+    written_first(wishes, [])
+    assert not fetched
+    written = written_first(wishes, ["name=other"])
+    assert fetched == ["owner/name"]
+    assert written.table["data"]["resolution_px"] == 1024

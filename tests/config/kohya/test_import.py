@@ -146,6 +146,8 @@ def test_numbers_that_kohya_ss_writes_as_text_are_numbers() -> None:
         ({"save_last_n_epochs": 3}, "checkpoint", "keep", 3),
         ({"sample_every_n_steps": 50}, "preview", "every", 50),
         ({"sample_prompts": "a cat"}, "preview", "prompts", ["a cat"]),
+        ({"sample_sampler": "k_euler_a"}, "preview", "sampler", "euler_a"),
+        ({"sample_sampler": "ddim"}, "preview", "sampler", "euler"),
         ({"torch_compile": True}, "memory", "compile", True),
         ({"output_dir": "out"}, "output", "", "out"),
         ({"output_name": "My cat, v1"}, "name", "", "My-cat-v1"),

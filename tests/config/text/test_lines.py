@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from sdtrain.cli import app
 from sdtrain.config.paths import Location
 from sdtrain.config.read import read_draft
 from sdtrain.config.text.lines import lines_of, nearest_line
 from sdtrain.errors import UserError
+from sdtrain.training.start import stored_config
 
 DECOYS = ("[x]", "k1 = 1", "[[k2]]", '"', "'", "\\\\", "]", "}", ",", "#", "k3.k4 = [")
 """What is no key where it stands: in strings and comments."""
@@ -245,3 +249,16 @@ def test_what_is_no_toml_is_told_with_its_line(tmp_path: Path, text: str, line: 
     assert lines == {"syntax": line}
     assert f"my.toml:{line}: syntax" in said
     assert "line" not in said.partition("syntax")[2]
+
+
+def test_programs_are_told_the_line_too(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(CONFIG, encoding="utf-8")
+    answer = json.loads(CliRunner().invoke(app, ["check", str(tmp_path / "my.toml"), "--json"]).stdout)
+    assert {problem["where"]: problem["line"] for problem in answer["problems"]}["data.batch_size"] == 12
+
+
+def test_what_is_wrong_in_the_config_of_a_run_is_told_with_its_line_too(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text(CONFIG, encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        stored_config(tmp_path, ["preview.every=-1"], prompts=["a cat"])
+    assert "\n  config.toml:12: data.batch_size  " in caught.value.text()

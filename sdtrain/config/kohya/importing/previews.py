@@ -12,6 +12,8 @@ from sdtrain.config.kohya.importing.values import UnreadableError, count, number
 from sdtrain.families.words import LATENT_FACTOR_PX
 
 _FLAG = re.compile(r"\s--([a-z]+)\s+")
+SAMPLERS = ("euler", "euler_a")
+"""Those of sd-scripts that are the same here; `k_euler` is `euler`."""
 _FILES = (".txt", ".toml", ".json")
 
 
@@ -19,6 +21,7 @@ def translate_previews(config: ForeignConfig) -> Iterator[Finding]:
     """Yield the prompts, and what their flags say of all of them."""
     options = config.arguments
     yield from direct(options, "preview.num_inference_steps", count, "sample_steps")
+    yield from _sampler(options.find("sample_sampler"))
     option = options.find("sample_prompts")
     if option is None:
         return
@@ -34,6 +37,17 @@ def translate_previews(config: ForeignConfig) -> Iterator[Finding]:
         {int(found["d"]) for _, found in read if found.get("d", "").isdecimal() and len(found["d"]) < 19}
     ):
         yield Became("preview.seeds", seeds, (option,))
+
+
+def _sampler(option: Option | None) -> Iterator[Finding]:
+    """Yield the sampler that is the same here; of their others there is none."""
+    if option is None:
+        return
+    name = str(option.value).strip().lower().removeprefix("k_")
+    if name in SAMPLERS:
+        yield Became("preview.sampler", name, (option,))
+    else:
+        yield Lost(option, "previews are drawn with euler, or what preview.sampler names")
 
 
 def _lines(option: Option) -> list[str] | None:
