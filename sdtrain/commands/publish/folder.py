@@ -28,7 +28,7 @@ from sdtrain.files.tensors import DTYPES, Planned, write_safetensors
 from sdtrain.files.writer import atomic_file, atomic_folder, write_json, write_text
 from sdtrain.models.checkpoints.hub import is_hub_id
 from sdtrain.training.describing.author import author_entries, author_problems, trigger_words
-from sdtrain.training.start import stored_table
+from sdtrain.training.start import stored_config
 from sdtrain.training.weights_files import NATIVE
 
 FOLDER = "publish"
@@ -80,8 +80,7 @@ def publish(run: Path, out: Path | None, repository: str, overrides: Sequence[st
 
 def _config(run: Path, overrides: Sequence[str]) -> Config:
     """Return the settings of a run with what is said of it now. Raises UserError for a change of anything else."""
-    table = stored_table(run)
-    stored, config = resolve(table, str(run)), resolve(table, str(run), overrides)
+    stored, config = stored_config(run), stored_config(run, overrides)
     if config.model_copy(update={"export": stored.export}) != stored or config.export.model_copy(
         update={"about": stored.export.about}
     ) != (stored.export):
