@@ -38,7 +38,7 @@ def bits(rows: list[list[Image.Image]]) -> list[list[bytes]]:
     [
         ("lora", {"model.dtype": "bfloat16"}),
         ("lora", {"model.dtype": "float32", "method.train": ["unet", "text_encoder"], "method.targets": "all"}),
-        ("dora", {"model.dtype": "bfloat16"}),
+        pytest.param("dora", {"model.dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param("loha", {"model.dtype": "bfloat16"}, marks=pytest.mark.slow),
         pytest.param("lokr", {"model.dtype": "bfloat16", "method.targets": "all"}, marks=pytest.mark.slow),
         pytest.param("oft", {"model.dtype": "float32", "method.rank": 8}, marks=pytest.mark.slow),

@@ -121,8 +121,9 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     import hashlib
 
     from sdtrain.training import fit
+    from sdtrain.training.ending import settling
 
-    records, gradients = fit.group_records, fit.gradients
+    records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
     step = 0
 
     def seen_gradients(training: Any, *arguments: Any) -> Any:
@@ -144,8 +145,13 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         step += 1
         return found
 
-    fit.group_records, fit.gradients = seen_records, seen_gradients
+    def seen_later(optimizer: Any) -> Any:
+        found = seen_records(optimizer)
+        return lambda: found
+
+    settling.group_records, settling.group_records_later = seen_records, seen_later
+    fit.gradients = seen_gradients
     try:
         yield
     finally:
-        fit.group_records, fit.gradients = records, gradients
+        settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients

@@ -107,8 +107,11 @@ def test_the_gradients_on_a_packed_base_are_nearly_those_on_the_unpacked_one(
     "changes",
     [
         {"model.base_precision": "int8"},
-        {"model.base_precision": "nf4", "method.adapter": "dora"},
-        {"model.base_precision": "fp8", "model.dtype": "bfloat16", "memory.gradient_checkpointing": True},
+        pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
+        pytest.param(
+            {"model.base_precision": "fp8", "model.dtype": "bfloat16", "memory.gradient_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["int8", "dora nf4", "bfloat16 fp8"],
 )

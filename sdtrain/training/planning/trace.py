@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -244,20 +245,21 @@ class _Trace:
             save = Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
             if prompts.texts and self.config.preview.every:
                 self.tracker.begin_peak()
-                latents = self._predict(prompts)
+                latents, *held = self._predict(prompts)
                 predicting = self.tracker.peak_bytes - start
                 self.tracker.begin_peak()
                 self.model.decode_latents(latents)
                 decoding = self.tracker.peak_bytes - start
+                del held
                 weights, moment = self.weights.training + self.weights.vae, max(predicting, decoding)
                 away = min(self.weights.unet, max(0, decoding - predicting))
                 phases.append(Phase("preview", {"weights": weights, **standing, "largest moment": moment}, away))
         return [*phases, save]
 
     @torch.no_grad()
-    def _predict(self, prompts: Prompts) -> Tensor:
+    def _predict(self, prompts: Prompts) -> list[Any]:
         """Do what `sample` does, in one step and without its scheduler, which asks for numbers; return the latents of
-        one picture."""
+        one picture, and what is held while it is decoded."""
         settings = sampling_settings(self.config)
         rows = [row for row in range(len(prompts.texts)) for _ in self.config.preview.seeds][:PICTURES_AT_ONCE]
         channels, factor = self.model.latent_shape
@@ -271,7 +273,7 @@ class _Trace:
             wanted = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
             seen = torch.cat([latents, latents])
         self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
-        return latents[:1]
+        return [latents[:1], seen, wanted, positive, negative, sizes]
 
 
 def _held_bytes(batch: Batch, num_examples: tuple[int, int]) -> int:

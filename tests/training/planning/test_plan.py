@@ -78,7 +78,7 @@ def counted(config: Config) -> dict[str, int]:
         {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]},
         {"method.kind": "full", "data.gradient_accumulation": 2},
         {"model.base_precision": "int8", "preview.every": 1},
-        {"model.base_precision": "nf4", "method.adapter": "dora"},
+        pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
     ],
     ids=["lora", "checkpointing", "full", "int8", "dora nf4"],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,9 @@ def convert(config: ForeignConfig, count: CountPictures) -> Imported:
     """
     _refuse_others(config)
     findings = [*_translated(config, count)]
-    chosen, rest = _one_each([finding for finding in findings if isinstance(finding, Became)])
-    sound, refused = _sound(chosen, config)
+    became = [finding for finding in findings if isinstance(finding, Became)]
+    chosen, rest = _one_each(became)
+    sound, refused = _sound(chosen, {one.setting: one for one in became if not one.options}, config)
     told = [*(finding for finding in findings if not isinstance(finding, Became)), *rest, *refused, *sound]
     found = outcomes(config.everything, told)
     return Imported(config_text(config.sources, sound, found), tuple(found))
@@ -102,8 +103,13 @@ def _one_each(all_of_them: Sequence[Became]) -> tuple[list[Became], list[Finding
     return list(chosen.values()), rest
 
 
-def _sound(chosen: Sequence[Became], config: ForeignConfig) -> tuple[list[Became], list[Finding]]:
-    """Return the settings that our reader accepts together, and the options of those that it refuses."""
+def _sound(
+    chosen: Sequence[Became], stand_ins: Mapping[str, Became], config: ForeignConfig
+) -> tuple[list[Became], list[Finding]]:
+    """Return the settings that our reader accepts together, and the options of those that it refuses.
+
+    stand_ins: what takes the place of a setting that is refused and must be there.
+    """
     kept, refused = list(chosen), list[Finding]()
     while True:
         table = _table(kept)
@@ -113,6 +119,8 @@ def _sound(chosen: Sequence[Became], config: ForeignConfig) -> tuple[list[Became
         problem = problems[0]
         wrong = _responsible(kept, problem)
         kept.remove(wrong)
+        if wrong.options and wrong.setting in stand_ins:
+            kept.append(stand_ins[wrong.setting])
         refused += [Lost(option, f"{problem.where} {problem.what}") for option in wrong.options]
 
 
