@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
-from sdtrain.config.settings import export
+from sdtrain.config.settings import export, objective
 from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -26,10 +26,10 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("data", schema.DataConfig),
     ("data.folder", schema.FolderConfig),
     ("optimizer", schema.OptimizerConfig),
-    ("timesteps", schema.TimestepConfig),
-    ("noise", schema.NoiseConfig),
-    ("loss", schema.LossConfig),
-    ("preserve", schema.PreserveConfig),
+    ("timesteps", objective.TimestepConfig),
+    ("noise", objective.NoiseConfig),
+    ("loss", objective.LossConfig),
+    ("preserve", objective.PreserveConfig),
     ("preview", schema.PreviewConfig),
     ("checkpoint", schema.CheckpointConfig),
     ("validation", schema.ValidationConfig),

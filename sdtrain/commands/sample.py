@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, assert_never
+from typing import TypeAlias, assert_never
 
 import torch
 from PIL import Image
@@ -27,7 +27,7 @@ from sdtrain.files.header import read_header
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
-from sdtrain.training.start import stored_config
+from sdtrain.training.start import drawing, stored_config
 from sdtrain.training.watching.grid import labelled_grid, save_picture
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
@@ -151,12 +151,6 @@ def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Ima
     return render(model, prompts, seeds, sampling_settings(run.config))
 
 
-def with_prompts(table: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
-    """Return the settings of a run with other prompts to draw."""
-    preview = table.get("preview", {})
-    return {**table, "preview": {**(preview if isinstance(preview, dict) else {}), "prompts": list(prompts)}}
-
-
 def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], overrides: Sequence[str]) -> Config:
     if CONFIG_KEY not in metadata:
         raise user_error(str(path), "metadata", "was not written by sdtrain, so its base model is not known")
@@ -164,7 +158,7 @@ def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], ove
         table = read_toml(metadata[CONFIG_KEY])
     except ValueError as error:
         raise user_error(str(path), CONFIG_KEY, f"in the header is no config ({error}); fetch the file again") from None
-    return resolve(with_prompts(table, prompts), str(path), overrides)
+    return resolve(drawing(table, prompts), str(path), overrides)
 
 
 def load_with_weights(run: Run, weights: Path) -> Model:

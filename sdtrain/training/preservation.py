@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.adapters.base import without_adapters
-from sdtrain.config.schema import PreserveConfig
+from sdtrain.config.settings.objective import PreserveConfig
 from sdtrain.models.model import Model
 from sdtrain.models.placing import sent
 

@@ -70,9 +70,14 @@ def stored_config(folder: Path, overrides: Sequence[str] = (), *, prompts: Seque
     """
     table, lines = _stored(folder)
     if prompts is not None:
-        preview = table.get("preview", {})
-        table["preview"] = {**(preview if isinstance(preview, dict) else {}), "prompts": list(prompts)}
+        table = drawing(table, prompts)
     return resolve(table, str(settings_path(folder)), overrides, lines)
+
+
+def drawing(table: Mapping[str, Any], prompts: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of a run with other prompts to draw."""
+    preview = table.get("preview", {})
+    return {**table, "preview": {**(preview if isinstance(preview, dict) else {}), "prompts": list(prompts)}}
 
 
 def _stored(folder: Path) -> tuple[dict[str, Any], Lines]:

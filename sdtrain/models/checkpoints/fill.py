@@ -60,10 +60,7 @@ def fill(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -
 
 def read_parameter(file: FileIO, where: Stored, shape: Sequence[int]) -> Tensor:
     """Return the value of one parameter in its shape and as it is stored. file: that of `where`, open."""
-    raw = read_tensor(file, where.entry, where.place.third)
-    if where.place.form == "transposed":
-        raw = raw.T.contiguous()
-    return raw.view(*shape)
+    return _read(file, where).view(*shape)
 
 
 def read_again(where: Stored, dtype: torch.dtype) -> Tensor:
@@ -72,8 +69,12 @@ def read_again(where: Stored, dtype: torch.dtype) -> Tensor:
     if read_header(path).entries.get(key) != where.entry:
         raise user_error(str(path), key, "is not where it was when the run began; put the model's file back")
     with path.open("rb", buffering=0) as file:
-        raw = read_tensor(file, where.entry, where.place.third)
-    return (raw.T.contiguous() if where.place.form == "transposed" else raw).flatten(1).to(dtype)
+        return _read(file, where).flatten(1).to(dtype)
+
+
+def _read(file: FileIO, where: Stored) -> Tensor:
+    raw = read_tensor(file, where.entry, where.place.third)
+    return raw.T.contiguous() if where.place.form == "transposed" else raw
 
 
 def fill_with_shapes(network: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> nn.Module:

@@ -13,9 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
-from typer.testing import CliRunner
 
-from sdtrain.cli import app
 from sdtrain.commands.starting import first_config as first
 from sdtrain.commands.starting import seen as what_is_seen
 from sdtrain.commands.starting.first_config import FEWEST_STEPS, MOST_STEPS, Seen, Wishes, first_config, written_first
@@ -24,6 +22,7 @@ from sdtrain.commands.starting.seen import Pictures, card_memory_gib, picture_fo
 from sdtrain.config.draft import draft_of
 from sdtrain.config.read import overridden, read_config, resolve
 from sdtrain.errors import UserError
+from tests.commands.starting.conftest import ran
 
 TINY = "builtin:tiny-sdxl"
 
@@ -47,14 +46,6 @@ def folder(path: Path, num: int, captions: str = ".txt") -> Path:
         if captions:
             (path / f"{index}{captions}").write_text(f"a thing {index}")
     return path
-
-
-def ran(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(arguments))
-    error = result.exception
-    found = error.exit_code if isinstance(error, UserError) else result.exit_code
-    assert found == code, (result.output, error)
-    return result.output + (error.text() if isinstance(error, UserError) else "")
 
 
 def begin(where: str = ".", wishes: Wishes | None = None, answers: list[str] | None = None) -> tuple[Path, list[str]]:

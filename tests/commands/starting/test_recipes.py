@@ -11,22 +11,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from sdtrain.cli import app
 from sdtrain.config.read import read_config
 from sdtrain.config.text.recipes import FOLDER, recipes
-from sdtrain.errors import UserError
+from tests.commands.starting.conftest import ran
 
 ROOT = Path(__file__).parents[3]
-
-
-def ran(*arguments: str, code: int = 0) -> str:
-    result = CliRunner().invoke(app, list(arguments))
-    error = result.exception
-    found = error.exit_code if isinstance(error, UserError) else result.exit_code
-    assert found == code, (result.output, error)
-    return result.output + (error.text() if isinstance(error, UserError) else "")
 
 
 def test_the_folder_of_the_repository_is_that_of_the_package() -> None:
