@@ -18,6 +18,7 @@ from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
 from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.front.training import add_training
+from sdtrain.commands.late_imports import process_is_ours
 from sdtrain.commands.libraries import quiet_libraries, versions
 from sdtrain.commands.publish.command_line import add_publish_commands
 from sdtrain.errors import UserError, user_error
@@ -241,6 +242,7 @@ def options(
 
 def main() -> None:
     """Entry point: what the user can mend is told in plain words, with the error's exit code."""
+    process_is_ours()
     try:
         app()
     except UserError as error:

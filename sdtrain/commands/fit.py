@@ -11,6 +11,7 @@ from typing import Literal, TypeAlias
 
 from rich.console import Console
 
+from sdtrain.commands.late_imports import import_less
 from sdtrain.commands.libraries import quiet_libraries, quiet_pillow, versions
 from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
 from sdtrain.config.draft import Written, draft_of
@@ -203,6 +204,7 @@ def _fit_written(
             return begun
         stop.doing = "loading PyTorch"
         quiet_libraries()  # not before: fetching a model shows its progress
+        import_less(begun.config)
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
         from sdtrain.training.planning.budget import expected
         from sdtrain.training.run import pick_device

@@ -1,0 +1,59 @@
+"""Packages for quantised weights are not imported by a run without them; other people's processes keep them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+from sdtrain.commands import late_imports
+from sdtrain.config.from_python import make_config
+from sdtrain.config.schema import Config
+
+
+def a_config(precision: str) -> Config:
+    return make_config(
+        {
+            "name": "a",
+            "data": {"folder": [{"path": "p"}], "resolution_px": 64, "batch_size": 1},
+            "steps": 1,
+            "model": {"path": "m", "base_precision": precision},
+            "method": {"kind": "lora"},
+        }
+    )
+
+
+@pytest.fixture(autouse=True)
+def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(late_imports._Process, "is_ours", False)
+    for name in late_imports.QUANTISERS:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+def is_found(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
+    late_imports.process_is_ours()
+    late_imports.import_less(a_config("full"))
+    assert not any(is_found(name) for name in late_imports.QUANTISERS)
+    with pytest.raises(ImportError):
+        import torchao  # noqa: F401
+
+
+@pytest.mark.parametrize(("ours", "precision"), [(False, "full"), (True, "int8")])
+def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, precision: str) -> None:
+    if ours:
+        late_imports.process_is_ours()
+    before = dict(sys.modules)
+    late_imports.import_less(a_config(precision))
+    assert sys.modules == before
+
+
+def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", sys)
+    late_imports.process_is_ours()
+    late_imports.import_less(a_config("full"))
+    assert sys.modules["torchao"] is sys
