@@ -89,15 +89,15 @@ class Batches:
         """Hold the encodings in memory, or where they are too many read them ahead of each step.
 
         batch_size: the most pictures that are computed at once; of the planned micro-batches the order knows. pin:
-        whether what is read ahead is put where a GPU fetches it from faster.
+        whether they are for a GPU: then batches are made ahead in any case, where it fetches them from faster.
         """
         self._rows, self._captions, self._order = rows, captions, order
         self._encode_sizes, self._drawing, self._batch_size = encode_sizes, drawing, batch_size
         views = [view for row in rows for view in row.views]
         paths = [*(one.latents for one in views), *(one.mask for one in views if one.mask), *(captions or {}).values()]
         self._entries = store.hold(paths, store.HELD_BYTES)
-        self._ahead = None if self._entries.held else ReadAhead(self._batch)
-        self._pins = pin and self._ahead is not None
+        self._ahead = None if self._entries.held and not pin else ReadAhead(self._batch)
+        self._pins = pin
 
     @property
     def steps_per_epoch(self) -> float:

@@ -91,10 +91,14 @@ def pictures(tmp_path: Path) -> Path:
 def prepare(tmp_path: Path) -> Callable[..., Batches]:
     """prepare_batches on folders that have no problems, with a cache in the test's own folder."""
 
-    def prepare(config: DataConfig, encoders: Encoders, *, seed: int = 0, cache: str = "cache") -> Batches:
+    def prepare(
+        config: DataConfig, encoders: Encoders, *, seed: int = 0, cache: str = "cache", pin: bool = False
+    ) -> Batches:
         examples, problems = scan_folders(config, decode=False)
         assert not problems
         folder = tmp_path / cache
-        return prepare_batches(config, examples, encoders, cache=folder, seed=seed, on_progress=lambda *_: None)
+        return prepare_batches(
+            config, examples, encoders, cache=folder, seed=seed, on_progress=lambda *_: None, pin=pin
+        )
 
     return prepare

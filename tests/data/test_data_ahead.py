@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +87,22 @@ def test_steps_that_are_read_ahead_are_those_that_are_held_whoever_asks_in_what_
     assert len(threads()) == before
     assert same(next(ahead.at(0))[0], next(held.at(0))[0]), "and it may begin anew"
     ahead.close()
+
+
+def test_for_a_card_what_is_held_is_made_ahead_too_and_pinned_in_the_thread(
+    prepare: Prepare, config: MakeConfig, pictures: Path, counting: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned_by: list[str] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned_by.append(threading.current_thread().name)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    held, ahead = (prepare(config(pictures), counting.encoders(), pin=pins) for pins in (False, True))
+    assert all(same(next(ahead.at(step))[0], next(held.at(step))[0]) for step in (0, 1, 5))
+    ahead.close()
+    assert pinned_by and all(name.startswith("read-ahead") for name in pinned_by)
 
 
 def test_a_run_that_reads_ahead_is_the_run_that_holds_all_also_when_it_goes_on_and_its_thread_ends(
