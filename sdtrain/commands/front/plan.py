@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,6 @@ def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budge
     if not choice.settings:
         say(console, f"fits into {budget} as it is")
         return
-    say(console, f"fits into {budget} with {' '.join(f'--set {setting}' for setting in choice.settings)}")
+    say(console, f"fits into {budget} with {' '.join(f'--set {shlex.quote(setting)}' for setting in choice.settings)}")
     for cost in choice.costs:
         say(console, f"  costs {cost}")
