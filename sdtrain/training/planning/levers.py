@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
-from itertools import accumulate
+from itertools import accumulate as sums
 
 from sdtrain.config.schema import Config, FullConfig
 from sdtrain.config.settings.values import memory_bytes
@@ -14,6 +14,7 @@ from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
 from sdtrain.training.keeping.disk import size
 from sdtrain.training.planning.plan import Plan
+from sdtrain.training.planning.trace import Part
 
 USABLE = 0.9
 """The share of a card that tensors may take: the rest is the driver's, and what lies between them."""
@@ -92,12 +93,14 @@ def _recomputing(
     choice: Choice, planned: Plan, num_bytes: int, plan: Callable[[Config], Plan]
 ) -> Iterator[tuple[Choice, Plan]]:
     """Yield as few recomputed parts as might do, then a few more, then all; parts only where all would do."""
-    all_of_them = _changed(choice, "gradient_checkpointing", True, RECOMPUTING)
+    accumulation = choice.config.data.gradient_accumulation
+    cost = _more_time(_share(planned, planned.parts, accumulation)) if planned.parts else RECOMPUTING
+    all_of_them = _changed(choice, "gradient_checkpointing", True, cost)
     everything = plan(all_of_them.config)
     if fits(everything, num_bytes):
         over = planned.tightest.least_bytes - int(USABLE * num_bytes)
-        for names, share in selections(planned, over, choice.config.data.gradient_accumulation):
-            some = _changed(choice, "recompute", names, f"about {share:.0%} more time")
+        for names, share in selections(planned, over, accumulation):
+            some = _changed(choice, "recompute", names, _more_time(share))
             yield some, plan(some.config)
     yield all_of_them, everything
 
@@ -111,12 +114,20 @@ def selections(planned: Plan, over: int, accumulation: int) -> Iterator[tuple[li
     parts = sorted(planned.parts, key=lambda part: part.saved_bytes / max(1, part.flops), reverse=True)
     largest, before = max((part.saved_bytes for part in parts), default=0), 0
     for goal in (over, over + largest // 4, over + largest):
-        saved = list(accumulate(part.saved_bytes for part in parts))
+        saved = list(sums(part.saved_bytes for part in parts))
         num = next((index for index, total in enumerate(saved, 1) if total >= goal), len(parts))
         if before < num < len(parts):
             chosen, before = parts[:num], num
-            share = accumulation * sum(part.flops for part in chosen) / max(1, planned.flops)
-            yield sorted(part.name for part in chosen), share
+            yield sorted(part.name for part in chosen), _share(planned, chosen, accumulation)
+
+
+def _share(planned: Plan, parts: Sequence[Part], accumulation: int) -> float:
+    """Return how much arithmetic a step has more where parts are recomputed."""
+    return accumulation * sum(part.flops for part in parts) / max(1, planned.flops)
+
+
+def _more_time(share: float) -> str:
+    return f"about {share:.0%} more time"
 
 
 def _smaller(choice: Choice) -> Iterator[Choice]:
