@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,33 @@ def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, An
             "every picture of the step once"
         )
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_fill_the_cache_together_each_entry_once(team: Team, base: dict[str, Any], tmp_path: Path) -> None:
+    entries = {}
+    for ranks in (1, 3):
+        cache = tmp_path / f"cache-{ranks}"
+        told = team.run(ranks, job(base, {"name": f"cached-{ranks}", "steps": 1, "data.cache": str(cache)}))
+        assert codes(told) == [0] * ranks, told
+        entries[ranks] = {path.name: path.read_bytes() for path in cache.rglob("*.safetensors")}
+        assert sorted(name for one in told for name in one.encoded) == sorted(entries[ranks])
+    assert entries[1] == entries[3] != {}
+    shares = [len(one.encoded) for one in told]
+    assert max(shares) - min(shares) <= 3, "pictures and captions are dealt out one by one"
+
+
+def test_a_picture_that_cannot_be_read_is_told_by_the_first_rank_whoever_met_it(
+    team: Team, base: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(base["data"]["folder"][0]["path"], folder)
+    for number in (0, 1):
+        whole = (folder / f"{number}.png").read_bytes()
+        (folder / f"{number}.png").write_bytes(whole[: len(whole) // 2])
+    changes = {"name": "broken", "data.folder": [{"path": str(folder)}], "data.cache": str(tmp_path / "cache")}
+    told = team.run(2, job(base, changes))
+    assert codes(told) == [2, 2] and told[1].text == ""
+    assert "0.png" in told[0].text and "1.png" in told[0].text
 
 
 def test_ranks_that_compute_in_float16_have_one_scale(team: Team, base: dict[str, Any]) -> None:

@@ -117,6 +117,10 @@ class Ranks:
             dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return int(both[0]), bool(both[1])
 
+    def wait_for_all(self) -> None:
+        """Wait until all ranks are here."""
+        self.agree(0, False)
+
     def add_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace the gradients by their sums over all ranks, and return the sum of the losses, ().
 
