@@ -131,6 +131,37 @@ def test_a_picture_that_cannot_be_read_is_told_by_the_first_rank_whoever_met_it(
     assert "0.png" in told[0].text and "1.png" in told[0].text
 
 
+def validations(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation" in json.dumps(line) and "note" not in line]
+
+
+HELD_OUT = {"validation.share": 0.5, "validation.every": 2, "data.batch_size": 1, "data.gradient_accumulation": 2}
+
+
+def test_ranks_share_the_validation_and_know_what_one_would(team: Team, base: dict[str, Any]) -> None:
+    found = {}
+    for ranks in (1, 2):
+        told = team.run(ranks, job(base, HELD_OUT | {"name": f"validated-{ranks}"}))
+        assert codes(told) == [0] * ranks, told
+        found[ranks] = validations(Path(base["output"]) / f"validated-{ranks}")
+        for pictures in zip(*(one.validated for one in told), strict=True):
+            names = [name for share in pictures for name in share]
+            assert len(set(names)) == len(names) == 3 and all(pictures), "each picture once, and a share for everybody"
+    assert len(found[1]) == len(found[2]) >= 2
+    for one, other in zip(found[1], found[2], strict=True):
+        assert one.keys() == other.keys()
+        numbers = [[value for value in line.values() if isinstance(value, float)] for line in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_a_validation_that_fails_on_any_rank_is_a_note_and_the_run_goes_on(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, HELD_OUT | {"name": "failed"}, events={"fail to validate": (1, 3)}))
+    assert codes(told) == [0, 0], told
+    assert "the validation of step 2 failed: on another process; the training goes on" in " ".join(told[0].text.split())
+    assert [line["step"] for line in validations(Path(base["output"]) / "failed")] == [0, 4]
+
+
 def test_ranks_that_compute_in_float16_have_one_scale(team: Team, base: dict[str, Any]) -> None:
     seen = {}
     for ranks in (1, 2):
