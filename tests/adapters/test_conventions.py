@@ -162,9 +162,9 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
     name = sd_scripts_names(networks)["unet"][CONV]
     more = {
         "bundle_emb.zorbit.string_to_param.*": torch.ones(2, 32),
-        "lora_unet_out_0.w_norm": torch.ones(32),
-        "lora_unet_out_0.b_norm": torch.ones(32),
-        f"{name}.oft_blocks": torch.ones(4, 16, 16),
+        "lora_unet_out_0.w_norm": torch.ones(33),
+        "lora_unet_out_0.b_norm": torch.ones(33),
+        f"{name}.oft_blocks": torch.ones(2, 4, 16, 16),
     }
     save_file(sd_lora(networks, **more), path)
     with pytest.raises(UserError) as caught:
@@ -174,7 +174,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
         "bundle_emb.zorbit",
         "is a text embedding",
         "lora_unet_out_0",
-        "a normalisation",
+        "is for a layer of shape (33,)",
         name,
         "`oft_blocks`",
     ):
@@ -183,7 +183,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
     read = read_lora(path, networks, partial=True)
     assert list(read.adapters["unet"]) == [TO_Q]
     assert len(read.left_out) == 3
-    save_file({f"{name}.oft_blocks": torch.ones(4, 16, 16)}, path)
+    save_file({f"{name}.oft_blocks": torch.ones(2, 4, 16, 16)}, path)
     with pytest.raises(UserError, match="oft_blocks"):
         read_lora(path, networks, partial=True)
 

@@ -3,6 +3,7 @@
 - peft's `save_pretrained`: `base_model.model.`, with the settings in `adapter_config.json` beside the file
 - diffusers' `save_lora_adapter`: the U-Net's own names, without a prefix
 - SimpleTuner's LyCORIS: `lycoris_` and the flat names of diffusers
+- sd-scripts' OFT: `oft_unet_` in the place of `lora_unet_`
 - ComfyUI's LoRA-saving nodes, and trainers for it: `diffusion_model.` and `text_encoders.clip_l.transformer.`
 
 OneTrainer's and ai-toolkit's `lora_unet_` names in the layout of diffusers are known to `lora_file`.
@@ -26,12 +27,13 @@ BUNDLE = "bundle_emb."
 UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 FLAT_PREFIXES = {
     "lycoris_": LORA_UNET_PREFIX,
+    "oft_unet_": LORA_UNET_PREFIX,
     "diffusion_model.": LORA_UNET_PREFIX,
     "text_encoders.clip_l.transformer.": "lora_te1_",
     "text_encoders.clip_g.transformer.": "lora_te2_",
 }
 """How keys begin -> how sd-scripts begins them; dots in the layer's name become underscores."""
-PARTS = (".lora_", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".alpha", ".diff", ".w_norm", ".b_norm")
+PARTS = (".lora_", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".alpha", ".diff", ".w_norm", ".b_norm", ".rescale")
 """How the name of a part begins, behind that of its layer."""
 TO_SD_SCRIPTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 TO_DIFFUSERS = {new: old for old, new in TO_SD_SCRIPTS.items()}
