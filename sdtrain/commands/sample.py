@@ -28,8 +28,8 @@ from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
-from sdtrain.training.watching.grid import labelled_grid, save_picture
-from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.grid import DrawnFrom, labelled_grid, save_picture
+from sdtrain.training.watching.preview import drawn_from, prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
 
 Loras: TypeAlias = Sequence[tuple[Path, float]]
@@ -46,6 +46,7 @@ class Pictures:
     """One row per prompt, one column per seed."""
     title: str
     """The name of the run, and the step of its weights."""
+    drawn_from: DrawnFrom
 
 
 def sample(
@@ -94,8 +95,10 @@ def sample_to_files(
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
-            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
-    save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
+            words = drawn.drawn_from.one(prompts[index], seed).words()
+            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png", words)
+    grid = labelled_grid(drawn.rows, prompts, seeds, drawn.title)
+    save_picture(grid, folder / "grid.png", drawn.drawn_from.words())
     num = len(prompts) * len(seeds)
     say(console, f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}")
 
@@ -121,7 +124,8 @@ def draw(
     with averaged(reached.optimizer):
         _add(reached.model, loras)
         rows = _render(reached.model, reached.run, seeds)
-    return Pictures(rows, f"{config.name}, step {reached.step}")
+    told = replace(drawn_from(config, reached.step, loras), seeds=tuple(seeds))
+    return Pictures(rows, f"{config.name}, step {reached.step}", told)
 
 
 def _draw_file(
@@ -134,7 +138,9 @@ def _draw_file(
     model = load_with_weights(run, weights)
     _add(model, loras)
     rows = _render(model, run, seeds)
-    return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
+    step = steps_of(metadata) or None
+    told = replace(drawn_from(config, step, loras), seeds=tuple(seeds))
+    return Pictures(rows, f"{config.name}, step {step or '?'}", told)
 
 
 def _add(model: Model, loras: Loras) -> None:

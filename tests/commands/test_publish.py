@@ -91,6 +91,7 @@ def test_the_gallery_is_the_newest_preview_with_what_it_was_drawn_from(run: Path
             assert picture.tobytes() == cell
             words = picture.text["parameters"]  # type: ignore[attr-defined]
         assert f"Seed: {(0, 7)[number % 2]}, Size: 96x96, Model: small" in words
+        assert "sdtrain parameters" in picture.text  # type: ignore[attr-defined]
         assert words.startswith("a red zorbit\nSteps: 2, Sampler: Euler, CFG scale: 6") == (number < 2)
 
 
