@@ -135,8 +135,8 @@ def test_a_picture_says_what_it_was_drawn_from(train: Train, tmp_path: Path) -> 
     sample_to_files(run, *asked_for, out, how, Console(quiet=True), step=2, loras=[(lora, 0.5)])
     text, told = words_of(out / "prompt-01-seed-9.png")
     assert text == (
-        "a big\\nowl\nNegative prompt: a dog\nSteps: 3, Sampler: DPM++ 2M Karras, CFG scale: 2.5, Seed: 9, Size: 64x96, "
-        f"Model: {run.name}, Training step: 2, Lora: {lora.stem} 0.5"
+        "a big\\nowl\nNegative prompt: a dog\nSteps: 3, Sampler: DPM++ 2M Karras, CFG scale: 2.5, Seed: 9, "
+        f"Size: 64x96, Model: {run.name}, Training step: 2, Lora: {lora.stem} 0.5"
     )
     assert told["base"] == "builtin:tiny-sdxl" and str(tmp_path) not in json.dumps(told)
     assert words_of(out / "grid.png")[1] == told | {"prompts": asked_for[0], "seeds": asked_for[1]}
