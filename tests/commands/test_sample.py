@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
@@ -116,6 +118,23 @@ def test_loras_are_added_each_times_its_weight(train: Train, tmp_path: Path) -> 
     assert difference(plain, drawn(run, (file, 1.0), (file, -1.0))) <= 1
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
         drawn(run, (tmp_path / "nothing.safetensors", 1.0))
+
+
+def test_what_of_a_lora_cannot_be_used_is_left_out_if_asked(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 1})
+    tensors = load_file(run / "weights" / f"{run.name}.safetensors")
+    lora, whole = tmp_path / "more.safetensors", tmp_path / "whole.safetensors"
+    save_file(tensors, whole)
+    save_file(tensors | {"bundle_emb.zorbit.string_to_param.*": torch.ones(2, 64)}, lora)
+    arguments = ["sample", str(run), "--prompt", "a cat", "--count", "1", "--size", "64", "--steps", "1"]
+    refused = CliRunner().invoke(app, [*arguments, "--lora", str(lora)]).exception
+    assert isinstance(refused, UserError) and "text embedding" in str(refused) and "--partial" in str(refused)
+    done = CliRunner().invoke(app, [*arguments, "--lora", str(lora), "--partial"])
+    assert "left out: bundle_emb.zorbit" in done.output and done.exit_code == 0
+    picture = run / "samples" / "prompt-00-seed-0.png"
+    drawn = Image.open(picture).convert("RGB")
+    assert CliRunner().invoke(app, [*arguments, "--lora", str(whole)]).exit_code == 0
+    assert difference(drawn, Image.open(picture).convert("RGB")) == 0
 
 
 def words_of(path: Path) -> tuple[str, dict[str, Any]]:
