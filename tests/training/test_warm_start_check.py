@@ -68,7 +68,9 @@ def test_a_file_that_fits_has_no_problems(problems: Problems, tmp_path: Path, na
 def test_kind_networks_rank_and_model_are_told_before_loading(problems: Problems, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
-    strange = {"lora_unet_nothing_here.lora_down.weight": torch.zeros(2, 4)}
+    nowhere = "lora_unet_nothing_here"
+    strange = {f"{nowhere}.lora_down.weight": torch.zeros(2, 4), f"{nowhere}.lora_up.weight": torch.zeros(4, 2)}
+    half = {f"{nowhere}.lora_down.weight": torch.zeros(2, 4)}
     assert "no adapters known here" in problems(_saved(path, {"a": torch.zeros(2)}))[0]
     assert (
         'holds lora adapters, but method.adapter = dora: set method.adapter = "lora"'
@@ -79,6 +81,7 @@ def test_kind_networks_rank_and_model_are_told_before_loading(problems: Problems
     assert "no adapters for text_encoder_2" in problems(lora(path), train=["unet", "text_encoder_2"])[0]
     assert "has 7 inputs, this one's" in problems(lora(path, wrong_width=7), train=["unet"])[0]
     assert "its lora_unet_nothing_here is no layer of this one" in problems(lora(path, **strange))[0]
+    assert "lora_unet_nothing_here lacks its up matrix; choose a whole file" in problems(lora(path, **half))[0]
 
 
 def test_the_native_file_is_named_where_it_lies_beside(problems: Problems, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table
 from sdtrain.errors import user_error
@@ -37,6 +38,24 @@ PARTS = (".lora_", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".alpha", ".diff"
 """How the name of a part begins, behind that of its layer."""
 TO_SD_SCRIPTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 TO_DIFFUSERS = {new: old for old, new in TO_SD_SCRIPTS.items()}
+
+
+Names = Literal["sd-scripts", "diffusers"]
+
+SUFFIXES: Mapping[Names, Mapping[str, str]] = {
+    "sd-scripts": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
+    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+}
+"""What is called differently; every other part has its name in both."""
+
+OTHER_SPELLINGS = {
+    "lora.down.weight": "lora_A.weight",
+    "lora.up.weight": "lora_B.weight",
+    "lora_linear_layer.down.weight": "lora_A.weight",
+    "lora_linear_layer.up.weight": "lora_B.weight",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+"""Names that earlier diffusers wrote, and what they are called now."""
 
 
 def known_key(key: str) -> str:

@@ -35,11 +35,11 @@ from sdtrain.adapters.formats.alphas import (
     scale_of_one,
     unpack_alpha,
 )
-from sdtrain.adapters.formats.conventions import BUNDLE, embeddings, known_keys, known_metadata
+from sdtrain.adapters.formats.conventions import BUNDLE, SUFFIXES, Names, embeddings, known_keys, known_metadata
 from sdtrain.adapters.formats.layer_names import diffusers_names, family_of, sd_scripts_names
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, FileFacts, Shape, header_metadata
 from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata, series_terms
-from sdtrain.adapters.formats.tensor_names import SUFFIXES, Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.formats.tensor_names import decode, encode, expressible, shape_problem
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
@@ -226,6 +226,9 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module], *, partial: bool = 
             weights = _decoded(parts, names, header.metadata, component, module)
         except ValueError as error:
             problems.append(Problem(name, str(error)))
+            continue
+        if not all(bool(tensor.isfinite().all()) for tensor in parts.values()):
+            problems.append(Problem(name, "holds numbers that are not finite: its training had diverged, use another"))
             continue
         layer = weight[component][module]
         assert isinstance(layer.weight, Tensor)

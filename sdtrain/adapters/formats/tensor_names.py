@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from sdtrain.adapters.formats.conventions import OTHER_SPELLINGS, SUFFIXES, Names
 from sdtrain.adapters.kinds import (
     AdapterWeights,
     DiffWeights,
@@ -26,23 +27,6 @@ from sdtrain.adapters.kinds import (
     kind_of,
     whole,
 )
-
-Names = Literal["sd-scripts", "diffusers"]
-
-SUFFIXES: Mapping[Names, Mapping[str, str]] = {
-    "sd-scripts": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
-    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
-}
-"""What is called differently; every other part has its name in both."""
-
-OTHER_SPELLINGS = {
-    "lora.down.weight": "lora_A.weight",
-    "lora.up.weight": "lora_B.weight",
-    "lora_linear_layer.down.weight": "lora_A.weight",
-    "lora_linear_layer.up.weight": "lora_B.weight",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
-}
-"""Names that earlier diffusers wrote, and what they are called now."""
 
 TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
 """Parts of Tucker's decomposition of convolutions, which is multiplied out on reading."""
