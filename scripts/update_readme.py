@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
-from sdtrain.config.settings import export, objective
+from sdtrain.config.settings import export, memory, objective
 from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -36,7 +36,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("validation.folder", schema.FolderConfig),
     ("export", export.ExportConfig),
     ("export.about", export.AboutConfig),
-    ("memory", schema.MemoryConfig),
+    ("memory", memory.MemoryConfig),
     ("tracking", schema.TrackingConfig),
 ]
 

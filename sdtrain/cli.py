@@ -18,8 +18,7 @@ from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
 from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.front.training import add_training
-from sdtrain.commands.late_imports import process_is_ours
-from sdtrain.commands.libraries import quiet_libraries, versions
+from sdtrain.commands.libraries import process_is_ours, quiet_libraries, versions
 from sdtrain.commands.publish.command_line import add_publish_commands
 from sdtrain.errors import UserError, user_error
 from sdtrain.training.watching.text import hand_out, say

@@ -11,8 +11,7 @@ from typing import Literal, TypeAlias
 
 from rich.console import Console
 
-from sdtrain.commands.late_imports import import_less
-from sdtrain.commands.libraries import quiet_libraries, quiet_pillow, versions
+from sdtrain.commands.libraries import import_less, quiet_libraries, quiet_pillow, versions
 from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.from_python import chosen_settings

@@ -1,20 +1,25 @@
-"""The libraries that sdtrain is built on: keeps them quiet, and tells their versions."""
+"""The libraries that sdtrain is built on: keeps them quiet, imports few of them, and tells their versions."""
 
 from __future__ import annotations
 
 import logging
 import os
 import platform
+import sys
 import warnings
 from importlib import metadata
 
 from sdtrain import __version__
+from sdtrain.config.schema import Config
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 """The libraries whose versions decide what a run does."""
 
 LOUD = ("torchao", "bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree")
 """Loggers that warn of missing kernels when a package of the extra `quantised` is imported, as diffusers does."""
+
+QUANTISERS = ("bitsandbytes", "torchao")
+"""Packages for quantised weights, which diffusers, transformers and peft import wherever they are installed."""
 
 
 def quiet_libraries() -> None:
@@ -45,3 +50,22 @@ def _version(distribution: str) -> str:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return "is not installed"
+
+
+class _Process:
+    is_ours = False
+
+
+def process_is_ours() -> None:
+    """Tell that nothing but a command of sdtrain runs in this process."""
+    _Process.is_ours = True
+
+
+def import_less(config: Config) -> None:
+    """Keep away from this process what a run with these settings has no use for, unless somebody has it already.
+
+    That saves two seconds. From Python, where others use the same libraries, everything is imported as ever.
+    """
+    if _Process.is_ours and config.model.base_precision == "full":
+        for name in QUANTISERS:
+            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to Python: not there

@@ -97,6 +97,12 @@ def _fused_is_for_full(config: Config) -> Iterator[Problem]:
         )
 
 
+def _all_or_parts(config: Config) -> Iterator[Problem]:
+    if config.memory.gradient_checkpointing and config.memory.recompute:
+        what = "names parts, but memory.gradient_checkpointing = true recomputes all of them: leave out one of the two"
+        yield Problem("memory.recompute", what)
+
+
 def _fused_or_accumulated(config: Config) -> Iterator[Problem]:
     if config.memory.fused_back_pass and config.data.gradient_accumulation > 1:
         yield Problem(
@@ -277,6 +283,7 @@ RULES = (
     Rule(("model.dtype", "method.kind"), _mixed_is_for_full),
     Rule(("memory.fused_back_pass", "method.kind"), _fused_is_for_full),
     Rule(("memory.fused_back_pass", "data.gradient_accumulation"), _fused_or_accumulated),
+    Rule(("memory.recompute", "memory.gradient_checkpointing"), _all_or_parts),
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("data.folder",), _tags_that_stay),

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sdtrain.config.settings.export import ExportConfig
+from sdtrain.config.settings.memory import MemoryConfig
 from sdtrain.config.settings.objective import LossConfig, NoiseConfig, PreserveConfig, TimestepConfig
-from sdtrain.config.settings.values import Budget, Count, PathText, Rate, Settings, Share, Times, Whole
+from sdtrain.config.settings.values import Count, PathText, Rate, Settings, Share, Times, Whole
 from sdtrain.diffusion.words import Prediction, Sampler
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
 
@@ -342,26 +343,6 @@ class ValidationConfig(Settings):
     patience: Whole = Field(
         default=0,
         description="Stop after this many validations without a lower loss, beyond the standard error; 0: never.",
-    )
-
-
-class MemoryConfig(Settings):
-    """What is given up so that a run needs less memory."""
-
-    gradient_checkpointing: bool = Field(default=False, description="Recompute activations in backward.")
-    compile: bool = Field(
-        default=False, description="Compile the U-Net's transformer blocks: faster steps after a slow first one."
-    )
-    fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
-    budget: Budget = Field(
-        default="off",
-        description="Memory that the run must fit into, such as `8GB`; `auto`: that of the card. What it takes is "
-        "given up, the cheapest first, and told: see `sdtrain plan --fit-to`.",
-    )
-    on_oom: Literal["stop", "adapt"] = Field(
-        default="stop",
-        description="Where a step finds too little memory: `stop` saves and says what would help; `adapt` goes on with "
-        "recomputed activations, then with fewer pictures at once, and as many in a step.",
     )
 
 

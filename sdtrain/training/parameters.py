@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, assert_never
 
 import torch
-from diffusers import ModelMixin
 from torch import nn
-from transformers import PreTrainedModel
 
 from optim import ProdigyPlusScheduleFree, averaged
-from sdtrain.adapters.attach import AdapterSettings, attach_adapters, keep_quiet
+from sdtrain.adapters.attach import AdapterSettings, attach_adapters
 from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
 from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
-from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.config.schema import FullConfig, LoraConfig
+from sdtrain.errors import user_error
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
+from sdtrain.training.planning.recomputing import recompute_activations, recompute_parts
 from sdtrain.training.run import Run
 
 
@@ -116,6 +116,8 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         compile_blocks(model.networks[DENOISER])
     if run.config.memory.gradient_checkpointing:
         recompute_activations(model, run.config)
+    elif names := run.config.memory.recompute:
+        _recompute_parts(model, names)
     return Trainable(
         tuple(
             Group(name, found[name], method.lr.get(name, 1.0), d.get(name, 0.0), method.stop.get(name, 0))
@@ -124,6 +126,13 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         _dropout(networks, method),
         _norm_limit(networks, method, found),
     )
+
+
+def _recompute_parts(model: Model, names: Sequence[str]) -> None:
+    try:
+        recompute_parts(model.networks[DENOISER], names)
+    except ValueError as error:
+        raise user_error("config", "memory.recompute", f"the U-Net {error}") from error
 
 
 def _dropout(networks: Mapping[str, nn.Module], method: LoraConfig | FullConfig) -> AdapterDropout:
@@ -174,24 +183,6 @@ def compile_blocks(unet: Any, **options: Any) -> None:
     With sizes that may change they serve all buckets, too. options: of `torch.compile`.
     """
     unet.compile_repeated_blocks(dynamic=True, **options)
-
-
-def recompute_activations(model: Model, config: Config) -> None:
-    """Let the trained networks keep few activations for backward, and compute the others again there."""
-    for name in config.method.train:
-        _recompute_activations(model.networks[name])
-
-
-def _recompute_activations(network: Any) -> None:
-    match network:
-        case ModelMixin():
-            network.enable_gradient_checkpointing()
-        case PreTrainedModel():  # which recomputes in training mode only; CLIP has no dropout that would notice
-            network.activation_checkpointing_enable()
-            network.train()
-            keep_quiet(network)
-        case _:
-            raise TypeError(f"no known way to recompute the activations of {type(network).__name__}")
 
 
 def _unfreeze(model: Model, name: str, kept: Collection[str]) -> dict[str, nn.Parameter]:

@@ -116,6 +116,11 @@ def test_settings_of_other_tools_are_refused_with_the_reason() -> None:
         ({"method": {"kind": "lora", "train": ["unet", "unet"]}}, "method.train", "twice"),
         ({"memory": {"fused_back_pass": True}}, "memory.fused_back_pass", "full fine-tune"),
         (
+            {"memory": {"recompute": ["mid_block"], "gradient_checkpointing": True}},
+            *("memory.recompute", "leave out one of the two"),
+        ),
+        ({"memory": {"recompute": ["time_embedding"]}}, "memory.recompute[0]", "such as mid_block, up_blocks.0 or"),
+        (
             {"optimizer": {"preset": "full"}},
             "optimizer.preset",
             'method.kind = "lora"; leave it out, and lora is chosen',

@@ -25,10 +25,18 @@ def tensors(run: Path, name: str = "small") -> dict[str, torch.Tensor]:
 def test_recomputed_activations_change_nothing_but_memory(train: Train) -> None:
     networks = {"method.train": ["unet", "text_encoder", "text_encoder_2"]}
     plain, _ = train(networks | {"name": "plain"})
-    recomputed, _ = train(networks | {"name": "recomputed", "memory.gradient_checkpointing": True})
-    expected, found = tensors(plain, "plain"), tensors(recomputed, "recomputed")
-    for name, tensor in expected.items():
-        assert torch.allclose(found[name], tensor, atol=1e-6), name
+    expected = tensors(plain, "plain")
+    for settings in ({"memory.gradient_checkpointing": True}, {"memory.recompute": ["mid_block", "up_blocks.0"]}):
+        recomputed, _ = train(networks | {"name": "recomputed", **settings})
+        found = tensors(recomputed, "recomputed")
+        for name, tensor in expected.items():
+            assert torch.allclose(found[name], tensor, atol=1e-6), (name, settings)
+        shutil.rmtree(recomputed)
+
+
+def test_a_part_that_the_network_has_not_is_refused_with_those_it_has(train: Train) -> None:
+    with pytest.raises(UserError, match=r"memory.recompute.*no up_blocks.7; it has down_blocks.0, .*up_blocks.1"):
+        train({"memory.recompute": ["up_blocks.7"]})
 
 
 def test_a_fused_backward_trains_the_same(train: Train) -> None:

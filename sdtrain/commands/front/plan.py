@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report.previewed import with_prompts
+from sdtrain.training.ending.signals import speaker, stop_requests
 from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.text import facts_table, say
 
+if TYPE_CHECKING:
+    from sdtrain.training.planning.levers import Choice
 
-def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budget: str = "") -> None:
+
+def plan_config(
+    path: Path, overrides: Sequence[str], console: Console, *, budget: str = "", measure: bool = False
+) -> None:
     """Print the plan of a run; with a budget such as `8GB`, that of the settings which fit into it at the least cost.
 
-    Raises UserError with all that is wrong with the run, and where nothing fits.
+    measure: whether some steps are made here, with these settings, to say how long they take. Raises UserError with all
+    that is wrong with the run, and where nothing fits.
     """
     draft = read_draft(path, overrides)
     opened, examples = inspect_run(draft, decode=False)
@@ -28,14 +37,25 @@ def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budge
     def planned(config: Config) -> Plan:
         return plan_run(config, opened, examples)
 
-    if not budget:
+    if budget:
+        choice, plan = fit_to(config, budget_bytes(budget), planned)
+        console.print(facts_table(lines_of(plan)))
+        _tell(choice, budget, console)
+        config = choice.config
+    else:
         console.print(facts_table(lines_of(planned(config))))
-        return
-    choice, plan = fit_to(config, budget_bytes(budget), planned)
-    console.print(facts_table(lines_of(plan)))
+    if measure:
+        from sdtrain.training.planning.measure import measure_steps
+
+        with stop_requests(speaker(console)) as stop:
+            console.print(facts_table(measure_steps(config, opened, examples, console, stop).rows(config.steps)))
+
+
+def _tell(choice: Choice, budget: str, console: Console) -> None:
+    """Say what was chosen and what it costs."""
     if not choice.settings:
         say(console, f"fits into {budget} as it is")
         return
-    say(console, f"fits into {budget} with {' '.join(f'--set {setting}' for setting in choice.settings)}")
+    say(console, f"fits into {budget} with {' '.join(f'--set {shlex.quote(setting)}' for setting in choice.settings)}")
     for cost in choice.costs:
         say(console, f"  costs {cost}")

@@ -209,12 +209,19 @@ def plan(
             "--fit-to", metavar="SIZE", help="Find the cheapest settings that fit into a memory, such as 8GB."
         ),
     ] = "",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Also make some steps on this machine, and say how long one takes."),
+    ] = False,
 ) -> None:
     """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
     quiet_libraries()
     from sdtrain.commands.front.plan import plan_config
 
-    plan_config(config, set_ or [], Console(), budget=fit_to)
+    try:
+        plan_config(config, set_ or [], Console(), budget=fit_to, measure=measure)
+    except Interrupted as ended:  # which was told already
+        raise typer.Exit(ended.exit_code) from ended
 
 
 def cache(

@@ -15,7 +15,8 @@ from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import OutOfMemoryError, Problem
 from sdtrain.models.model import Model
-from sdtrain.training.parameters import Trainable, recompute_activations
+from sdtrain.training.parameters import Trainable
+from sdtrain.training.planning.recomputing import recompute_activations
 from sdtrain.training.run import Run, computes_in_float16, lacks_bfloat16
 
 if sys.platform != "win32":

@@ -22,7 +22,7 @@ from sdtrain.training.keeping.disk import size
 from sdtrain.training.keeping.standing import cache_folder
 from sdtrain.training.planning.levers import budget_bytes, fit_to
 from sdtrain.training.planning.plan import Plan, largest_bucket, plan_run
-from sdtrain.training.planning.trace import Phase
+from sdtrain.training.planning.trace import Part, Phase
 
 NO_MATTER = ("name", "output", "seed", "steps", "tracking", "export")
 """Settings that change nothing of what a run needs at most."""
@@ -137,6 +137,8 @@ def _read(stored: Any) -> Plan | None:
     try:
         phases = tuple(_phase(one) for one in stored["phases"])
         width, height = stored["bucket"]
-        return Plan(str(stored["device"]), (int(width), int(height)), phases, stored["disk"], int(stored["flops"]))
+        parts = tuple(Part(str(one["name"]), int(one["saved_bytes"]), int(one["flops"])) for one in stored["parts"])
+        known = (str(stored["device"]), (int(width), int(height)), phases, stored["disk"], int(stored["flops"]))
+        return Plan(*known, parts=parts)
     except (TypeError, KeyError, ValueError, AttributeError):
         return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import accumulate as sums
 
 from sdtrain.config.schema import Config, FullConfig
 from sdtrain.config.settings.values import memory_bytes
@@ -11,9 +14,13 @@ from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
 from sdtrain.training.keeping.disk import size
 from sdtrain.training.planning.plan import Plan
+from sdtrain.training.planning.trace import Part
 
 USABLE = 0.9
 """The share of a card that tensors may take: the rest is the driver's, and what lies between them."""
+PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
+"""What packs a base, where it is installed."""
+ROUNDED = "the frozen base is rounded and unpacked for every product; files and merges come from the exact one"
 
 
 @dataclass(frozen=True)
@@ -36,30 +43,95 @@ def budget_bytes(text: str, where: str = "--fit-to") -> int:
     return num_bytes
 
 
-def choices(config: Config) -> Iterator[Choice]:
-    """Yield the config as it is, then with more and more given up, in the order of what it costs.
+def fits(plan: Plan, num_bytes: int) -> bool:
+    """Return whether a plan fits into a memory of `num_bytes`."""
+    return plan.tightest.least_bytes <= USABLE * num_bytes
 
-    Micro-batches become smaller only where a step still has exactly as many pictures.
+
+def attempts(config: Config, num_bytes: int, plan: Callable[[Config], Plan]) -> Iterator[tuple[Choice, Plan]]:
+    """Yield the config as it is with its plan, then with more and more given up, in the order of what it costs.
+
+    A recomputed part costs its arithmetic, a smaller micro-batch a busy GPU, a packed base the exact weights. For each,
+    those parts of the U-Net are recomputed of which so many bytes are saved for so little arithmetic, and all of them
+    where that is too little. Micro-batches become smaller only where a step still has exactly as many pictures.
     """
-    fused = isinstance(config.method, FullConfig) and config.data.gradient_accumulation == 1
-    yield (first := Choice(config, (), ()))
-    if fused and not config.memory.fused_back_pass:
-        memory = config.memory.model_copy(update={"fused_back_pass": True})
-        yield Choice(
-            config.model_copy(update={"memory": memory}), ("memory.fused_back_pass=true",), ("no time to speak of",)
-        )
-    yield from _smaller(first)
-    if config.memory.gradient_checkpointing:
+    for start in _precisions(config):
+        for choice in _smaller(start):
+            planned = plan(choice.config)
+            yield choice, planned
+            for fused in _fused(choice):
+                choice, planned = fused, plan(fused.config)
+                yield choice, planned
+            if not (choice.config.memory.gradient_checkpointing or choice.config.memory.recompute):
+                yield from _recomputing(choice, planned, num_bytes, plan)
+
+
+def _precisions(config: Config) -> Iterator[Choice]:
+    yield Choice(config, (), ())
+    if isinstance(config.method, FullConfig) or config.model.base_precision != "full":
         return
-    memory = config.memory.model_copy(update={"gradient_checkpointing": True})
-    recomputing = Choice(
-        config.model_copy(update={"memory": memory}), ("memory.gradient_checkpointing=true",), (RECOMPUTING,)
-    )
-    yield recomputing
-    yield from _smaller(recomputing)
+    for word, package in PACKAGES.items():
+        if find_spec(package):
+            model = config.model.model_copy(update={"base_precision": word})
+            yield Choice(config.model_copy(update={"model": model}), (f'model.base_precision="{word}"',), (ROUNDED,))
+
+
+def _fused(choice: Choice) -> Iterator[Choice]:
+    config = choice.config
+    may = isinstance(config.method, FullConfig) and config.data.gradient_accumulation == 1
+    if may and not config.memory.fused_back_pass:
+        yield _changed(choice, "fused_back_pass", True, "no time to speak of")
+
+
+def _changed(choice: Choice, setting: str, value: bool | list[str], cost: str) -> Choice:
+    memory = choice.config.memory.model_copy(update={setting: value})
+    text = f"memory.{setting}={json.dumps(value)}"
+    return Choice(choice.config.model_copy(update={"memory": memory}), (*choice.settings, text), (*choice.costs, cost))
+
+
+def _recomputing(
+    choice: Choice, planned: Plan, num_bytes: int, plan: Callable[[Config], Plan]
+) -> Iterator[tuple[Choice, Plan]]:
+    """Yield as few recomputed parts as might do, then a few more, then all; parts only where all would do."""
+    accumulation = choice.config.data.gradient_accumulation
+    cost = _more_time(_share(planned, planned.parts, accumulation)) if planned.parts else RECOMPUTING
+    all_of_them = _changed(choice, "gradient_checkpointing", True, cost)
+    everything = plan(all_of_them.config)
+    if fits(everything, num_bytes):
+        over = planned.tightest.least_bytes - int(USABLE * num_bytes)
+        for names, share in selections(planned, over, accumulation):
+            some = _changed(choice, "recompute", names, _more_time(share))
+            yield some, plan(some.config)
+    yield all_of_them, everything
+
+
+def selections(planned: Plan, over: int, accumulation: int) -> Iterator[tuple[list[str], float]]:
+    """Yield sets of parts that save `over` bytes, and more, each with its share of a step's arithmetic.
+
+    First those of which the most bytes are saved for an operation. What a part computes again is there while its
+    gradients are computed, so that a little more must be saved than is lacking; how much, a plan of them tells.
+    """
+    parts = sorted(planned.parts, key=lambda part: part.saved_bytes / max(1, part.flops), reverse=True)
+    largest, before = max((part.saved_bytes for part in parts), default=0), 0
+    for goal in (over, over + largest // 4, over + largest):
+        saved = list(sums(part.saved_bytes for part in parts))
+        num = next((index for index, total in enumerate(saved, 1) if total >= goal), len(parts))
+        if before < num < len(parts):
+            chosen, before = parts[:num], num
+            yield sorted(part.name for part in chosen), _share(planned, chosen, accumulation)
+
+
+def _share(planned: Plan, parts: Sequence[Part], accumulation: int) -> float:
+    """Return how much arithmetic a step has more where parts are recomputed."""
+    return accumulation * sum(part.flops for part in parts) / max(1, planned.flops)
+
+
+def _more_time(share: float) -> str:
+    return f"about {share:.0%} more time"
 
 
 def _smaller(choice: Choice) -> Iterator[Choice]:
+    yield choice
     data = choice.config.data
     if choice.config.memory.fused_back_pass:
         return
@@ -82,9 +154,8 @@ def fit_to(
     where: what holds the budget. Raises UserError where none does, with what the smallest would need, by part.
     """
     smallest: tuple[Choice, Plan] | None = None
-    for choice in choices(config):
-        planned = plan(choice.config)
-        if planned.tightest.least_bytes <= USABLE * num_bytes:
+    for choice, planned in attempts(config, num_bytes, plan):
+        if fits(planned, num_bytes):
             return choice, planned
         if smallest is None or planned.tightest.least_bytes < smallest[1].tightest.least_bytes:
             smallest = choice, planned

@@ -15,7 +15,7 @@ from sdtrain.training.keeping.disk import cache_needed
 from sdtrain.training.keeping.disk import size as size_text
 from sdtrain.training.keeping.room import needed
 from sdtrain.training.keeping.standing import cache_folder
-from sdtrain.training.planning.trace import CPU, Phase, trace
+from sdtrain.training.planning.trace import CPU, Part, Phase, trace
 from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.start import run_folder
 
@@ -35,6 +35,8 @@ class Plan:
     """Floating point operations of a step."""
     bases: Mapping[str, int] = field(default_factory=dict)
     """Bytes of the frozen U-Net by `model.base_precision`; empty where it is trained."""
+    parts: tuple[Part, ...] = ()
+    """What could recompute its activations, each part by itself."""
 
     @property
     def worst(self) -> Phase:
@@ -65,7 +67,7 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
     name = f"a {'GPU' if on_gpu else 'CPU'}, {str(run.dtype).removeprefix('torch.')}"
     disk = {what: size for what, size in disk.items() if size}
     bases = traced.bases if isinstance(config.method, LoraConfig) else {}
-    return Plan(name, bucket, traced.phases, disk, traced.flops, bases)
+    return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts)
 
 
 def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:

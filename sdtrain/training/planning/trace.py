@@ -28,6 +28,7 @@ from sdtrain.training.ending.guard import backward
 from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
+from sdtrain.training.planning.recomputing import watch_parts
 from sdtrain.training.planning.tracking import Tracker, movable_modules
 from sdtrain.training.prepare import pack_base
 from sdtrain.training.preservation import Preservation, prepare_preservation
@@ -62,6 +63,16 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of the U-Net that could recompute its activations: the bytes it would not keep, and what it would cost in
+    floating point operations of a micro-batch."""
+
+    name: str
+    saved_bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class Traced:
     """What was found out about a run: its phases, and the arithmetic of a step in floating point operations."""
 
@@ -70,6 +81,8 @@ class Traced:
     trainable: Trainable
     bases: Mapping[str, int]
     """Bytes of the U-Net by `model.base_precision`."""
+    parts: tuple[Part, ...] = ()
+    """What could recompute its activations; nothing where something does already."""
 
     @property
     def worst(self) -> Phase:
@@ -102,10 +115,9 @@ def trace(
         with tracker:
             model = model_of(components, run.config.model, device=CPU, caption_chunks=run.config.data.caption_chunks)
             weights = _Weights.of(components, run.config, on_gpu=on_gpu)
-            phases, flops, trainable = _Trace(run, model, weights, tracker).all_phases(
-                bucket, (0, 0) if on_gpu else num_examples
-            )
-    return Traced(phases, flops, trainable, bases)
+            tracing = _Trace(run, model, weights, tracker)
+            phases, flops, trainable = tracing.all_phases(bucket, (0, 0) if on_gpu else num_examples)
+    return Traced(phases, flops, trainable, bases, tuple(tracing.parts.values()))
 
 
 def _unread(components: Components) -> Callable[[str], Tensor]:
@@ -149,6 +161,7 @@ class _Trace:
     def __init__(self, run: Run, model: Model, weights: _Weights, tracker: Tracker) -> None:
         self.run, self.config, self.model, self.weights, self.tracker = run, run.config, model, weights, tracker
         self.preservation: Preservation | None = None
+        self.parts: dict[str, Part] = {}
 
     def all_phases(
         self, bucket: tuple[int, int], num_examples: tuple[int, int]
@@ -158,12 +171,27 @@ class _Trace:
         before = self.tracker.bytes_now
         trainable = train_parameters(self.model, self.run)
         adapters = self.tracker.bytes_now - before
+        if not (self.config.memory.gradient_checkpointing or self.config.memory.recompute):
+            watch_parts(self.model.networks[DENOISER], self._watched)
         optimizer = build_optimizer(trainable, self.config, compiled=False)
         step = self.step(trainable, optimizer, batch)
         parts = {"adapters": adapters, "optimizer": step.state, "pictures and captions": held}
         standing = {part: size for part, size in parts.items() if size}
         phases = [encode, self.train(step, standing), *self.look(trainable, optimizer, prompts, standing)]
         return tuple(phases), step.flops * self.config.data.gradient_accumulation, trainable
+
+    def _watched(self, name: str, layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return a layer of a part that also notes what it keeps for backward beside its inputs and its output."""
+
+        def call(*inputs: Any) -> Tensor:
+            held, flops = self.tracker.bytes_now, self.tracker.flops
+            out = layer(*inputs)
+            kept, cost = self.tracker.bytes_now - held - _bytes(out), self.tracker.flops - flops
+            so_far = self.parts.get(name, Part(name, 0, 0))
+            self.parts[name] = Part(name, so_far.saved_bytes + kept, so_far.flops + cost)
+            return out
+
+        return call
 
     def encode(self, bucket: tuple[int, int]) -> tuple[Phase, Batch, Prompts]:
         """Encode one picture and one caption, as the cache is filled, and all prompts together."""

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sdtrain.commands import late_imports
+from sdtrain.commands import libraries
 from sdtrain.config.from_python import make_config
 from sdtrain.config.schema import Config
 
@@ -26,8 +26,8 @@ def a_config(precision: str) -> Config:
 
 @pytest.fixture(autouse=True)
 def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late_imports._Process, "is_ours", False)
-    for name in late_imports.QUANTISERS:
+    monkeypatch.setattr(libraries._Process, "is_ours", False)
+    for name in libraries.QUANTISERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -36,9 +36,9 @@ def is_found(name: str) -> bool:
 
 
 def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
-    late_imports.process_is_ours()
-    late_imports.import_less(a_config("full"))
-    assert not any(is_found(name) for name in late_imports.QUANTISERS)
+    libraries.process_is_ours()
+    libraries.import_less(a_config("full"))
+    assert not any(is_found(name) for name in libraries.QUANTISERS)
     with pytest.raises(ImportError):
         import torchao  # noqa: F401
 
@@ -46,14 +46,14 @@ def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
 @pytest.mark.parametrize(("ours", "precision"), [(False, "full"), (True, "int8")])
 def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, precision: str) -> None:
     if ours:
-        late_imports.process_is_ours()
+        libraries.process_is_ours()
     before = dict(sys.modules)
-    late_imports.import_less(a_config(precision))
+    libraries.import_less(a_config(precision))
     assert sys.modules == before
 
 
 def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", sys)
-    late_imports.process_is_ours()
-    late_imports.import_less(a_config("full"))
+    libraries.process_is_ours()
+    libraries.import_less(a_config("full"))
     assert sys.modules["torchao"] is sys

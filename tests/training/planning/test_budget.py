@@ -53,7 +53,7 @@ def test_a_run_gives_up_what_its_budget_takes_and_its_steps_stay_the_same(train:
     assert losses(run) == pytest.approx(losses(straight), rel=1e-5)
     assert "batch_size = 1" in (run / "config.toml").read_text()
     again, text = train({"name": "tight", **whole, "steps": 4, "memory.budget": "14MB"}, resume=True)
-    assert len(losses(again)) == 4 and len(planned) == 2, "what was planned before is remembered"
+    assert len(losses(again)) == 4 and len(planned) == 3, "what was planned before is remembered"
 
 
 def test_plans_are_remembered_by_all_that_they_follow_from(
@@ -80,7 +80,8 @@ def test_a_budget_that_nothing_fits_is_told_before_anything_is_written(train: Tr
     with pytest.raises(UserError) as caught:
         train({"memory.budget": "1MB", "data.batch_size": 1, "data.resolution_px": 64})
     (problem,) = caught.value.problems
-    assert problem.where == "memory.budget" and "are too little even with memory.gradient_checkpointing" in problem.what
+    assert problem.where == "memory.budget" and "are too little even with " in problem.what
+    assert "memory.gradient_checkpointing=true" in problem.what
     assert not list(Path(table["output"]).glob("*/config.toml"))
 
 

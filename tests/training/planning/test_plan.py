@@ -18,9 +18,9 @@ from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.training import fit as loop
 from sdtrain.training.optimizers import build_optimizer
-from sdtrain.training.planning.levers import budget_bytes, choices, fit_to
+from sdtrain.training.planning.levers import attempts, budget_bytes, fit_to, selections
 from sdtrain.training.planning.plan import Plan
-from sdtrain.training.planning.trace import CPU, Phase, Traced, trace
+from sdtrain.training.planning.trace import CPU, Part, Phase, Traced, trace
 from sdtrain.training.planning.tracking import Tracker
 from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.watching.records import PictureRecord, StepRecord
@@ -76,11 +76,12 @@ def counted(config: Config) -> dict[str, int]:
     [
         {"preview.every": 1, "preview.seeds": [0, 1, 2]},
         {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]},
+        {"memory.recompute": ["up_blocks.0", "down_blocks.1.attentions.0"], "data.batch_size": 2},
         {"method.kind": "full", "data.gradient_accumulation": 2},
         {"model.base_precision": "int8", "preview.every": 1},
         pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
     ],
-    ids=["lora", "checkpointing", "full", "int8", "dora nf4"],
+    ids=["lora", "checkpointing", "parts", "full", "int8", "dora nf4"],
 )
 def test_a_plan_is_within_three_percent_of_the_truth(config_of: Callable[..., Config], changes: dict[str, Any]) -> None:
     config = config_of(changes)
@@ -99,6 +100,18 @@ def test_a_larger_batch_and_larger_pictures_need_more_and_recomputing_needs_less
         assert peaks(more)["train"] > peaks(first)["train"] and more.flops > first.flops
     less = traced(config_of({"memory.gradient_checkpointing": True}))
     assert peaks(less)["train"] < peaks(first)["train"] and less.flops > 1.2 * first.flops
+
+
+def test_the_unet_recomputes_too_where_a_text_encoder_alone_is_trained_through_it(
+    config_of: Callable[..., Config],
+) -> None:
+    settings = {"method.train": ["text_encoder"], "data.batch_size": 2}
+    plain, recomputed = (
+        traced(config_of(settings)),
+        traced(config_of({**settings, "memory.gradient_checkpointing": True})),
+    )
+    kept = [found.phases[1].parts["kept for backward"] for found in (plain, recomputed)]
+    assert kept[1] < kept[0] / 2
 
 
 def test_on_a_gpu_what_does_not_train_has_left(config_of: Callable[..., Config]) -> None:
@@ -137,7 +150,7 @@ def made_up(config: Config) -> Plan:
 
 def test_the_cheapest_setting_that_fits_is_chosen(config_of: Callable[..., Config]) -> None:
     config = config_of({"data.batch_size": 4})
-    wanted = {60: (4, 1, False), 30: (2, 2, False), 13: (1, 4, False), 6: (4, 1, True), 3: (1, 4, True)}
+    wanted = {60: (4, 1, False), 30: (4, 1, True), 6: (4, 1, True), 5: (2, 2, True), 3: (1, 4, True)}
     for budget_mib, (batch, accumulation, recomputes) in wanted.items():
         choice, _ = fit_to(config, budget_mib * MIB, made_up)
         data, memory = choice.config.data, choice.config.memory
@@ -146,9 +159,49 @@ def test_the_cheapest_setting_that_fits_is_chosen(config_of: Callable[..., Confi
         assert bool(choice.costs) == (choice.config != config)
 
 
+def with_parts(config: Config) -> Plan:
+    """A plan of three parts, of which one saves as much for half of the arithmetic."""
+    sizes = {"up_blocks.0": 4, "up_blocks.1": 4, "mid_block": 2}
+    costs = {"up_blocks.0": 20, "up_blocks.1": 10, "mid_block": 40}
+    memory = config.memory
+    again = set(sizes) if memory.gradient_checkpointing else set(memory.recompute)
+    kept = sum(size for name, size in sizes.items() if name not in again)
+    phase = Phase("train", {"weights": 10 * MIB, "kept for backward": kept * MIB})
+    parts = tuple(Part(name, sizes[name] * MIB, costs[name]) for name in sizes) if not again else ()
+    return Plan("a GPU", (96, 96), (phase,), {}, 100, {}, parts)
+
+
+def test_as_few_parts_are_recomputed_as_do_those_first_that_save_most_for_their_cost(
+    config_of: Callable[..., Config],
+) -> None:
+    config = config_of({"data.batch_size": 1})
+    wanted = {20: [], 16: ["up_blocks.1"], 12: ["up_blocks.0", "up_blocks.1"]}
+    for usable_mib, names in wanted.items():
+        choice, _ = fit_to(config, round(usable_mib * MIB / 0.9) + 1, with_parts)
+        assert choice.config.memory.recompute == names and not choice.config.memory.gradient_checkpointing
+        assert len(choice.costs) == bool(names)
+    choice, _ = fit_to(config, round(10 * MIB / 0.9) + 1, with_parts)
+    assert choice.config.memory.gradient_checkpointing and choice.config.memory.recompute == []
+    names, share = next(selections(with_parts(config), 5 * MIB, 2))
+    assert names == ["up_blocks.0", "up_blocks.1"] and share == pytest.approx(0.6)
+
+
+def test_what_parts_save_is_what_a_plan_of_them_lacks(config_of: Callable[..., Config]) -> None:
+    whole = traced(config_of({"data.batch_size": 2}))
+    parts = {part.name: part for part in whole.parts}
+    assert {"mid_block", "mid_block.attentions.0", "up_blocks.0"} <= set(parts) and not traced(
+        config_of({"memory.recompute": ["mid_block"]})
+    ).parts
+    chosen = ["up_blocks.0.attentions.0", "up_blocks.1"]
+    some = traced(config_of({"data.batch_size": 2, "memory.recompute": chosen}))
+    kept = [found.phases[1].parts["kept for backward"] for found in (whole, some)]
+    assert kept[0] - kept[1] == pytest.approx(sum(parts[name].saved_bytes for name in chosen), rel=0.1)
+    assert some.flops - whole.flops == pytest.approx(sum(parts[name].flops for name in chosen), rel=0.1)
+
+
 def test_a_step_has_the_same_pictures_whatever_is_chosen(config_of: Callable[..., Config]) -> None:
     for changes in ({"data.batch_size": 12}, {"data.batch_size": 3}, {"method.kind": "full", "data.batch_size": 2}):
-        for choice in choices(config_of(changes)):
+        for choice, _ in attempts(config_of(changes), 0, made_up):
             data = choice.config.data
             assert data.batch_size * data.gradient_accumulation == changes["data.batch_size"]
             assert not (choice.config.memory.fused_back_pass and data.gradient_accumulation > 1)
