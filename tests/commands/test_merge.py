@@ -364,6 +364,19 @@ def test_a_merged_file_says_what_it_is_made_of_and_under_which_licence(
     assert "made of" in run("info", tmp_path / "s.safetensors")[1]
 
 
+def test_how_far_it_has_come_is_shown(base: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for number, (source, layout) in enumerate([(str(base), "single-file"), (FOLDER, "folder")]):
+        seen.clear()
+        out = tmp_path / f"{number}{'' if layout == 'folder' else '.safetensors'}"
+        pairs = [(loras["a"], Share()), (loras["b"], Share())]
+        done = merge(source, pairs, out, layout, show=lambda *at: seen.append(at))  # type: ignore[arg-type]
+        assert seen == [("layers", number, done.changed) for number in range(1, done.changed + 1)]
+    seen.clear()
+    done = merge_loras(pairs, FOLDER, tmp_path / "sum.safetensors", None, 1.0, show=lambda *at: seen.append(at))
+    assert [number for _, number, _ in seen] == list(range(1, done.changed + 1))
+
+
 def test_the_command_tells_the_hash(base: Path, loras: dict[str, Path], tmp_path: Path) -> None:
     code, said = run("merge", base, loras["a"], "--out", tmp_path / "m.safetensors")
     assert code == 0

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from sdtrain.adapters.attach import AdapterSettings, attach_adapters
 from sdtrain.adapters.formats.layer_names import sd_scripts_names
@@ -16,6 +17,7 @@ from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.low_rank import RankRule
 from sdtrain.adapters.merge import merge_into
 from sdtrain.adapters.shares import Share
+from sdtrain.cli import app
 from sdtrain.commands.files.difference import lora_difference
 from sdtrain.commands.files.extract import resize_lora
 from sdtrain.commands.files.merge import merge, read_base
@@ -151,3 +153,10 @@ def test_a_change_of_another_width_is_named(tiny: Model, tmp_path: Path) -> None
     assert "is for a layer of shape (7,)" in str(told)
     assert "has a bias of 3 numbers for 96 outputs" in str(told)
     assert "changes a bias, which this layer does not have" in str(told)
+
+
+def test_info_tells_what_lies_beside_the_layers(lycoris: Lycoris, tmp_path: Path) -> None:
+    more = load_file(lycoris[0]) | {"bundle_emb.ring.string_to_param.*": torch.zeros(2, 64)}
+    save_file(more, tmp_path / "a.safetensors")
+    output = CliRunner().invoke(app, ["info", str(tmp_path / "a.safetensors")]).output
+    assert f"{len(NORMS)} normalisations, text embedding ring" in " ".join(output.split())

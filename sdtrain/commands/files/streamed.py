@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,25 @@ from sdtrain.models.checkpoints.fill import Stored, read_parameter
 from sdtrain.models.checkpoints.networks import Outline
 from sdtrain.models.checkpoints.single_file import Change, original_form
 
+Show = Callable[[str, int, int], None]
+"""Shows of what, and how many of how many are done."""
+
 
 @dataclass(frozen=True)
 class Adding:
     """The changes of several adapter files, each with its weights, as one.
 
     terms: in an order that does not depend on that in which the files were named, so that neither does the sum.
+    done: is called after each layer.
     """
 
     terms: Sequence[tuple[Adapters, Share]]
+    done: Callable[[], None] = lambda: None
+
+    def shown(self, show: Show) -> Adding:
+        """Return the same, which shows how many of its layers are done."""
+        numbers, total = count(1), len(self.layers())
+        return replace(self, done=lambda: show("layers", next(numbers), total))
 
     def touches(self, component: str, module: str) -> bool:
         """Return whether a layer is changed: a weight of 0 leaves it as it is, bit for bit."""
@@ -66,6 +77,8 @@ class Adding:
             change = delta(weights, wide) if leaf == "weight" else bias_delta(weights)
             if change is not None:
                 total += times * change
+        if leaf == "weight":
+            self.done()
         return wide + total
 
     def _of(self, component: str, module: str) -> list[tuple[AdapterWeights, float]]:

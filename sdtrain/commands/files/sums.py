@@ -24,8 +24,8 @@ from sdtrain.adapters.low_rank import RankRule, Summed, approximate, summed
 from sdtrain.adapters.shares import Share
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.made_of import joined_words, made_of_entries
-from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of
-from sdtrain.commands.files.streamed import Adding, stored_value
+from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of, unseen
+from sdtrain.commands.files.streamed import Adding, Show, stored_value
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import now
@@ -44,12 +44,13 @@ def merge_loras(
     *,
     partial: bool = False,
     force: bool = False,
+    show: Show = unseen,
 ) -> Merged:
     """Write the LoRA whose change is the sum of those of `files`, each times its weights; return what was done.
 
     base: a model that they fit, for the names of its layers, and for its weights where a DoRA or an OFT needs them.
     rank: the highest that a layer may get; None: as high as the sum needs, so that nothing is lost. energy: see
-    `RankRule`. Raises UserError.
+    `RankRule`. show: is told how many layers are done. Raises UserError.
     """
     require_free(out, force=force)
     checkpoint = open_checkpoint(locate(base, ""), "")
@@ -59,7 +60,11 @@ def merge_loras(
     read = _only_products(read_files(files, networks, partial=partial), partial=partial)
     if rank is None:
         _require_ranks(read)
-    done = {layer: _sum(read, outlines, layer, rank, energy) for layer in sorted(read.adding.layers())}
+    layers = sorted(read.adding.layers())
+    done = {}
+    for number, layer in enumerate(layers, start=1):
+        done[layer] = _sum(read, outlines, layer, rank, energy)
+        show("layers", number, len(layers))
     if not done:
         raise user_error(str(out), "--weight", "is 0 for every layer, so that nothing would be written")
     adapters: dict[str, dict[str, AdapterWeights]] = {}
