@@ -17,10 +17,10 @@ from sdtrain.adapters.formats.conventions import (
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, json_table, number_of
 from sdtrain.errors import UserError
 from sdtrain.families.metadata import D_KEY
-from sdtrain.files.header import Entry, Header, explain
+from sdtrain.files.header import FRACTIONS, Entry, Header, explain
 
 Kind = Literal["lora", "dora", "loha", "lokr", "oft"]
-FRACTIONS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+READABLE = (*FRACTIONS, "F8_E4M3", "F8_E5M2")
 LORA = frozenset({"down", "up"})
 NEEDED: Mapping[Kind, frozenset[str]] = {
     "lora": LORA,
@@ -89,7 +89,7 @@ def _parts_problems(parts: Mapping[str, Entry], kind: Kind) -> list[str]:
     found += [
         f"has {WORDS.get(part, part)} in {entry.dtype}, where fractions belong"
         for part, entry in parts.items()
-        if part != "alpha" and entry.dtype not in FRACTIONS
+        if part != "alpha" and entry.dtype not in READABLE
     ]
     return found or _shape_problems(parts)
 
