@@ -25,6 +25,7 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem, user_error
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
+from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
@@ -96,8 +97,9 @@ def sample_to_files(
     loras: files of LoRAs that are added to the weights, each times its weight. partial: whether layers of them that
     cannot be used are left out.
     """
-    drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
+    require_place(folder, folder=True)
+    drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial)
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
             words = drawn.drawn_from.one(prompts[index], seed).words()

@@ -114,7 +114,7 @@ def merge(
 
     The base's author and licence are kept: the result is a work made of theirs. Raises UserError.
     """
-    require_free(out, force=force)
+    require_free(out, force=force, folder=layout == "folder")
     if layout == "single-file" and location(base).is_file():
         checkpoint = open_checkpoint(location(base), "")
         assert isinstance(checkpoint, SingleFile), "a file is no folder"
