@@ -32,6 +32,8 @@ NEEDED: Mapping[Kind, frozenset[str]] = {
 """The parts of a layer; a factor of LoKr may also be two, see `_whole`."""
 ROLES = {names: {part: role for role, part in parts.items()} for names, parts in SUFFIXES.items()}
 """What parts are here that are called differently in the two namings."""
+OF_PEFT = {SUFFIXES["diffusers"]["magnitude"]: "magnitude"}
+"""What is read in both namings."""
 WORDS = {"down": "its down matrix", "up": "its up matrix", "magnitude": "its lengths"}
 OTHERS = {
     "oft_blocks": "turns outputs, and what is trained here turns inputs",
@@ -62,7 +64,7 @@ def _layers(header: Header) -> dict[str, dict[str, Entry]]:
             continue
         layer, part = _split(known)
         part = OTHER_SPELLINGS.get(part, part)
-        roles = ROLES["sd-scripts" if layer.startswith("lora_") else "diffusers"]
+        roles = ROLES["sd-scripts" if layer.startswith("lora_") else "diffusers"] | OF_PEFT
         found.setdefault(layer, {})[roles.get(part, part)] = header.entries[key]
     return found
 

@@ -135,6 +135,9 @@ def _decode_lora(parts: dict[str, Tensor], names: Names, alpha: float | None) ->
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"has a down matrix of rank {down.shape[0]} and an up matrix of rank {up.shape[1]}")
     lora = LoraWeights(down, up, _or_rank(alpha, down))
+    of_peft = SUFFIXES["diffusers"]["magnitude"]  # which stands for outputs whatever its shape, in any name's company
+    if names == "sd-scripts" and of_peft in parts:
+        names, words = "diffusers", SUFFIXES["diffusers"]
     if words["magnitude"] not in parts:
         return _nothing_left(lora, parts)
     magnitude = _take(parts, words["magnitude"], sides=1)
