@@ -276,6 +276,8 @@ def copy_into(layer_weights: AdapterWeights, values: AdapterWeights) -> None:
         raise ValueError(f"is {kind_of(values)} in the file and {kind_of(layer_weights)} in this run")
     if isinstance(values, DoraWeights) and values.on_inputs:
         raise ValueError("has lengths for each input, and those that are trained here are for each output")
+    if isinstance(values, OftWeights) and (values.on_outputs or values.terms):
+        raise ValueError("turns outputs or by a series, and what is trained here turns inputs, exactly")
     there, here = encode(values, "diffusers"), encode(layer_weights, "diffusers")
     if {name: tensor.shape for name, tensor in there.items()} != {name: tensor.shape for name, tensor in here.items()}:
         raise ValueError(

@@ -88,7 +88,7 @@ def scaled(weights: AdapterWeights, strength: float) -> AdapterWeights:
             w1 = weights.w1
             return replace(weights, w1=(times(w1[0]), w1[1]) if isinstance(w1, tuple) else times(w1))
         case DiffWeights():
-            return DiffWeights(times(weights.change))
+            return DiffWeights(times(weights.change), None if weights.bias is None else times(weights.bias))
         case DoraWeights() | OftWeights():
             what = f"{strength:g}, but {kind_of(weights)} has no factor that scales it: add --form lora or diff"
             raise user_error("export", "--strength", what)

@@ -8,7 +8,7 @@ Sources: LoRA arXiv 2106.09685; rank-stabilised scale arXiv 2312.03732 (kept as 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, assert_never
 
 import torch
@@ -111,11 +111,16 @@ class LokrWeights:
 class OftWeights:
     """A rotation of the inputs in blocks: W + dW = W R^T, R = Cayley(skew(vectors)) on each block of inputs.
 
-    vectors: (blocks, block_size * (block_size - 1) / 2), the upper triangles, row by row.
+    vectors: (blocks, block_size * (block_size - 1) / 2), the upper triangles, row by row. The rest is read, never
+    trained: on_outputs: whether the outputs are rotated, W + dW = lengths * R W, as sd-scripts and LyCORIS do; lengths:
+    (out,), None for ones; terms: of the series that peft may compute instead of Cayley's transform, 0 for the latter.
     """
 
     vectors: Tensor
     block_size: int
+    on_outputs: bool = False
+    lengths: Tensor | None = None
+    terms: int = 0
 
     @property
     def rank(self) -> int:
@@ -132,10 +137,12 @@ class OftWeights:
 class DiffWeights:
     """The change itself, as LyCORIS names it `diff`: nothing trains as such, but it is exact, and every UI reads it.
 
-    change: dW, shaped like the layer's weight.
+    change: dW, shaped like the layer's weight. bias: the change of its bias, (out,), None for none. The layer may be a
+    normalisation, whose weight is (width,); such are read, never trained.
     """
 
     change: Tensor
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -193,13 +200,22 @@ def delta(weights: AdapterWeights, base: Tensor) -> Tensor:
         case LokrWeights():
             return weights.scale * _kronecker(whole(weights.w1), whole(weights.w2)).view(base.shape)
         case OftWeights():
-            flat = base.float().flatten(1)
-            rotated: Tensor = flat @ _rotation(weights).to(base.device).T
-            return rotated.view(base.shape) - base.float()
+            return _rotated(weights, base.float()) - base.float()
         case DiffWeights():
             return weights.change.float().view(base.shape)
         case _:
             assert_never(weights)
+
+
+def bias_delta(weights: AdapterWeights) -> Tensor | None:
+    """The change of the layer's bias in float32, (out,); None for none."""
+    bias = weights.bias if isinstance(weights, DiffWeights) else None
+    return None if bias is None else bias.float()
+
+
+def is_beyond_layers(weights: AdapterWeights) -> bool:
+    """Whether it changes what no adapter here can: a bias, or the weight of a normalisation."""
+    return isinstance(weights, DiffWeights) and (weights.bias is not None or weights.change.dim() < 2)
 
 
 def idle_networks(adapters: Adapters) -> list[str]:
@@ -221,7 +237,7 @@ def _is_zero(weights: AdapterWeights) -> bool:
         case OftWeights():
             return not bool(weights.vectors.any())
         case DiffWeights():
-            return not bool(weights.change.any())
+            return not bool(weights.change.any()) and (weights.bias is None or not bool(weights.bias.any()))
         case _:
             assert_never(weights)
 
@@ -240,11 +256,15 @@ def mapped(weights: AdapterWeights, change: Callable[[Tensor], Tensor]) -> Adapt
         case LokrWeights():
             return LokrWeights(_mapped_factor(weights.w1, change), _mapped_factor(weights.w2, change), weights.alpha)
         case OftWeights():
-            return OftWeights(change(weights.vectors), weights.block_size)
+            return replace(weights, vectors=change(weights.vectors), lengths=_mapped_some(weights.lengths, change))
         case DiffWeights():
-            return DiffWeights(change(weights.change))
+            return DiffWeights(change(weights.change), _mapped_some(weights.bias, change))
         case _:
             assert_never(weights)
+
+
+def _mapped_some(tensor: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if tensor is None else change(tensor)
 
 
 def _mapped_factor(
@@ -264,14 +284,42 @@ def _kronecker(left: Tensor, right: Tensor) -> Tensor:
     return torch.kron(left.view(*left.shape, *[1] * (right.dim() - 2)), right.contiguous())
 
 
+def _rotated(weights: OftWeights, base: Tensor) -> Tensor:
+    """The layer's weight after the rotation, shaped like `base`, float32."""
+    flat, rotation = base.flatten(1), _rotation(weights).to(base.device)
+    if not weights.on_outputs:
+        return (flat @ rotation.T).view(base.shape)
+    turned = rotation @ flat
+    if weights.lengths is not None:
+        turned = weights.lengths.float().to(base.device).view(-1, 1) * turned
+    return turned.view(base.shape)
+
+
 def _rotation(weights: OftWeights) -> Tensor:
-    """The block-diagonal R = (I - Q)(I + Q)^-1, (in, in), by Cayley's transform of Q = skew(vectors)."""
+    """The block-diagonal R, (in, in) or (out, out), made of Q = skew(vectors): see `_turned`."""
     blocks, size = weights.vectors.shape[0], weights.block_size
     rows, columns = torch.triu_indices(size, size, 1)
     skew = torch.zeros(blocks, size, size)
     skew[:, rows, columns] = weights.vectors.detach().float().cpu()
     skew = skew - skew.transpose(1, 2)
-    one = torch.eye(size).expand_as(skew)
     rotation = torch.zeros(blocks, size, blocks, size)
-    rotation[torch.arange(blocks), :, torch.arange(blocks)] = torch.linalg.solve(one + skew, one - skew, left=False)
+    rotation[torch.arange(blocks), :, torch.arange(blocks)] = _turned(skew, weights.terms)
     return rotation.view(blocks * size, blocks * size)
+
+
+def _turned(skew: Tensor, terms: int) -> Tensor:
+    """R = (I - Q)(I + Q)^-1 by Cayley's transform of Q = skew, (blocks, size, size).
+
+    With terms: I + 2Q + 2Q^2 + ... with 1 instead of 2 for the last power, which is what peft computes instead: the
+    beginning of the series of the inverse rotation (I + Q)(I - Q)^-1, so that the sign is another one, too.
+    """
+    one = torch.eye(skew.shape[-1]).expand_as(skew)
+    if not terms:
+        exact: Tensor = torch.linalg.solve(one + skew, one - skew, left=False)
+        return exact
+    total, power = one.clone(), one
+    last = max(3, terms - 1) if terms > 2 else terms - 1
+    for number in range(1, last + 1):
+        power = power @ skew
+        total = total + (1 if number == last and terms > 2 else 2) * power
+    return total

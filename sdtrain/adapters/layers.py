@@ -12,6 +12,11 @@ def layer_names(network: nn.Module) -> list[str]:
     return [name for name, module in plain_modules(network) if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
+def norm_names(network: nn.Module) -> list[str]:
+    """The normalisations of a network, in its order: they get no adapter here, but files of others change them."""
+    return [name for name, module in plain_modules(network) if isinstance(module, nn.GroupNorm | nn.LayerNorm)]
+
+
 def plain_modules(network: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules by the names they had before adapters were attached; the layers below an adapter are left out."""
     modules = dict(network.named_modules())

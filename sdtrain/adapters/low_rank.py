@@ -101,20 +101,25 @@ def _largest(flat: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return basis @ left, values, right
 
 
+def without_rank(adapters: Adapters) -> dict[tuple[str, str], str]:
+    """Return (component, module) -> why it has no rank that can be changed, for the layers where that is so."""
+    return {
+        (component, module): f"is {kind_of(weights)}; only LoRA has a rank that can be changed"
+        for component, modules in adapters.items()
+        for module, weights in modules.items()
+        if not isinstance(weights, LoraWeights)
+    }
+
+
 @torch.no_grad()
 def resize(adapters: Adapters, rule: RankRule) -> dict[str, dict[str, LoraWeights]]:
     """Return the nearest LoRAs of the rule's rank, layer by layer; alpha keeps its ratio to the rank.
 
     Raises UserError for kinds that are no product of two matrices.
     """
-    others = [
-        Problem(f"{component}.{module}", f"is {kind_of(weights)}; only LoRA has a rank that can be changed")
-        for component, modules in adapters.items()
-        for module, weights in modules.items()
-        if not isinstance(weights, LoraWeights)
-    ]
+    others = without_rank(adapters)
     if others:
-        raise UserError("resize", others[:3])
+        raise UserError("resize", [Problem(".".join(layer), what) for layer, what in others.items()][:3])
     return {
         component: {module: _resized(weights, rule) for module, weights in modules.items()}
         for component, modules in adapters.items()

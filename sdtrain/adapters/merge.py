@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from sdtrain.adapters.kinds import Adapters, delta
+from sdtrain.adapters.kinds import Adapters, bias_delta, delta
 from sdtrain.adapters.layers import plain_modules
 from sdtrain.errors import user_error
 
@@ -27,12 +27,21 @@ def merge_into(networks: Mapping[str, nn.Module], adapters: Sequence[tuple[Adapt
     for component, network in networks.items():
         layers = dict(plain_modules(network))
         for module in sorted({name for one, _ in adapters for name in one.get(component, {})}):
-            weight = layers[module].weight
+            terms = [(one[component][module], share) for one, share in adapters if module in one.get(component, {})]
+            layer = layers[module]
+            weight, bias = layer.weight, layer.bias
             assert isinstance(weight, Tensor)
-            total = weight.float()
-            for one, share in adapters:
-                if module in one.get(component, {}):
-                    total = total + share * delta(one[component][module], weight).to(weight.device)
-            weight.copy_(total)
+            _add(weight, [(delta(weights, weight), share) for weights, share in terms])
+            changes = [(change, share) for weights, share in terms if (change := bias_delta(weights)) is not None]
+            if changes:
+                assert isinstance(bias, Tensor)
+                _add(bias, changes)
             changed += 1
     return changed
+
+
+def _add(parameter: Tensor, changes: Sequence[tuple[Tensor, float]]) -> None:
+    total = parameter.float()
+    for change, share in changes:
+        total = total + share * change.to(parameter.device)
+    parameter.copy_(total)

@@ -15,21 +15,23 @@ from optim import averaged
 from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.loading.beside import put_beside
 from sdtrain.adapters.merge import merge_into
+from sdtrain.commands.files.command_line import left_out_lines
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.commands.reached import open_reached
 from sdtrain.commands.run_facts import finished_weights
 from sdtrain.config.paths import read_toml
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
-from sdtrain.errors import user_error
+from sdtrain.errors import Problem, user_error
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
+from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
-from sdtrain.training.watching.grid import labelled_grid, save_picture
-from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.grid import DrawnFrom, labelled_grid, save_picture
+from sdtrain.training.watching.preview import drawn_from, prepare_prompts, render, sampling_settings
 from sdtrain.training.watching.text import say
 
 Loras: TypeAlias = Sequence[tuple[Path, float]]
@@ -46,6 +48,9 @@ class Pictures:
     """One row per prompt, one column per seed."""
     title: str
     """The name of the run, and the step of its weights."""
+    drawn_from: DrawnFrom
+    left_out: tuple[Problem, ...]
+    """What of LoRAs on top could not be used."""
 
 
 def sample(
@@ -85,19 +90,28 @@ def sample_to_files(
     *,
     step: int | None = None,
     loras: Loras = (),
+    partial: bool = False,
 ) -> None:
     """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid.
 
-    loras: files of LoRAs that are added to the weights, each times its weight.
+    loras: files of LoRAs that are added to the weights, each times its weight. partial: whether layers of them that
+    cannot be used are left out.
     """
-    drawn = draw(source, prompts, seeds, step, overrides, loras)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
+    require_place(folder, folder=True)
+    drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial)
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
-            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
-    save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
+            words = drawn.drawn_from.one(prompts[index], seed).words()
+            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png", words)
+    grid = labelled_grid(drawn.rows, prompts, seeds, drawn.title)
+    save_picture(grid, folder / "grid.png", drawn.drawn_from.words())
     num = len(prompts) * len(seeds)
-    say(console, f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}")
+    say(
+        console,
+        *left_out_lines(drawn.left_out),
+        f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}",
+    )
 
 
 def draw(
@@ -107,39 +121,55 @@ def draw(
     step: int | None,
     overrides: Sequence[str],
     loras: Loras = (),
+    *,
+    partial: bool = False,
 ) -> Pictures:
     """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
     if not source.is_dir():
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
-        return _draw_file(source, prompts, seeds, overrides, loras)
+        return _draw_file(source, prompts, seeds, overrides, loras, partial=partial)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
-        return _draw_file(weights, prompts, seeds, overrides, loras)
+        return _draw_file(weights, prompts, seeds, overrides, loras, partial=partial)
     config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
-        _add(reached.model, loras)
+        left_out = _add(reached.model, loras, partial=partial)
         rows = _render(reached.model, reached.run, seeds)
-    return Pictures(rows, f"{config.name}, step {reached.step}")
+    told = replace(drawn_from(config, reached.step, loras), seeds=tuple(seeds))
+    return Pictures(rows, f"{config.name}, step {reached.step}", told, left_out)
 
 
 def _draw_file(
-    weights: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], loras: Loras
+    weights: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    loras: Loras,
+    *,
+    partial: bool,
 ) -> Pictures:
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
     device = pick_device(config)
     run = Run(weights.parent, config, device, pick_dtype(config, device))
     model = load_with_weights(run, weights)
-    _add(model, loras)
+    left_out = _add(model, loras, partial=partial)
     rows = _render(model, run, seeds)
-    return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
+    step = steps_of(metadata) or None
+    told = replace(drawn_from(config, step, loras), seeds=tuple(seeds))
+    return Pictures(rows, f"{config.name}, step {step or '?'}", told, left_out)
 
 
-def _add(model: Model, loras: Loras) -> None:
-    """Add LoRAs to the weights of a model. Raises UserError, naming the file, for one that does not fit."""
-    merge_into(model.networks, [(read_lora(file, model.networks).adapters, weight) for file, weight in loras])
+def _add(model: Model, loras: Loras, *, partial: bool) -> tuple[Problem, ...]:
+    """Add LoRAs to the weights of a model; return what of them was left out.
+
+    Raises UserError, naming the file, for one that does not fit.
+    """
+    files = [(read_lora(file, model.networks, partial=partial), weight) for file, weight in loras]
+    merge_into(model.networks, [(file.adapters, weight) for file, weight in files])
+    return tuple(problem for file, _ in files for problem in file.left_out)
 
 
 def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:

@@ -25,6 +25,8 @@ BITS = {
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"), 8),
 }
+FRACTIONS = ("F64", "F32", "F16", "BF16")
+"""The types that hold enough of a number to be trained."""
 SCALARS = {"F64": "d", "F32": "f", "F16": "e", "I64": "q", "I32": "i", "I16": "h", "I8": "b", "BOOL": "?"} | {
     "U64": "Q",
     "U32": "I",

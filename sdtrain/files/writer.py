@@ -114,18 +114,37 @@ def _prepared(path: Path, is_right: Callable[[int], bool], num_bytes: int) -> Pa
     is_right: whether what is there already, told by its mode, may be replaced. Raises UserError when it may not,
     and when there is no room for `num_bytes`.
     """
-    try:
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        mode = None
-    if mode is not None and not is_right(mode):
-        raise user_error(str(path), path.name, _wrong_place(mode))
+    _require_right(path, is_right)
     target = Path(os.path.realpath(path)) if path.is_symlink() else path
     if target.parent.is_dir():
         remove_left_overs(target.parent)
     check_space(target, num_bytes)
     make_folder(target.parent)
     return target
+
+
+def require_place(path: Path, *, folder: bool = False) -> None:
+    """Refuse a path where no file, or no folder, can be written, before work is done for it. Nothing is made.
+
+    Raises UserError.
+    """
+    with _told(path):
+        _require_right(path, stat.S_ISDIR if folder else stat.S_ISREG)
+        above = next(one for one in (path.absolute(), *path.absolute().parents) if one.exists() and one != path)
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _require_right(path: Path, is_right: Callable[[int], bool]) -> None:
+    """Refuse to replace what is there, where its mode is not that of what will be written."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not is_right(mode):
+        raise user_error(str(path), path.name, _wrong_place(mode))
 
 
 def make_folder(path: Path) -> None:

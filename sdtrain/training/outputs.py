@@ -27,7 +27,7 @@ from sdtrain.training.prepare import Prepared
 from sdtrain.training.run import Run
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.grid import save_picture
-from sdtrain.training.watching.preview import preview_grid, render, sampling_settings
+from sdtrain.training.watching.preview import drawn_from, preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
@@ -99,7 +99,8 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config), stop.give_up)
-        save_picture(preview_grid(rows, prompts, config, step, folder / "base.png"), path)
+        grid = preview_grid(rows, prompts, config, step, folder / "base.png")
+        save_picture(grid, path, drawn_from(config, step).words())
     except GivenUpError:
         return
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from sdtrain.adapters.formats.conventions import known_keys
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
+from sdtrain.adapters.formats.startable import start_problems
 from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.errors import Problem, UserError
 from sdtrain.families.original_names import original_unet_names
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX
-from sdtrain.files.header import Header, explain, read_header
+from sdtrain.files.header import Entry, Header, explain, read_header
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.locate import DiffusersFolder
 from sdtrain.training.weights_files import NATIVE
@@ -35,7 +37,8 @@ def warm_start_problems(config: Config) -> list[Problem]:
         return [Problem(WHERE, explain(error))]
     if not found.kind:
         return [Problem(WHERE, f"{path.name} holds no adapters known here; name a LoRA file")]
-    return [*_kind(path, found, method), *_networks(path, found, method), *_rank(path, found, method)]
+    problems = [*_kind(path, found, method), *_networks(path, found, method), *_rank(path, found, method)]
+    return problems or _parts(path, method)
 
 
 def _kind(path: Path, found: FileDescription, method: LoraConfig) -> list[Problem]:
@@ -48,6 +51,16 @@ def _kind(path: Path, found: FileDescription, method: LoraConfig) -> list[Proble
         advice = "name a file of another form"
     what = f"{path.name} holds {found.kind} adapters, but method.adapter = {method.adapter}: {advice}"
     return [Problem(WHERE, what, (WHERE, "method.adapter"))]
+
+
+def _parts(path: Path, method: LoraConfig) -> list[Problem]:
+    """Return the problem of parts of the file that a run cannot start from."""
+    kind = "lora" if method.adapter == "rslora" else method.adapter
+    told = start_problems(read_header(path), kind)
+    if not told:
+        return []
+    rest = f" (and {len(told) - 1} more like this)" if len(told) > 1 else ""
+    return [Problem(WHERE, f"{path.name}: {told[0]}{rest}; choose a whole file of {kind}")]
 
 
 def _networks(path: Path, found: FileDescription, method: LoraConfig) -> list[Problem]:
@@ -87,7 +100,7 @@ def warm_start_misfits(config: Config, opened: OpenedModel) -> list[Problem]:
         return []  # which was told already
     misfits = [
         what
-        for key, entry in header.entries.items()
+        for key, entry in _known(header).items()
         for part, side in WIDTHS.items()
         if key.endswith("." + part)
         for what in _misfit(key.removesuffix("." + part), side, entry.shape, layers, is_whole=is_whole)
@@ -97,6 +110,11 @@ def warm_start_misfits(config: Config, opened: OpenedModel) -> list[Problem]:
     rest = f" (and {len(misfits) - 1} more like this)" if len(misfits) > 1 else ""
     what = f"{path.name} was made for another model: {misfits[0]}{rest}; choose a file made for {config.model.path}"
     return [Problem(WHERE, what, (WHERE, "model.path"))]
+
+
+def _known(header: Header) -> dict[str, Entry]:
+    keys = known_keys(header.entries)
+    return {keys[key]: entry for key, entry in header.entries.items() if key in keys}
 
 
 def _misfit(name: str, side: int, shape: Shape, layers: Mapping[str, Shape], *, is_whole: bool) -> list[str]:

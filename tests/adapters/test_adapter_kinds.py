@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
+from sdtrain.adapters.formats.conventions import Names
 from sdtrain.adapters.formats.lora_file import read_lora, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
-from sdtrain.adapters.formats.tensor_names import Names
 from sdtrain.adapters.kinds import AdapterKind, LoraWeights, OftWeights, delta, idle_networks
 from sdtrain.errors import UserError
 

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
+from sdtrain.adapters.formats.alphas import rescaled
 from sdtrain.adapters.formats.conventions import known_key
 from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.layer_names import sd_scripts_names
 from sdtrain.adapters.formats.lora_file import read_lora, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.formats.tensor_names import encode
-from sdtrain.adapters.kinds import AdapterWeights, LoraWeights, delta
+from sdtrain.adapters.kinds import AdapterWeights, DoraWeights, LoraWeights, delta
 from sdtrain.adapters.layers import layer_names, plain_modules
 from sdtrain.adapters.low_rank import RankRule, resize
 from sdtrain.errors import UserError
@@ -80,14 +81,15 @@ def write(networks: Networks, path: Path, convention: str, adapters: dict[str, A
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     convention=st.sampled_from(sorted(CONVENTIONS)),
-    kinds=st.sampled_from(["lora", "loha"]),
+    kinds=st.sampled_from(["lora", "dora", "loha", "lokr", "diff"]),
     modules=st.data(),
     seed=st.integers(0, 9),
 )
 def test_every_convention_gives_the_same_change(
     networks: Networks, convention: str, kinds: str, modules: st.DataObject, seed: int
 ) -> None:
-    kind = "lora" if CONVENTIONS[convention](networks, TO_Q)[1] == "diffusers" else kinds
+    of_peft = CONVENTIONS[convention](networks, TO_Q)[1] == "diffusers"
+    kind = "lora" if of_peft and kinds not in ("lora", "dora") else kinds
     every = layer_names(networks["unet"])
     chosen = modules.draw(st.lists(st.sampled_from(every), min_size=1, max_size=4, unique=True))
     generator = torch.Generator().manual_seed(seed)
@@ -103,6 +105,53 @@ def test_every_convention_gives_the_same_change(
     for name, weights in adapters.items():
         base = weight(networks, name)
         torch.testing.assert_close(delta(read.adapters["unet"][name], base), delta(weights, base))
+
+
+TEXT_PREFIXES: dict[str, tuple[str, str, str]] = {
+    "sd-scripts": ("lora_te1_", "lora_te2_", "_"),
+    "diffusers": ("text_encoder.", "text_encoder_2.", "."),
+    "ComfyUI": ("text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer.", "."),
+}
+"""What begins a name in the first and in the second text encoder, and what joins its pieces."""
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    convention=st.sampled_from(sorted(TEXT_PREFIXES)),
+    kinds=st.sampled_from(["lora", "dora", "loha", "lokr", "diff"]),
+    short=st.booleans(),
+    layers=st.data(),
+    seed=st.integers(0, 9),
+)
+def test_every_convention_gives_the_same_change_in_text_encoders(
+    networks: Networks, convention: str, kinds: str, short: bool, layers: st.DataObject, seed: int
+) -> None:
+    """short: without `text_model.`, as diffusers writes them with transformers 5."""
+    kind = "lora" if convention == "diffusers" and kinds not in ("lora", "dora") else kinds
+    generator = torch.Generator().manual_seed(seed)
+    *prefixes, joint = TEXT_PREFIXES[convention]
+    wanted: dict[tuple[str, str], AdapterWeights] = {}
+    tensors: dict[str, Tensor] = {}
+    for component, prefix in zip(("text_encoder", "text_encoder_2"), prefixes, strict=True):
+        every = [name for name in layer_names(networks[component]) if name != "text_projection"]
+        for module in layers.draw(st.lists(st.sampled_from(every), min_size=1, max_size=3, unique=True)):
+            weights = random_weights(kind, weight(networks, module, component), generator)  # type: ignore[arg-type]
+            if isinstance(weights, LoraWeights | DoraWeights) and convention == "diffusers":
+                weights = rescaled(weights, float(weights.rank))  # for which no header is needed
+            wanted[component, module] = weights
+            plain = module.removeprefix("text_model.")
+            name = plain if short and convention == "diffusers" else f"text_model.{plain}"
+            for part, tensor in encode(weights, "diffusers" if joint == "." else "sd-scripts").items():
+                tensors[prefix + name.replace(".", joint) + f".{part}"] = tensor.contiguous()
+            if convention == "ComfyUI" and kind != "diff":
+                tensors[f"{prefix}{name}.alpha"] = torch.tensor(weights.alpha)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(tensors, Path(folder) / "a.safetensors")
+        read = read_lora(Path(folder) / "a.safetensors", networks).adapters
+    assert {(component, module) for component, modules in read.items() for module in modules} == set(wanted)
+    for (component, module), weights in wanted.items():
+        base = weight(networks, module, component)
+        torch.testing.assert_close(delta(read[component][module], base), delta(weights, base))
 
 
 @given(st.text(max_size=60))
@@ -162,9 +211,9 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
     name = sd_scripts_names(networks)["unet"][CONV]
     more = {
         "bundle_emb.zorbit.string_to_param.*": torch.ones(2, 32),
-        "lora_unet_out_0.w_norm": torch.ones(32),
-        "lora_unet_out_0.b_norm": torch.ones(32),
-        f"{name}.oft_blocks": torch.ones(4, 16, 16),
+        "lora_unet_out_0.w_norm": torch.ones(33),
+        "lora_unet_out_0.b_norm": torch.ones(33),
+        f"{name}.oft_blocks": torch.ones(2, 4, 16, 16),
     }
     save_file(sd_lora(networks, **more), path)
     with pytest.raises(UserError) as caught:
@@ -174,7 +223,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
         "bundle_emb.zorbit",
         "is a text embedding",
         "lora_unet_out_0",
-        "a normalisation",
+        "is for a layer of shape (33,)",
         name,
         "`oft_blocks`",
     ):
@@ -183,7 +232,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_used_if_asked(networks: Ne
     read = read_lora(path, networks, partial=True)
     assert list(read.adapters["unet"]) == [TO_Q]
     assert len(read.left_out) == 3
-    save_file({f"{name}.oft_blocks": torch.ones(4, 16, 16)}, path)
+    save_file({f"{name}.oft_blocks": torch.ones(2, 4, 16, 16)}, path)
     with pytest.raises(UserError, match="oft_blocks"):
         read_lora(path, networks, partial=True)
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sdtrain.adapters.formats.conventions import Names
 from sdtrain.adapters.formats.lora_file import write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
-from sdtrain.adapters.formats.tensor_names import Names
 from sdtrain.adapters.kinds import Adapters, LoraWeights
 from sdtrain.adapters.targets import select_modules
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
+from sdtrain.adapters.formats.conventions import Names
 from sdtrain.adapters.formats.layer_names import sd_scripts_names
 from sdtrain.adapters.formats.lora_file import read_lora, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
-from sdtrain.adapters.formats.tensor_names import Names
 from sdtrain.adapters.kinds import AdapterKind, AdapterWeights, delta
 
 MakeNetworks = Callable[[], dict[str, nn.Module]]

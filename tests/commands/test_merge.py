@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -364,6 +365,19 @@ def test_a_merged_file_says_what_it_is_made_of_and_under_which_licence(
     assert "made of" in run("info", tmp_path / "s.safetensors")[1]
 
 
+def test_how_far_it_has_come_is_shown(base: Path, loras: dict[str, Path], tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    for number, (source, layout) in enumerate([(str(base), "single-file"), (FOLDER, "folder")]):
+        seen.clear()
+        out = tmp_path / f"{number}{'' if layout == 'folder' else '.safetensors'}"
+        pairs = [(loras["a"], Share()), (loras["b"], Share())]
+        done = merge(source, pairs, out, layout, show=lambda *at: seen.append(at))  # type: ignore[arg-type]
+        assert seen == [("layers", number, done.changed) for number in range(1, done.changed + 1)]
+    seen.clear()
+    done = merge_loras(pairs, FOLDER, tmp_path / "sum.safetensors", None, 1.0, show=lambda *at: seen.append(at))
+    assert [number for _, number, _ in seen] == list(range(1, done.changed + 1))
+
+
 def test_the_command_tells_the_hash(base: Path, loras: dict[str, Path], tmp_path: Path) -> None:
     code, said = run("merge", base, loras["a"], "--out", tmp_path / "m.safetensors")
     assert code == 0
@@ -385,6 +399,38 @@ def test_what_is_there_is_replaced_only_where_that_is_said(base: Path, loras: di
         assert path.read_bytes() == b"mine"
     assert run("merge", base, loras["a"], "--out", path, "--force")[0] == 0
     assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "below a file", "another format"])
+def test_where_nothing_can_be_written_no_work_is_begun(tmp_path: Path, kind: str) -> None:
+    """The models that the work is about are not even looked for."""
+    out = tmp_path / "out.safetensors"
+    said = "is a device or a pipe, which is never replaced; name a file"
+    match kind:
+        case "folder":
+            out.mkdir()
+            said = "is a folder, which no file can replace; name a file in it"
+        case "pipe":
+            os.mkfifo(out)
+        case "device":
+            out.symlink_to("/dev/null")
+        case "below a file":
+            out.write_bytes(b"mine")
+            out, said = out / "out.safetensors", "Not a directory; nothing was changed"
+        case _:
+            out, said = tmp_path / "out.ckpt", "choose a name that ends in .safetensors"
+    none = tmp_path / "none"
+    commands: list[tuple[object, ...]] = [
+        ("merge", none, none, "--force"),
+        ("extract", none, none, "--force"),
+        ("resize", none, "--base", none, "--force"),
+    ]
+    for command in commands:
+        code, found = run(*command, "--out", out)
+        assert code == 2 and said in " ".join(found.split()), found
+    for command in (("sample", none, "--prompt", "x"), ("compare", none)) if kind in ("pipe", "device") else ():
+        code, found = run(*command, "--out", out)
+        assert code == 2 and said in " ".join(found.split()), found
 
 
 def test_all_that_is_wrong_is_told_at_once(base: Path, loras: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,6 +92,7 @@ def test_the_gallery_is_the_newest_preview_with_what_it_was_drawn_from(run: Path
             assert picture.tobytes() == cell
             words = picture.text["parameters"]  # type: ignore[attr-defined]
         assert f"Seed: {(0, 7)[number % 2]}, Size: 96x96, Model: small" in words
+        assert "sdtrain parameters" in picture.text  # type: ignore[attr-defined]
         assert words.startswith("a red zorbit\nSteps: 2, Sampler: Euler, CFG scale: 6") == (number < 2)
 
 
@@ -218,10 +220,15 @@ def test_without_a_token_or_a_network_one_sentence_is_told(run: Path, monkeypatc
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the Hub as a commit of small files needs; keeps what it is told."""
+    """As much of the Hub as a commit needs; keeps what it is told.
+
+    part_bytes: how large the parts are in which weights are sent, 0 for one part, None where they go with the commit.
+    """
 
     told: ClassVar[list[tuple[str, str, Any]]] = []
     refuses = False
+    refuses_pieces = False
+    part_bytes: int | None = None
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
@@ -232,14 +239,40 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(403, {"error": f"{TOKEN} may not write here"})
         if self.path.endswith("/preupload/main"):
             files = [
-                {"path": one["path"], "uploadMode": "regular", "shouldIgnore": False} for one in content[0]["files"]
+                {"path": one["path"], "uploadMode": self.mode_of(one["path"]), "shouldIgnore": False}
+                for one in content[0]["files"]
             ]
             return self.answer(200, {"files": files})
+        if self.path.endswith("/info/lfs/objects/batch"):
+            objects = [{**one, "actions": {"upload": self.place_of(one)}} for one in content[0]["objects"]]
+            return self.answer(200, {"transfer": "basic", "objects": objects})
+        if self.path.startswith("/whole/"):
+            return self.answer(200, {})
         if self.path.endswith("/commit/main"):
             return self.answer(
                 200, {"commitUrl": f"http://127.0.0.1:{port}/ada/rings/commit/1", "commitOid": "1", "success": True}
             )
         return self.answer(200, {"url": f"http://127.0.0.1:{port}/ada/rings", "id": "ada/rings"})
+
+    def mode_of(self, name: str) -> str:
+        """Weights go another way than text, as on the Hub."""
+        return "lfs" if self.part_bytes is not None and name.endswith(".safetensors") else "regular"
+
+    def place_of(self, one: dict[str, Any]) -> dict[str, Any]:
+        """Where an object goes: in one piece, or in parts of a size."""
+        at, parts = f"http://127.0.0.1:{self.server.server_address[1]}", -(-one["size"] // (self.part_bytes or 1))
+        if not self.part_bytes:
+            return {"href": f"{at}/pieces/{one['oid']}/1"}
+        header = {str(number): f"{at}/pieces/{one['oid']}/{number}" for number in range(1, parts + 1)}
+        return {"href": f"{at}/whole/{one['oid']}", "header": {"chunk_size": str(self.part_bytes), **header}}
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.told.append((self.path, self.headers.get("Authorization", ""), body))
+        self.send_response(403 if self.refuses_pieces else 200)
+        self.send_header("ETag", "e")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_GET(self) -> None:
         self.told.append((self.path, self.headers.get("Authorization", ""), None))
@@ -292,6 +325,33 @@ def test_what_the_dry_run_showed_is_what_goes_in_one_commit(run: Path, hub: type
     there = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert sent == there
     assert {token for _, token, _ in hub.told} == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("part_bytes", [0, 30_000], ids=["whole", "in parts"])
+def test_weights_are_sent_as_large_files_are(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, part_bytes: int
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    hub.part_bytes = part_bytes
+    assert "/ada/rings/commit/1" in run_command("push", run, "ada/rings")
+    (commit,) = [content for path, _, content in hub.told if path.endswith("/commit/main")]
+    (large,) = [one["value"] for one in commit if one["key"] == "lfsFile"]
+    content = (run / "publish" / "small.safetensors").read_bytes()
+    assert (large["path"], large["oid"]) == ("small.safetensors", sha256(content).hexdigest())
+    pieces = {int(path.rpartition("/")[2]): body for path, _, body in hub.told if path.startswith("/pieces/")}
+    assert len(pieces) == (-(-len(content) // part_bytes) if part_bytes else 1)
+    assert b"".join(pieces[number] for number in sorted(pieces)) == content
+    assert {token for path, token, _ in hub.told if path.startswith("/pieces/")} == {""}, "storage needs no token"
+
+
+def test_large_files_that_are_refused_are_a_sentence(
+    run: Path, hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    hub.part_bytes, hub.refuses_pieces = 0, True
+    with pytest.raises(UserError, match=r"did not take it: Error while uploading 'small.safetensors' to the Hub. 403"):
+        run_command("push", run, "ada/rings")
+    assert not [path for path, _, _ in hub.told if path.endswith("/commit/main")]
 
 
 def test_what_the_hub_refuses_is_a_sentence_without_the_token(run: Path, hub: type[Hub]) -> None:

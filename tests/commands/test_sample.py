@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image, ImageChops
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
@@ -115,6 +118,60 @@ def test_loras_are_added_each_times_its_weight(train: Train, tmp_path: Path) -> 
     assert difference(plain, drawn(run, (file, 1.0), (file, -1.0))) <= 1
     with pytest.raises(UserError, match=r"nothing\.safetensors"):
         drawn(run, (tmp_path / "nothing.safetensors", 1.0))
+
+
+def test_what_of_a_lora_cannot_be_used_is_left_out_if_asked(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 1})
+    tensors = load_file(run / "weights" / f"{run.name}.safetensors")
+    lora, whole = tmp_path / "more.safetensors", tmp_path / "whole.safetensors"
+    save_file(tensors, whole)
+    save_file(tensors | {"bundle_emb.zorbit.string_to_param.*": torch.ones(2, 64)}, lora)
+    arguments = ["sample", str(run), "--prompt", "a cat", "--count", "1", "--size", "64", "--steps", "1"]
+    refused = CliRunner().invoke(app, [*arguments, "--lora", str(lora)]).exception
+    assert isinstance(refused, UserError) and "text embedding" in str(refused) and "--partial" in str(refused)
+    done = CliRunner().invoke(app, [*arguments, "--lora", str(lora), "--partial"])
+    assert "left out: bundle_emb.zorbit" in done.output and done.exit_code == 0
+    picture = run / "samples" / "prompt-00-seed-0.png"
+    drawn = Image.open(picture).convert("RGB")
+    assert CliRunner().invoke(app, [*arguments, "--lora", str(whole)]).exit_code == 0
+    assert difference(drawn, Image.open(picture).convert("RGB")) == 0
+
+
+def words_of(path: Path) -> tuple[str, dict[str, Any]]:
+    with Image.open(path) as picture:
+        told = picture.text  # type: ignore[attr-defined]
+    return told["parameters"], json.loads(told["sdtrain parameters"])
+
+
+def test_a_picture_says_what_it_was_drawn_from(train: Train, tmp_path: Path) -> None:
+    """As A1111's text, which others read, and as JSON, of which the same picture can be drawn again."""
+    run, _ = train({"steps": 2, "preview.every": 1, "preview.prompts": ["a cat"], "preview.seeds": [4]})
+    lora = run / "weights" / f"{run.name}.safetensors"
+    how = ["preview.width_px=64", "preview.height_px=96", "preview.sampler=dpmpp_2m_karras"]
+    how += ["preview.num_inference_steps=3", "preview.guidance_scale=2.5", 'preview.negative_prompt="a dog"']
+    out = tmp_path / "out"
+    asked_for = (["a cat", "a big\nowl"], [7, 9])
+    sample_to_files(run, *asked_for, out, how, Console(quiet=True), step=2, loras=[(lora, 0.5)])
+    text, told = words_of(out / "prompt-01-seed-9.png")
+    assert text == (
+        "a big\\nowl\nNegative prompt: a dog\nSteps: 3, Sampler: DPM++ 2M Karras, CFG scale: 2.5, Seed: 9, "
+        f"Size: 64x96, Model: {run.name}, Training step: 2, Lora: {lora.stem} 0.5"
+    )
+    assert told["base"] == "builtin:tiny-sdxl" and str(tmp_path) not in json.dumps(told)
+    assert words_of(out / "grid.png")[1] == told | {"prompts": asked_for[0], "seeds": asked_for[1]}
+    again = [f"preview.{key}={told[key]}" for key in ("num_inference_steps", "sampler", "width_px", "height_px")]
+    again += [
+        f"preview.guidance_scale={told['guidance_scale']}",
+        f'preview.negative_prompt="{told["negative_prompt"]}"',
+    ]
+    (name, weight), *_ = told["loras"]
+    [[picture]] = draw(run, told["prompts"], told["seeds"], told["step"], again, [(lora.with_stem(name), weight)]).rows
+    with Image.open(out / "prompt-01-seed-9.png") as first:
+        assert difference(first.convert("RGB"), picture) <= 1, "drawn among four pictures, or alone"
+    for name, step in (("base", 0), ("step-000001", 1), ("step-000002", 2)):
+        text, told = words_of(run / "previews" / f"{name}.png")
+        assert text.startswith("a cat\n") and f"Seed: 4, Size: {told['width_px']}x{told['height_px']}" in text
+        assert (told["prompts"], told["seeds"], told["step"], told["run"]) == (["a cat"], [4], step, run.name)
 
 
 def test_a_size_and_a_sampler_are_drawn_with(train: Train, tmp_path: Path) -> None:

@@ -165,12 +165,28 @@ def test_a_tensor_too_many_is_named(rewrite) -> None:
 def test_leftovers_of_other_writers_are_no_problem(rewrite) -> None:
     leftovers = {
         "conditioner.embedders.0.transformer.text_projection.weight": torch.zeros(64, 64),
+        "conditioner.embedders.1.model.attn_mask": torch.zeros(77, 77),
         "model_ema.decay": torch.zeros(()),
         "denoiser.sigmas": torch.zeros(1000),
         "first_stage_model.loss.logvar": torch.zeros(()),
     }
     path = rewrite(lambda tensors: tensors.update(leftovers))
     load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
+
+
+def test_a_projection_that_is_written_as_a_layer_is_the_same_projection(rewrite) -> None:
+    """Playground's files have it so, the other way round than a matrix that text is multiplied with."""
+    key = "conditioner.embedders.1.model.text_projection"
+
+    def as_layer(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{key}.weight"] = tensors.pop(key).T.contiguous()
+
+    paths = rewrite(lambda _: None, name="plain.safetensors"), rewrite(as_layer)
+    config = [ModelConfig(path=str(path), components=BUILTIN) for path in paths]
+    plain, other = (load_components(open_model(one, "model"), torch.float32).networks for one in config)
+    for name, network in plain.items():
+        for parameter, value in network.state_dict().items():
+            assert torch.equal(other[name].state_dict()[parameter], value), parameter
 
 
 def test_eight_bit_weights_are_refused(rewrite) -> None:

@@ -19,6 +19,7 @@ from sdtrain.config.read import overridden
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
+from sdtrain.files.header import read_header
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.training.start import draft_run, inspect_run
 from sdtrain.training.warm_start_check import unet_layers
@@ -68,7 +69,9 @@ def test_a_file_that_fits_has_no_problems(problems: Problems, tmp_path: Path, na
 def test_kind_networks_rank_and_model_are_told_before_loading(problems: Problems, tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     text = {"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(2, 4)}
-    strange = {"lora_unet_nothing_here.lora_down.weight": torch.zeros(2, 4)}
+    nowhere = "lora_unet_nothing_here"
+    strange = {f"{nowhere}.lora_down.weight": torch.zeros(2, 4), f"{nowhere}.lora_up.weight": torch.zeros(4, 2)}
+    half = {f"{nowhere}.lora_down.weight": torch.zeros(2, 4)}
     assert "no adapters known here" in problems(_saved(path, {"a": torch.zeros(2)}))[0]
     assert (
         'holds lora adapters, but method.adapter = dora: set method.adapter = "lora"'
@@ -79,6 +82,7 @@ def test_kind_networks_rank_and_model_are_told_before_loading(problems: Problems
     assert "no adapters for text_encoder_2" in problems(lora(path), train=["unet", "text_encoder_2"])[0]
     assert "has 7 inputs, this one's" in problems(lora(path, wrong_width=7), train=["unet"])[0]
     assert "its lora_unet_nothing_here is no layer of this one" in problems(lora(path, **strange))[0]
+    assert "lora_unet_nothing_here lacks its up matrix; choose a whole file" in problems(lora(path, **half))[0]
 
 
 def test_the_native_file_is_named_where_it_lies_beside(problems: Problems, tmp_path: Path) -> None:
@@ -132,6 +136,35 @@ def test_a_base_in_eight_bits_is_refused_by_check(table: dict[str, Any], tmp_pat
     table["model"]["path"] = str(folder)
     with pytest.raises(UserError, match="F8_E4M3, which cannot be trained; get fp16 or more"):
         inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
+
+
+@pytest.mark.parametrize("how", ["a VAE of its own", "scales beside", "whole numbers"])
+def test_whatever_is_packed_is_told_at_its_setting(table: dict[str, Any], tmp_path: Path, how: str) -> None:
+    from sdtrain.commands.files.merge import read_base
+
+    path = tmp_path / "model.safetensors"
+    read_base(BASE)[0].write_checkpoint(path, Description("test", (128, 128)), layout="single-file")
+    tensors, metadata = load_file(path), read_header(path).metadata
+    key = "model.diffusion_model.out.2.weight"
+    match how:
+        case "a VAE of its own":
+            key = "first_stage_model.decoder.conv_in.weight"
+            tensors[key] = tensors[key].to(torch.float8_e5m2)
+            table["model"]["vae"] = str(path)
+            where, said = "model.vae", f"model.safetensors: {key} is stored as F8_E5M2"
+        case "scales beside":
+            tensors["model.diffusion_model.out.2.scale_weight"] = torch.ones(())
+            where, said = "model.path", "out.2.scale_weight belongs to weights that are packed"
+        case _:
+            tensors[key] = tensors[key].to(torch.int32)
+            where, said = "model.path", f"{key} is stored as I32, which cannot be trained; get fp16 or more"
+    save_file(tensors, path, metadata)
+    if where == "model.path":
+        table["model"] |= {"path": str(path), "components": str(BUILTIN)}
+    with pytest.raises(UserError) as caught:
+        inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
+    [problem] = caught.value.problems
+    assert problem.where == where and said in problem.what
 
 
 def test_oft_on_convolutions_is_a_mistake_in_the_settings(table: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 - peft's `save_pretrained`: `base_model.model.`, with the settings in `adapter_config.json` beside the file
 - diffusers' `save_lora_adapter`: the U-Net's own names, without a prefix
 - SimpleTuner's LyCORIS: `lycoris_` and the flat names of diffusers
+- sd-scripts' OFT: `oft_unet_` in the place of `lora_unet_`
 - ComfyUI's LoRA-saving nodes, and trainers for it: `diffusion_model.` and `text_encoders.clip_l.transformer.`
 
 OneTrainer's and ai-toolkit's `lora_unet_` names in the layout of diffusers are known to `lora_file`.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Literal
 
 from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table
 from sdtrain.errors import user_error
@@ -26,15 +28,34 @@ BUNDLE = "bundle_emb."
 UNET_PARTS = ("down_blocks.", "mid_block.", "up_blocks.", "conv_in.", "conv_out.", "time_embedding.", "add_embedding.")
 FLAT_PREFIXES = {
     "lycoris_": LORA_UNET_PREFIX,
+    "oft_unet_": LORA_UNET_PREFIX,
     "diffusion_model.": LORA_UNET_PREFIX,
     "text_encoders.clip_l.transformer.": "lora_te1_",
     "text_encoders.clip_g.transformer.": "lora_te2_",
 }
 """How keys begin -> how sd-scripts begins them; dots in the layer's name become underscores."""
-PARTS = (".lora_", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".alpha", ".diff", ".w_norm", ".b_norm")
+PARTS = (".lora_", ".hada_", ".lokr_", ".oft_", ".dora_scale", ".alpha", ".diff", ".w_norm", ".b_norm", ".rescale")
 """How the name of a part begins, behind that of its layer."""
 TO_SD_SCRIPTS = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
 TO_DIFFUSERS = {new: old for old, new in TO_SD_SCRIPTS.items()}
+
+
+Names = Literal["sd-scripts", "diffusers"]
+
+SUFFIXES: Mapping[Names, Mapping[str, str]] = {
+    "sd-scripts": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
+    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
+}
+"""What is called differently; every other part has its name in both."""
+
+OTHER_SPELLINGS = {
+    "lora.down.weight": "lora_A.weight",
+    "lora.up.weight": "lora_B.weight",
+    "lora_linear_layer.down.weight": "lora_A.weight",
+    "lora_linear_layer.up.weight": "lora_B.weight",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+"""Names that earlier diffusers wrote, and what they are called now."""
 
 
 def known_key(key: str) -> str:

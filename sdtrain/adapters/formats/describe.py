@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrain.adapters.formats.conventions import known_keys
+from sdtrain.adapters.formats.conventions import embeddings, known_keys
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, json_table
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import BUCKETS_KEY, CONFIG_KEY, D_KEY, FOLDERS_KEY, TAGS_KEY, steps_of
@@ -44,6 +44,10 @@ class FileDescription:
     kind: str
     names: str
     """`sd-scripts`, `diffusers`, or empty for a file that holds no adapters."""
+    num_norms: int
+    """Number of normalisations that it changes, too."""
+    embeddings: tuple[str, ...]
+    """The text embeddings that lie in it, too."""
     num_modules: Mapping[str, int]
     """Network -> number of layers with adapters."""
     ranks: Mapping[int, int]
@@ -79,6 +83,8 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
     return FileDescription(
         kind=_kind(header) if layers else "",
         names=("sd-scripts" if first.startswith("lora_") else "diffusers") if layers else "",
+        num_norms=len({key.rpartition(".")[0] for key in header.entries if key.endswith((".w_norm", ".b_norm"))}),
+        embeddings=tuple(embeddings(stored.entries)),
         num_modules=Counter(component for _, component in layers),
         ranks=_ranks(header),
         alphas=_alphas(header),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from sdtrain.adapters.layers import layer_names, plain_modules
+from sdtrain.adapters.layers import layer_names, norm_names, plain_modules
 from sdtrain.families.family import Family
 from sdtrain.families.known import family_of_networks
 from sdtrain.families.original_names import original_unet_names, with_text_prefix
@@ -31,14 +31,23 @@ def family_of(networks: Mapping[str, nn.Module]) -> Family:
     return family_of_networks(networks, takes_sizes=takes_sizes, text_widths=text_widths)
 
 
-def sd_scripts_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Return component -> module -> sd-scripts name (`lora_unet_...`), for every linear and convolution layer."""
+def sd_scripts_names(networks: Mapping[str, nn.Module], *, norms: bool = False) -> dict[str, dict[str, str]]:
+    """Return component -> module -> sd-scripts name (`lora_unet_...`), for every linear and convolution layer.
+
+    norms: whether for the normalisations, too.
+    """
     family = family_of(networks)
-    return {component: _sd_scripts(component, network, family) for component, network in networks.items()}
+    return {
+        component: _sd_scripts(component, _named(network, norms=norms), family)
+        for component, network in networks.items()
+    }
 
 
-def _sd_scripts(component: str, network: nn.Module, family: Family) -> dict[str, str]:
-    layers = layer_names(network)
+def _named(network: nn.Module, *, norms: bool) -> list[str]:
+    return layer_names(network) + (norm_names(network) if norms else [])
+
+
+def _sd_scripts(component: str, layers: list[str], family: Family) -> dict[str, str]:
     if component == DENOISER:
         original = original_unet_names(layers) if family.lora_in_original_layout else {}
         return {name: LORA_UNET_PREFIX + _flat(original.get(name, name)) for name in layers}
@@ -52,12 +61,15 @@ def _flat(dotted: str) -> str:
     return dotted.replace(".", "_")
 
 
-def diffusers_names(networks: Mapping[str, nn.Module]) -> dict[str, dict[str, str]]:
-    """Return component -> module -> diffusers name (`unet.down_blocks...`), for every linear and convolution layer."""
+def diffusers_names(networks: Mapping[str, nn.Module], *, norms: bool = False) -> dict[str, dict[str, str]]:
+    """Return component -> module -> diffusers name (`unet.down_blocks...`), for every linear and convolution layer.
+
+    norms: whether for the normalisations, too.
+    """
     return {
         component: {
             name: f"{component}.{name if component == DENOISER else with_text_prefix(name)}"
-            for name in layer_names(network)
+            for name in _named(network, norms=norms)
         }
         for component, network in networks.items()
     }

@@ -35,14 +35,16 @@ from sdtrain.adapters.formats.alphas import (
     scale_of_one,
     unpack_alpha,
 )
-from sdtrain.adapters.formats.conventions import BUNDLE, embeddings, known_keys, known_metadata
+from sdtrain.adapters.formats.conventions import BUNDLE, SUFFIXES, Names, embeddings, known_keys, known_metadata
 from sdtrain.adapters.formats.layer_names import diffusers_names, family_of, sd_scripts_names
 from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, FileFacts, Shape, header_metadata
-from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata
-from sdtrain.adapters.formats.tensor_names import SUFFIXES, Names, decode, encode, expressible, shape_problem
+from sdtrain.adapters.formats.peft_metadata import alpha_in_metadata, peft_metadata, series_terms
+from sdtrain.adapters.formats.tensor_names import decode, encode, expressible, shape_problem
 from sdtrain.adapters.kinds import (
     Adapters,
     AdapterWeights,
+    OftWeights,
+    bias_delta,
     kind_of,
 )
 from sdtrain.adapters.layers import plain_modules
@@ -57,12 +59,40 @@ from sdtrain.files.tensors import planned, read_tensors, write_safetensors
 class LoraFile:
     """The content of an adapter file."""
 
+    path: Path
     adapters: dict[str, dict[str, AdapterWeights]]
     """component -> module -> weights; the tensors are on the CPU, as they were stored."""
     metadata: dict[str, str]
     names: Names
     left_out: tuple[Problem, ...] = ()
     """What was asked to be left out, for it cannot be used here: a layer or an embedding each."""
+
+
+def without(file: LoraFile, reasons: Mapping[tuple[str, str], str], *, partial: bool) -> LoraFile:
+    """Return a file without layers, (component, module) -> why it cannot be used here.
+
+    Raises UserError with these reasons where that was not asked for, or where nothing would be left.
+    """
+    kept = {
+        component: {module: weights for module, weights in modules.items() if (component, module) not in reasons}
+        for component, modules in file.adapters.items()
+    }
+    problems = [Problem(f"{component}.{module}", what) for (component, module), what in reasons.items()]
+    require_usable(problems, sum(map(len, kept.values())), file.path, partial=partial)
+    left = {component: modules for component, modules in kept.items() if modules}
+    return replace(file, adapters=left, left_out=(*file.left_out, *problems))
+
+
+def require_usable(problems: Sequence[Problem], num_left: int, path: Path, *, partial: bool) -> None:
+    """Raise UserError for what of a file cannot be used, unless it was asked to use what is left."""
+    if not problems or (partial and num_left):
+        return
+    told = shortened(problems)
+    if num_left and not partial:
+        told.append(
+            Problem("--partial", f"uses the {num_left} layers that fit, in `sdtrain merge`, `resize` and `sample`")
+        )
+    raise UserError(str(path), told)
 
 
 def write_lora(
@@ -197,20 +227,20 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module], *, partial: bool = 
         except ValueError as error:
             problems.append(Problem(name, str(error)))
             continue
-        base = weight[component][module].weight
-        assert isinstance(base, Tensor)
-        problem = shape_problem(weights, base)
+        if not all(bool(tensor.isfinite().all()) for tensor in parts.values()):
+            problems.append(Problem(name, "holds numbers that are not finite: its training had diverged, use another"))
+            continue
+        layer = weight[component][module]
+        assert isinstance(layer.weight, Tensor)
+        problem = shape_problem(weights, layer.weight)
+        if bias_delta(weights) is not None and layer.bias is None:
+            problem = "changes a bias, which this layer does not have"
         if problem:
             problems.append(Problem(name, f"{problem}: it was made for another model"))
             continue
         found.setdefault(component, {})[module] = weights
-    if problems and not (partial and found):
-        told = shortened(problems)
-        if found and not partial:
-            num = sum(map(len, found.values()))
-            told.append(Problem("--partial", f"uses the {num} layers that fit, in `sdtrain merge` and `resize`"))
-        raise UserError(str(path), told)
-    return LoraFile(found, dict(header.metadata), names, tuple(problems))
+    require_usable(problems, sum(map(len, found.values())), path, partial=partial)
+    return LoraFile(path, found, dict(header.metadata), names, tuple(problems))
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -237,14 +267,14 @@ def _layers(networks: Mapping[str, nn.Module], names: Names) -> dict[str, tuple[
     style, but in the layout of diffusers.
     """
     if names == "diffusers":
-        proper = diffusers_names(networks)
+        proper = diffusers_names(networks, norms=True)
         short = {
             component: {module: name.replace(".text_model.", ".") for module, name in modules.items()}
             for component, modules in proper.items()
         }
         tables = [short, proper]
     else:
-        proper = sd_scripts_names(networks)
+        proper = sd_scripts_names(networks, norms=True)
         flat = {module: LORA_UNET_PREFIX + module.replace(".", "_") for module in proper.get(DENOISER, {})}
         tables = [{DENOISER: flat}, proper]
     return {
@@ -288,6 +318,8 @@ def _decoded(
     parts: Mapping[str, Tensor], names: Names, metadata: Mapping[str, str], component: str, module: str
 ) -> AdapterWeights:
     weights = decode(parts, names)
+    if isinstance(weights, OftWeights) and not weights.on_outputs:
+        return replace(weights, terms=series_terms(metadata, component))
     elsewhere = alpha_in_metadata(metadata, component, module, weights.rank)
     if elsewhere is not None and "alpha" not in parts:
         weights = decode(parts, names, elsewhere)
@@ -297,8 +329,6 @@ def _decoded(
 
 def _no_such_layer(name: str, header: Header, parts: Mapping[str, Tensor]) -> str:
     """Return the likely reason why a layer of the file is not in the model."""
-    if {"w_norm", "b_norm"} & set(parts):
-        return "changes a normalisation, which has no place for an adapter here"
     if name.startswith("lora_te_"):
         return "is a text encoder of SD 1.x or 2.x; this file is not for the model in use, choose one made for it"
     widths = {header.entries[key].shape[-1] for key in header.entries if "attn2_to_k.lora_down" in key}

@@ -18,6 +18,10 @@ from sdtrain.adapters.formats.tensor_names import factor_shape
 from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
 
+NEUMANN_TERMS = 5
+"""How many terms peft takes where its settings do not say."""
+MOST_TERMS = 100
+"""More were not meant, and each is a product of matrices."""
 MOST_REPETITIONS = 2
 """Of a stranger's pattern; with more, or with one of a group, matching could take longer than anybody waits."""
 
@@ -131,6 +135,26 @@ def alpha_in_metadata(metadata: Mapping[str, str], component: str, module: str, 
         raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has an alpha_pattern that is no table")
     alpha = number_of(_matching(patterns, module, default), DIFFUSERS_KEY)
     return alpha * rank**0.5 if settings.get("use_rslora") else alpha
+
+
+def series_terms(metadata: Mapping[str, str], component: str) -> int:
+    """Return how many terms of a series peft computes for the rotations of an OFT; 0 for Cayley's transform itself.
+
+    Raises ValueError for settings of peft under which the file means something that is not computed here.
+    """
+    every = json_table(metadata, DIFFUSERS_KEY)
+    settings = {key.removeprefix(f"{component}."): v for key, v in every.items() if key.startswith(f"{component}.")}
+    for setting, meaning in (("block_share", "one rotation for all blocks"), ("coft", "rotations up to a limit")):
+        if settings.get(setting):
+            raise ValueError(
+                f"is OFT with peft's `{setting}`, {meaning}, which is not computed here; merge it with peft"
+            )
+    if not settings.get("use_cayley_neumann"):
+        return 0
+    terms = number_of(settings.get("num_cayley_neumann_terms", NEUMANN_TERMS), DIFFUSERS_KEY)
+    if terms not in range(1, MOST_TERMS + 1):
+        raise ValueError(f"cannot be read: `{DIFFUSERS_KEY}` in the header has {terms:g} terms of a series")
+    return int(terms)
 
 
 def _matching(patterns: Mapping[str, Any], module: str, default: Any) -> Any:

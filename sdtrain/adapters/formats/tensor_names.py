@@ -1,18 +1,20 @@
 """The names of each kind's tensors in sd-scripts and LyCORIS, and in diffusers and peft.
 
 The two families of names differ for LoRA alone; LoHa and LoKr tensors are called the same in both. OFT has a name in
-peft only: the `oft_blocks` of other tools rotate a layer's outputs, peft rotates its inputs.
+peft only: the `oft_blocks` of other tools rotate a layer's outputs, peft rotates its inputs. Such blocks are read, and
+so are changes of biases and of normalisations (`diff_b`, `w_norm`, `b_norm`), but never written.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
+from sdtrain.adapters.formats.conventions import OTHER_SPELLINGS, SUFFIXES, Names
 from sdtrain.adapters.kinds import (
     AdapterWeights,
     DiffWeights,
@@ -21,26 +23,10 @@ from sdtrain.adapters.kinds import (
     LokrWeights,
     LoraWeights,
     OftWeights,
+    is_beyond_layers,
     kind_of,
     whole,
 )
-
-Names = Literal["sd-scripts", "diffusers"]
-
-SUFFIXES: Mapping[Names, Mapping[str, str]] = {
-    "sd-scripts": {"down": "lora_down.weight", "up": "lora_up.weight", "magnitude": "dora_scale"},
-    "diffusers": {"down": "lora_A.weight", "up": "lora_B.weight", "magnitude": "lora_magnitude_vector"},
-}
-"""What is called differently; every other part has its name in both."""
-
-OTHER_SPELLINGS = {
-    "lora.down.weight": "lora_A.weight",
-    "lora.up.weight": "lora_B.weight",
-    "lora_linear_layer.down.weight": "lora_A.weight",
-    "lora_linear_layer.up.weight": "lora_B.weight",
-    "lora_magnitude_vector.weight": "lora_magnitude_vector",
-}
-"""Names that earlier diffusers wrote, and what they are called now."""
 
 TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
 """Parts of Tucker's decomposition of convolutions, which is multiplied out on reading."""
@@ -49,6 +35,10 @@ TUCKER = ("lora_mid.weight", "hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
 def expressible(weights: AdapterWeights, names: Names) -> bool:
     """Return whether a family of names has words for this kind of adapter."""
     if names == "diffusers" and isinstance(weights, DoraWeights) and weights.on_inputs:
+        return False
+    if is_beyond_layers(weights):
+        return False
+    if isinstance(weights, OftWeights) and (weights.on_outputs or weights.terms):
         return False
     return not isinstance(weights, OftWeights if names == "sd-scripts" else DiffWeights)
 
@@ -130,8 +120,12 @@ def decode(parts: Mapping[str, Tensor], names: Names, alpha: float | None = None
     if "oft_R.weight" in parts:
         vectors = _take(parts, "oft_R.weight")
         return _nothing_left(OftWeights(vectors, (1 + math.isqrt(1 + 8 * vectors.shape[-1])) // 2), parts)
+    if "oft_blocks" in parts:
+        return _nothing_left(_rotation_of_outputs(parts, alpha), parts)
     if "diff" in parts:
-        return _nothing_left(DiffWeights(_take(parts, "diff")), parts)
+        return _nothing_left(DiffWeights(_take(parts, "diff", sides=1), _take_row(parts, "diff_b")), parts)
+    if "w_norm" in parts:
+        return _nothing_left(DiffWeights(_take(parts, "w_norm", sides=1), _take_row(parts, "b_norm")), parts)
     raise ValueError(f"has `{next(iter(parts), 'alpha')}`, which belongs to no kind of adapter known here")
 
 
@@ -141,6 +135,9 @@ def _decode_lora(parts: dict[str, Tensor], names: Names, alpha: float | None) ->
     if down.shape[0] != up.shape[1]:
         raise ValueError(f"has a down matrix of rank {down.shape[0]} and an up matrix of rank {up.shape[1]}")
     lora = LoraWeights(down, up, _or_rank(alpha, down))
+    of_peft = SUFFIXES["diffusers"]["magnitude"]  # which stands for outputs whatever its shape, in any name's company
+    if names == "sd-scripts" and of_peft in parts:
+        names, words = "diffusers", SUFFIXES["diffusers"]
     if words["magnitude"] not in parts:
         return _nothing_left(lora, parts)
     magnitude = _take(parts, words["magnitude"], sides=1)
@@ -150,6 +147,25 @@ def _decode_lora(parts: dict[str, Tensor], names: Names, alpha: float | None) ->
     if magnitude.numel() != up.shape[0] or (names == "sd-scripts" and magnitude.shape[0] != up.shape[0]):
         raise ValueError("has a `dora_scale` that is neither one for each output nor one for each input")
     return _nothing_left(DoraWeights(lora, magnitude.reshape(-1)), parts)
+
+
+def _rotation_of_outputs(parts: dict[str, Tensor], alpha: float | None) -> OftWeights:
+    """Return the rotation that `oft_blocks` (blocks, size, size) of sd-scripts and LyCORIS mean.
+
+    Q = B - B^T in each block, and if alpha > 0 no longer than alpha * outputs over all of them (COFT); W + dW = R^T W
+    with R = (I + Q)(I - Q)^-1, which is Cayley's transform of Q from the left. `rescale` is a length for each output.
+    """
+    blocks = _take(parts, "oft_blocks", sides=3)
+    if blocks.dim() > 3 or blocks.shape[1] != blocks.shape[2]:
+        what = "a butterfly (BOFT), which is not known here" if blocks.dim() == 4 else "which is no square"
+        raise ValueError(f"has `oft_blocks` of shape {list(blocks.shape)}, {what}")
+    size = blocks.shape[1]
+    skew = blocks.float() - blocks.float().transpose(1, 2)
+    limit, norm = (alpha or 0.0) * blocks.shape[0] * size, float(skew.norm())
+    if 0 < limit < norm:
+        skew = skew * (limit / norm)
+    rows, columns = torch.triu_indices(size, size, 1)
+    return OftWeights(skew[:, rows, columns], size, on_outputs=True, lengths=_take_row(parts, "rescale"))
 
 
 def _tucker(parts: dict[str, Tensor], alpha: float | None) -> AdapterWeights:
@@ -208,6 +224,11 @@ def _take(parts: dict[str, Tensor], name: str, *, sides: int = 2) -> Tensor:
     return tensor
 
 
+def _take_row(parts: dict[str, Tensor], name: str) -> Tensor | None:
+    """Take out a part with a number for each output, None where it is not there."""
+    return _take(parts, name, sides=1).reshape(-1) if name in parts else None
+
+
 def _take_factor(parts: dict[str, Tensor], name: str) -> Tensor | tuple[Tensor, Tensor]:
     if name in parts:
         return _take(parts, name)
@@ -224,9 +245,12 @@ def shape_problem(weights: AdapterWeights, base: Tensor) -> str | None:
     """Return why the adapter cannot sit on a layer with this weight, None if it can."""
     wanted = tuple(base.shape)
     made = _shape_made(weights, wanted)
-    if made == wanted:
-        return None
-    return f"is for a layer of shape {made}, this model's has {wanted}"
+    if made != wanted:
+        return f"is for a layer of shape {made}, this model's has {wanted}"
+    rows = {"rescale": weights.lengths} if isinstance(weights, OftWeights) else {}
+    rows |= {"a bias": weights.bias} if isinstance(weights, DiffWeights) else {}
+    wrong = [(name, row) for name, row in rows.items() if row is not None and len(row) != wanted[0]]
+    return f"has {wrong[0][0]} of {len(wrong[0][1])} numbers for {wanted[0]} outputs" if wrong else None
 
 
 def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, ...]:
@@ -242,7 +266,10 @@ def _shape_made(weights: AdapterWeights, wanted: tuple[int, ...]) -> tuple[int, 
             (out1, in1), second = factor_shape(weights.w1), factor_shape(weights.w2)
             flat = (out1 * second[0], in1 * math.prod(second[1:]))
         case OftWeights():
-            flat = (wanted[0], weights.vectors.shape[0] * weights.block_size)
+            width = weights.vectors.shape[0] * weights.block_size
+            if weights.on_outputs:
+                return (width, *wanted[1:])
+            flat = (wanted[0], width)
         case DiffWeights():
             return tuple(weights.change.shape)
         case _:

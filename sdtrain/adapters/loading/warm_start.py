@@ -12,6 +12,7 @@ from sdtrain.adapters.attach import adapter_weights, copy_into
 from sdtrain.adapters.formats.alphas import rescaled
 from sdtrain.adapters.formats.lora_file import read_lora, shortened
 from sdtrain.adapters.formats.metadata import json_table, number_of
+from sdtrain.adapters.kinds import is_beyond_layers
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import D_KEY
 
@@ -40,7 +41,10 @@ def start_from(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, float
                 problems.append(Problem(f"{component}.{module}", str(error)))
         setting = "widen `method.targets`" if live else f"add `{component}` to `method.train`"
         for module in sorted(values.keys() - live.keys()):
-            problems.append(Problem(f"{component}.{module}", f"is in the file, but not trained in this run: {setting}"))
+            what = f"is in the file, but not trained in this run: {setting}"
+            if is_beyond_layers(values[module]):
+                what = "changes a bias or a normalisation, which no run here trains: choose a file without"
+            problems.append(Problem(f"{component}.{module}", what))
     if problems:
         raise UserError(str(path), shortened(problems))
     return _stored_d(path, file.metadata)

@@ -12,6 +12,7 @@ from rich.console import Console
 from sdtrain.adapters.shares import Share, share_of
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.errors import Problem, UserError, user_error
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.text import facts_table, say
 
 Layout = Literal["single-file", "folder"]
@@ -69,6 +70,7 @@ def merge(
     from sdtrain.commands.files.merge import is_adapter_file
     from sdtrain.commands.files.merge import merge as run_merge
 
+    console = Console()
     into_lora = is_adapter_file(base)
     named = [Path(base), *files] if into_lora else files
     pairs = list(zip(named, _shares(weight, len(named)), strict=True))
@@ -78,16 +80,20 @@ def merge(
             raise user_error("merge", "--base", what)
         from sdtrain.commands.files.sums import merge_loras
 
-        done = merge_loras(pairs, model, out, rank, energy, components, partial=partial, force=force)
+        with ProgressLines(console) as progress:
+            done = merge_loras(
+                pairs, model, out, rank, energy, components, partial=partial, force=force, show=progress.show
+            )
         found = f"{done.changed} layers, which miss {done.error:.2%} of the sum of the changes |dW|"
     else:
         if model or rank is not None or energy != 1:
             what = f"are for LoRAs into one LoRA; {base} is a model, whose weights have no rank; leave them out"
             raise user_error("merge", "--base, --rank and --energy", what)
-        done = run_merge(base, pairs, out, layout, components, partial=partial, force=force)
+        with ProgressLines(console) as progress:
+            done = run_merge(base, pairs, out, layout, components, partial=partial, force=force, show=progress.show)
         found = f"{done.changed} layers of {base} changed"
     hashed = [f"hash {done.hash}"] if done.hash else []
-    say(Console(), *left_out_lines(done.left_out), f"wrote {out}: {found}", *hashed)
+    say(console, *left_out_lines(done.left_out), f"wrote {out}: {found}", *hashed)
 
 
 def compared_as_files(paths: Sequence[Path], base: str, drawing: Sequence[object]) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
 from sdtrain.adapters.formats.lora_file import LoraFile, read_lora
-from sdtrain.adapters.kinds import AdapterWeights, DoraWeights, OftWeights, delta
+from sdtrain.adapters.kinds import AdapterWeights, DoraWeights, OftWeights, bias_delta, delta
 from sdtrain.adapters.shares import block_of
 from sdtrain.commands.files.streamed import entry_value, stored_value
 from sdtrain.errors import Problem, UserError, user_error
@@ -115,13 +115,19 @@ def _both(first: Path, second: Path, networks: Mapping[str, nn.Module]) -> tuple
 
 
 def _changes(pair: list[AdapterWeights | None], outline: Outline, module: str) -> tuple[Tensor, Tensor]:
-    """Return dW of a layer in both files; zero where one has none."""
+    """Return the change of a layer in both files, of its weight and its bias in one row; zero where one has none."""
     name = f"{module}.weight"
     weight: Tensor = outline.network.get_parameter(name)
     if any(isinstance(weights, DoraWeights | OftWeights) for weights in pair):
         weight = stored_value(outline.stored[name], weight)
-    first, second = (torch.zeros(weight.shape) if one is None else delta(one, weight) for one in pair)
+    first, second = (_row(one, weight) for one in pair)
     return first, second
+
+
+def _row(weights: AdapterWeights | None, base: Tensor) -> Tensor:
+    bias = None if weights is None else bias_delta(weights)
+    change = torch.zeros(base.numel()) if weights is None else delta(weights, base).flatten()
+    return torch.cat([change, torch.zeros(base.shape[0]) if bias is None else bias])
 
 
 def _name_of(component: str, module: str) -> str:

@@ -43,10 +43,10 @@ def export_run(
     options = options or ExportOptions()
     config = with_options(stored_config(folder), kind, options)
     if out is not None:
-        require_free(out, force=options.force)
+        require_free(out, force=options.force, folder=kind == "folder")
     reached = open_reached(folder, config, step)
     target = out or folder / "weights" / _file_name(config, reached.step, kind)
-    require_free(target, force=options.force)
+    require_free(target, force=options.force, folder=kind == "folder")
     model, optimizer = reached.model, reached.optimizer
     found, _ = scan_folders(config.data, decode=False)  # for the tag counts; pictures may be gone by now
     examples = training_examples(hold_out(found, [], config.validation)[0])

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast, get_args
 
-from sdtrain.adapters.formats.lora_file import LoraFile, read_lora, write_lora
+from sdtrain.adapters.formats.lora_file import LoraFile, read_lora, without, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts, carried
 from sdtrain.adapters.kinds import Adapters
-from sdtrain.adapters.low_rank import RankRule, extract, resize
+from sdtrain.adapters.low_rank import RankRule, extract, resize, without_rank
 from sdtrain.adapters.targets import TargetPreset, select_targets
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.merge import read_whole
@@ -55,6 +55,7 @@ def resize_lora(
     require_free(out, force=force)
     below = read_whole(base, components)
     read = read_lora(file, below.model.networks, partial=partial)
+    read = without(read, without_rank(read.adapters), partial=partial)
     size = resolution_of(read.metadata) or below.resolution_px
     _write(out, resize(read.adapters, rule), below.model, base, read.metadata, size)
     return read

@@ -69,9 +69,11 @@ def _state_rows(facts: RunFacts, step: int) -> dict[str, str]:
 
 def _rows(found: FileDescription) -> dict[str, str]:
     layers = ", ".join(f"{network} {number}" for network, number in found.num_modules.items())
+    norms = [f"{found.num_norms} normalisations"] if found.num_norms else []
     return {
         "kind": f"{found.kind} in {found.names} names" if found.kind else "no adapters; tensors of a model",
         "layers": layers,
+        "also": ", ".join([*norms, *(f"text embedding {name}" for name in found.embeddings)]),
         "ranks": _counted(found.ranks),
         "alphas": _counted(found.alphas),
         "stored as": ", ".join(found.dtypes),

@@ -15,7 +15,7 @@ from sdtrain.adapters.layers import layer_names
 from sdtrain.adapters.shares import Share, unmatched
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.made_of import Part, joined_words, made_of_entries, part_of
-from sdtrain.commands.files.streamed import Adding, Sources, changed_file, changing
+from sdtrain.commands.files.streamed import Adding, Show, Sources, changed_file, changing
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError
@@ -52,6 +52,10 @@ class Merged:
 
 
 CPU = torch.device("cpu")
+
+
+def unseen(_: str, __: int, ___: int) -> None:
+    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +104,32 @@ def merge(
     *,
     partial: bool = False,
     force: bool = False,
+    show: Show = unseen,
 ) -> Merged:
     """Write `base` with adapter files merged in, each times its weights; return what was done.
 
     Values are read, changed in float32 and written one at a time. A single file that becomes a single file keeps every
     tensor that nothing changes byte for byte. partial: whether layers that cannot be used are left out. force: whether
-    a file that is there is replaced.
+    a file that is there is replaced. show: is told how many layers are done.
 
     The base's author and licence are kept: the result is a work made of theirs. Raises UserError.
     """
-    require_free(out, force=force)
+    require_free(out, force=force, folder=layout == "folder")
     if layout == "single-file" and location(base).is_file():
         checkpoint = open_checkpoint(location(base), "")
         assert isinstance(checkpoint, SingleFile), "a file is no folder"
-        return _merge_file(checkpoint, files, out, fallback_folder(components), partial=partial)
-    return _merge_model(base, files, out, layout, components, partial=partial)
+        return _merge_file(checkpoint, files, out, fallback_folder(components), show, partial=partial)
+    return _merge_model(base, files, out, layout, components, show, partial=partial)
 
 
 def _merge_file(
-    checkpoint: SingleFile, files: Sequence[tuple[Path, Share]], out: Path, fallback: Path | None, *, partial: bool
+    checkpoint: SingleFile,
+    files: Sequence[tuple[Path, Share]],
+    out: Path,
+    fallback: Path | None,
+    show: Show,
+    *,
+    partial: bool,
 ) -> Merged:
     header, family = checkpoint.header, checkpoint.family
     outlines = trainable_outlines(checkpoint, fallback)
@@ -132,12 +143,20 @@ def _merge_file(
         **spec_metadata(described, family, scheduler),
         "format": "pt",
     }
-    hashes = write_safetensors(out, changed_file(header, outlines, read.adding), metadata, seal=seal, finite_only=True)
+    tensors = changed_file(header, outlines, read.adding.shown(show))
+    hashes = write_safetensors(out, tensors, metadata, seal=seal, finite_only=True)
     return Merged(len(read.adding.layers()), read.left_out, f"0x{hashes.data}")
 
 
 def _merge_model(
-    base: str, files: Sequence[tuple[Path, Share]], out: Path, layout: Layout, components: str, *, partial: bool
+    base: str,
+    files: Sequence[tuple[Path, Share]],
+    out: Path,
+    layout: Layout,
+    components: str,
+    show: Show,
+    *,
+    partial: bool,
 ) -> Merged:
     opened = open_model(ModelConfig(path=base, components=components), base)
     sources = Sources({})
@@ -147,7 +166,7 @@ def _merge_model(
     whole = Part(opened.checkpoint.path.name, "")
     part = part_of(opened.checkpoint.header) if isinstance(opened.checkpoint, SingleFile) else whole
     described = _described(out, opened.metadata, trained_size(opened), part, read)
-    change = changing(sources.of(found.networks), read.adding)
+    change = changing(sources.of(found.networks), read.adding.shown(show))
     told = ""
     if layout == "folder":
         write_folder(found, out, described, change=change)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 
-from sdtrain.adapters.kinds import Adapters, delta
+from sdtrain.adapters.kinds import Adapters, AdapterWeights, bias_delta, delta
 from sdtrain.adapters.shares import Share
 from sdtrain.errors import user_error
 from sdtrain.families.words import Component
@@ -20,15 +21,25 @@ from sdtrain.models.checkpoints.fill import Stored, read_parameter
 from sdtrain.models.checkpoints.networks import Outline
 from sdtrain.models.checkpoints.single_file import Change, original_form
 
+Show = Callable[[str, int, int], None]
+"""Shows of what, and how many of how many are done."""
+
 
 @dataclass(frozen=True)
 class Adding:
     """The changes of several adapter files, each with its weights, as one.
 
     terms: in an order that does not depend on that in which the files were named, so that neither does the sum.
+    done: is called after each layer.
     """
 
     terms: Sequence[tuple[Adapters, Share]]
+    done: Callable[[], None] = lambda: None
+
+    def shown(self, show: Show) -> Adding:
+        """Return the same, which shows how many of its layers are done."""
+        numbers, total = count(1), len(self.layers())
+        return replace(self, done=lambda: show("layers", next(numbers), total))
 
     def touches(self, component: str, module: str) -> bool:
         """Return whether a layer is changed: a weight of 0 leaves it as it is, bit for bit."""
@@ -39,29 +50,54 @@ class Adding:
         named = {(component, module) for one, _ in self.terms for component in one for module in one[component]}
         return {layer for layer in named if self.touches(*layer)}
 
-    @torch.no_grad()
-    def added(self, component: str, module: str, weight: Tensor) -> Tensor:
-        """Return a layer's weight with all changes of it, rounded to nothing narrower than float32.
+    def parameters(self) -> list[tuple[str, str, str]]:
+        """Return (component, module, `weight` or `bias`) of all that is changed."""
+        return [
+            (component, module, leaf)
+            for component, module in sorted(self.layers())
+            for leaf in ("weight", "bias")
+            if self.changes(component, module, leaf)
+        ]
 
-        Each is computed from the weight as it was.
+    def changes(self, component: str, module: str, leaf: str) -> bool:
+        """Return whether a parameter of a layer is changed."""
+        if leaf == "weight":
+            return self.touches(component, module)
+        return leaf == "bias" and any(bias_delta(weights) is not None for weights, _ in self._of(component, module))
+
+    @torch.no_grad()
+    def added(self, component: str, module: str, leaf: str, value: Tensor) -> Tensor:
+        """Return a layer's weight or bias with all changes of it, rounded to nothing narrower than float32.
+
+        Each is computed from the value as it was.
         """
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = value.to(torch.promote_types(value.dtype, torch.float32))
         total = torch.zeros_like(wide)
-        for one, share in self.terms:
-            times = share.of(component, module)
-            if module in one.get(component, {}) and times:
-                total += times * delta(one[component][module], wide)
+        for weights, times in self._of(component, module):
+            change = delta(weights, wide) if leaf == "weight" else bias_delta(weights)
+            if change is not None:
+                total += times * change
+        if leaf == "weight":
+            self.done()
         return wide + total
+
+    def _of(self, component: str, module: str) -> list[tuple[AdapterWeights, float]]:
+        """Return the changes of a layer and how often each counts."""
+        return [
+            (one[component][module], times)
+            for one, share in self.terms
+            if module in one.get(component, {}) and (times := share.of(component, module))
+        ]
 
 
 def changed_file(header: Header, outlines: Mapping[str, Outline], adding: Adding) -> dict[str, Planned]:
     """Return all tensors of a single file as they will be written: those that nothing changes byte for byte."""
-    touched: dict[str, list[tuple[str, str, Stored, tuple[int, ...]]]] = {}
-    for component, module in adding.layers():
+    touched: dict[str, list[tuple[tuple[str, str, str], Stored, tuple[int, ...]]]] = {}
+    for component, module, leaf in adding.parameters():
         outline = outlines[component]
-        name = f"{module}.weight"
+        name = f"{module}.{leaf}"
         stored, shape = outline.stored[name], tuple(outline.network.get_parameter(name).shape)
-        touched.setdefault(stored.place.key, []).append((component, module, stored, shape))
+        touched.setdefault(stored.place.key, []).append(((component, module, leaf), stored, shape))
 
     def planned(key: str, entry: Entry) -> Planned:
         def values() -> Tensor:
@@ -70,8 +106,8 @@ def changed_file(header: Header, outlines: Mapping[str, Outline], adding: Adding
                 if key not in touched:
                     return tensor
                 wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-                for component, module, stored, shape in touched[key]:
-                    part = adding.added(component, module, read_parameter(file, stored, shape))
+                for parameter, stored, shape in touched[key]:
+                    part = adding.added(*parameter, read_parameter(file, stored, shape))
                     _place(wide, part, stored)
                 return wide
 
@@ -94,10 +130,9 @@ def changing(sources: Mapping[str, Mapping[str, Stored]], adding: Adding) -> Cha
     """
 
     def change(component: Component, name: str, parameter: Tensor) -> Tensor:
-        weight = stored_value(sources[component][name], parameter)
-        module = name.removesuffix(".weight")
-        touched = name.endswith(".weight") and adding.touches(component, module)
-        return adding.added(component, module, weight) if touched else weight
+        value = stored_value(sources[component][name], parameter)
+        module, _, leaf = name.rpartition(".")
+        return adding.added(component, module, leaf, value) if adding.changes(component, module, leaf) else value
 
     return change
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from sdtrain.adapters.formats.lora_file import write_lora
+from sdtrain.adapters.formats.lora_file import without, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
-from sdtrain.adapters.kinds import AdapterWeights, DoraWeights, LoraWeights, OftWeights, delta, kind_of
+from sdtrain.adapters.kinds import (
+    Adapters,
+    AdapterWeights,
+    DoraWeights,
+    LoraWeights,
+    OftWeights,
+    delta,
+    is_beyond_layers,
+    kind_of,
+)
 from sdtrain.adapters.low_rank import RankRule, Summed, approximate, summed
 from sdtrain.adapters.shares import Share
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.made_of import joined_words, made_of_entries
-from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of
-from sdtrain.commands.files.streamed import stored_value
+from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of, unseen
+from sdtrain.commands.files.streamed import Adding, Show, stored_value
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import now
@@ -34,22 +44,27 @@ def merge_loras(
     *,
     partial: bool = False,
     force: bool = False,
+    show: Show = unseen,
 ) -> Merged:
     """Write the LoRA whose change is the sum of those of `files`, each times its weights; return what was done.
 
     base: a model that they fit, for the names of its layers, and for its weights where a DoRA or an OFT needs them.
     rank: the highest that a layer may get; None: as high as the sum needs, so that nothing is lost. energy: see
-    `RankRule`. Raises UserError.
+    `RankRule`. show: is told how many layers are done. Raises UserError.
     """
     require_free(out, force=force)
     checkpoint = open_checkpoint(locate(base, ""), "")
     fallback = fallback_folder(components)
     outlines = trainable_outlines(checkpoint, fallback)
     networks = {name: outline.network for name, outline in outlines.items()}
-    read = read_files(files, networks, partial=partial)
+    read = _only_products(read_files(files, networks, partial=partial), partial=partial)
     if rank is None:
         _require_ranks(read)
-    done = {layer: _sum(read, outlines, layer, rank, energy) for layer in sorted(read.adding.layers())}
+    layers = sorted(read.adding.layers())
+    done = {}
+    for number, layer in enumerate(layers, start=1):
+        done[layer] = _sum(read, outlines, layer, rank, energy)
+        show("layers", number, len(layers))
     if not done:
         raise user_error(str(out), "--weight", "is 0 for every layer, so that nothing would be written")
     adapters: dict[str, dict[str, AdapterWeights]] = {}
@@ -60,6 +75,22 @@ def merge_loras(
     change = sum(one.squared_change for one in done.values())
     loss = sum(one.squared_loss for one in done.values())
     return Merged(len(done), read.left_out, f"0x{hashes.data}", (loss / change) ** 0.5 if change else 0.0)
+
+
+def _only_products(read: ReadFiles, *, partial: bool) -> ReadFiles:
+    """Return files without what no LoRA can hold. Raises UserError for such where leaving out was not asked for."""
+    files = tuple(without(file, _no_products(file.adapters), partial=partial) for file in read.files)
+    kept = {id(old.adapters): new.adapters for old, new in zip(read.files, files, strict=True)}
+    return replace(read, files=files, adding=Adding([(kept[id(one)], share) for one, share in read.adding.terms]))
+
+
+def _no_products(adapters: Adapters) -> dict[tuple[str, str], str]:
+    return {
+        (component, module): "changes a bias or a normalisation, which no LoRA can hold"
+        for component, modules in adapters.items()
+        for module, weights in modules.items()
+        if is_beyond_layers(weights)
+    }
 
 
 def _require_ranks(read: ReadFiles) -> None:

@@ -68,6 +68,9 @@ def sample(
     weight: Annotated[
         list[float] | None, typer.Option("--weight", metavar="NUMBER", help="Of each --lora in turn; default 1.")
     ] = None,
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Use the layers of a --lora that fit, and say which were left out.")
+    ] = False,
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
     set_: Overrides = None,
@@ -93,7 +96,7 @@ def sample(
     quiet_libraries()
     from sdtrain.commands.sample import SEEDS, sample_to_files
 
-    sample_to_files(source, prompts, seeds or SEEDS, out, overrides, Console(), step=step, loras=loras)
+    sample_to_files(source, prompts, seeds or SEEDS, out, overrides, Console(), step=step, loras=loras, partial=partial)
 
 
 def _lines_of(file: Path, problems: list[Problem]) -> list[str]:

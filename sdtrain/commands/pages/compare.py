@@ -18,6 +18,7 @@ from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.reached import find_state
 from sdtrain.config.schema import Config
 from sdtrain.errors import user_error
+from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.training.export import trained_adapters
 from sdtrain.training.keeping.manifest import SavedState, saved_states
@@ -67,8 +68,9 @@ def compare_to_files(
     console: Console,
 ) -> None:
     """Draw, write a page, a grid and an animation, and say where. Raises UserError, see `compare`."""
-    found = compare(runs, prompts, seeds, strengths, steps, overrides)
-    path = write_comparison(out or runs[0] / "compare", found)
+    folder = out or runs[0] / "compare"
+    require_place(folder, folder=True)
+    path = write_comparison(folder, compare(runs, prompts, seeds, strengths, steps, overrides))
     say(console, f"wrote {path}, with grid.png and animation.webp beside it")
 
 

@@ -72,7 +72,7 @@ def publish(run: Path, out: Path | None, repository: str, overrides: Sequence[st
             _write_weights(folder / f"{config.name}{NATIVE}.safetensors", exact, words)
         write_text(folder / "README.md", card_text(card))
         write_json(folder / f"{config.name}.json", _for_web_interfaces(card))
-        write_gallery(folder, pictures, config, config.name)
+        write_gallery(folder, pictures, config)
         if pictures:
             _write_preview(folder / f"{config.name}.preview.png", pictures[0].picture)
     return Published(target, tuple(_notes(card, target)))

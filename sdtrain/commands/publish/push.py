@@ -85,12 +85,13 @@ def _send(folder: Path, files: Sequence[Path], repository: str, token: str, *, p
     api = huggingface_hub.HfApi(token=token)
     operations = [huggingface_hub.CommitOperationAdd(path.relative_to(folder).as_posix(), str(path)) for path in files]
     of_the_client = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)  # which differs with the version
-    refusals: tuple[type[Exception], ...] = (*of_the_client, ValueError)
+    refusals: tuple[type[Exception], ...] = (*of_the_client, ValueError, RuntimeError)  # the last for large files
     try:
         api.create_repo(repository, private=not public, exist_ok=True)
         done = api.create_commit(repository, operations, commit_message="Upload with sdtrain")
     except refusals as error:
-        told = printable(str(error).replace(token, "***"))[:300]
+        cause = f" {error.__cause__}" if error.__cause__ is not None else ""
+        told = printable(f"{error}{cause}".replace(token, "***"))[:300]
         what = f"did not take it: {told}; look at the token's rights and at the name, and try again"
         raise user_error(repository, "Hugging Face Hub", what) from None
     return str(done.commit_url)

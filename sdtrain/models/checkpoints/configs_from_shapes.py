@@ -132,10 +132,18 @@ def _pooled_width(header: Header, family: Family) -> int:
     encoder = family.pooled_encoder
     if encoder is None:
         return 0
-    projection = encoder.prefix + ("text_projection" if encoder.layout == "open-clip" else "text_projection.weight")
-    if projection not in header.entries:
-        raise user_error(str(header.path), projection, "is missing; is the file whole?")
-    return header.entries[projection].shape[1 if encoder.layout == "open-clip" else 0]
+    shapes = shapes_of(header, encoder.prefix)
+    try:
+        return _projected_width(shapes)
+    except KeyError:
+        name = "text_projection" if encoder.layout == "open-clip" else "text_projection.weight"
+        raise user_error(str(header.path), encoder.prefix + name, "is missing; is the file whole?") from None
+
+
+def _projected_width(shapes: Shapes) -> int:
+    """Return how wide projected text is: the outputs of a layer, or the columns of a matrix. Raises KeyError."""
+    layer = "text_projection.weight"
+    return shapes[layer][0] if layer in shapes else shapes["text_projection"][1]
 
 
 def _count(shapes: Shapes, pattern: str) -> int:
@@ -265,7 +273,7 @@ def clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
         "bos_token_id": vocab - 2,
         "eos_token_id": vocab - 1,
         "hidden_size": width,
-        "projection_dim": shapes["text_projection.weight"][0] if encoder.pooled else width,
+        "projection_dim": _projected_width(shapes) if encoder.pooled else width,
         "intermediate_size": shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
         "max_position_embeddings": shapes["text_model.embeddings.position_embedding.weight"][0],
         "num_attention_heads": max(1, width // HEAD_WIDTH),
@@ -286,7 +294,7 @@ def open_clip_config(shapes: Shapes, encoder: TextEncoder) -> dict[str, Any]:
         "bos_token_id": vocab - 2,
         "eos_token_id": vocab - 1,
         "hidden_size": width,
-        "projection_dim": shapes["text_projection"][1] if encoder.pooled else width,
+        "projection_dim": _projected_width(shapes) if encoder.pooled else width,
         "intermediate_size": shapes["transformer.resblocks.0.mlp.c_fc.weight"][0],
         "max_position_embeddings": shapes["positional_embedding"][0],
         "num_attention_heads": max(1, width // HEAD_WIDTH),

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.original_names import Place
-from sdtrain.files.header import Entry, Header, read_header
+from sdtrain.files.header import FRACTIONS, Entry, Header, read_header
 from sdtrain.files.tensors import DTYPES, read_tensor
 
-TRAINABLE = ("F64", "F32", "F16", "BF16")
 MAX_NAMED = 5
 """The number of problems that are named in full; a model of another shape would have hundreds."""
 
@@ -95,7 +94,7 @@ def check_fit(parameters: Mapping[str, nn.Parameter], stored: Mapping[str, Store
     for name, parameter in parameters.items():
         where = stored[name]
         key = where.place.key
-        if where.entry.dtype not in TRAINABLE:
+        if where.entry.dtype not in FRACTIONS:
             problems.append(
                 Problem(key, f"is stored as {where.entry.dtype}, which cannot be trained; get fp16 or more")
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +12,7 @@ from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.family import Family
 from sdtrain.families.words import DENOISER, Component, NoCaption
-from sdtrain.files.header import BITS, Header, explain, read_header
+from sdtrain.files.header import FRACTIONS, Header, explain, read_header
 from sdtrain.models.checkpoints.configs_from_shapes import config_of, trusted_config_of
 from sdtrain.models.checkpoints.locate import (
     Checkpoint,
@@ -31,6 +31,8 @@ from sdtrain.models.checkpoints.tokenizers import TokenizerSource, find_tokenize
 from sdtrain.models.checkpoints.vae import VaeSource, vae_source
 
 Result = TypeVar("Result")
+PACKING = ("scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
+"""What keys end in that tools keep beside weights in eight bits, to unpack them."""
 
 
 @dataclass(frozen=True)
@@ -197,22 +199,27 @@ def _opened(
 
 
 def untrainable_problems(opened: OpenedModel) -> list[Problem]:
-    """Return the problem of weights in eight bits or less, which hold too little to be trained or merged into."""
+    """Return the problems of weights in eight bits or less, which hold too little to be trained or merged into."""
     folder = isinstance(opened.checkpoint, DiffusersFolder)
-    for component, headers in opened.headers.items():
-        prefix = "" if folder else opened.family.prefix_of(component)
-        stored = {
-            entry.dtype: key
-            for header in headers
-            for key, entry in header.entries.items()
-            if key.startswith(prefix) and key.endswith(".weight") and BITS[entry.dtype] <= 8
-        }
-        for dtype, key in sorted(stored.items()):
-            what = (
-                f"{opened.checkpoint.path.name}: {key} is stored as {dtype}, which cannot be trained; get fp16 or more"
-            )
-            return [Problem("model.path", what)]
-    return []
+    parts = [("" if folder else opened.family.prefix_of(name), headers) for name, headers in opened.headers.items()]
+    told = [Problem("model.path", what) for prefix, headers in parts for what in _packed(prefix, headers)][:1]
+    if opened.vae is not None:
+        told += [Problem("model.vae", what) for what in _packed(opened.vae.prefix or "", opened.vae.headers)][:1]
+    return told
+
+
+def _packed(prefix: str, headers: Sequence[Header]) -> list[str]:
+    """Return what says that weights are packed: keys beside them that unpack them, or their type."""
+    entries = {key: (header, entry) for header in headers for key, entry in header.entries.items()}
+    ours = sorted(key for key in entries if key.startswith(prefix))
+    scales = [f"{key} belongs to weights that are packed" for key in ours if key.endswith(PACKING)]
+    types = [
+        f"{key} is stored as {entries[key][1].dtype}"
+        for key in ours
+        if key.endswith(("weight", "bias")) and entries[key][1].dtype not in FRACTIONS
+    ]
+    path = headers[0].path.name if headers else ""
+    return [f"{path}: {what}, which cannot be trained; get fp16 or more" for what in types + scales]
 
 
 def _shrinking(config: dict[str, Any], checkpoint: Checkpoint, component: Component) -> int:

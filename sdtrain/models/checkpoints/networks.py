@@ -30,7 +30,7 @@ from sdtrain.models.checkpoints.locate import (
 from sdtrain.models.checkpoints.markers import stored_configs
 from sdtrain.models.checkpoints.vae import VaeSource
 
-NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|text_projection(\.weight)?|loss\..*|model_ema\..*")
+NOT_WEIGHTS = re.compile(r".*position_ids|logit_scale|attn_mask|text_projection(\.weight)?|loss\..*|model_ema\..*")
 """Matches keys that some writers leave beside the parameters: constants, and projections that nothing reads."""
 
 
@@ -197,9 +197,16 @@ def _original_sources(
         for name, place in places_of(family, component, _names(network)).items()
     }
     there = {key for key in header.entries if key.startswith(prefix)}
+    places = {name: _as_written(place, there) for name, place in places.items()}
     needed = {place.key for place in places.values()}
     _check_names(header.path, needed, there, prefix, _left_out(network, family, component))
     return {name: Stored(header, place) for name, place in places.items()}
+
+
+def _as_written(place: Place, there: set[str]) -> Place:
+    """Return where a text projection lies: some files, such as Playground's, hold it as a layer, not transposed."""
+    layer = f"{place.key}.weight"
+    return Place(layer) if place.form == "transposed" and place.key not in there and layer in there else place
 
 
 def _left_out(network: nn.Module, family: Family, component: Component) -> re.Pattern[str]:

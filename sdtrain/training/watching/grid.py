@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from sdtrain.diffusion.words import Sampler
+from sdtrain.errors import printable
 from sdtrain.files.writer import atomic_file
 
 LABEL_PX = 18
@@ -22,11 +24,75 @@ DRAWN_BY = "sdtrain preview"
 CELLS = "sdtrain cells"
 """The key of the text in a grid's PNG that says where each picture of it stands, so that it can be cut out again."""
 
+PARAMETERS = "parameters"
+"""The key of the text that A1111, and those that took after it, look for in a PNG: what it was drawn from."""
+
+SETTINGS = "sdtrain parameters"
+"""The key of the same as JSON."""
+
+SAMPLERS: Mapping[Sampler, str] = {
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+}
+"""What A1111 calls the samplers."""
+
 UNREADABLE = (OSError, SyntaxError, ValueError, KeyError, TypeError, Image.DecompressionBombError)
 """What reading a grid raises that is damaged, or none of ours."""
 
 Rows = Sequence[Sequence[Image.Image]]
 """Pictures of one size: a row for each prompt, a column for each seed."""
+
+
+@dataclass(frozen=True)
+class DrawnFrom:
+    """What pictures were drawn from: each of the prompts with each of the seeds.
+
+    run, base: names without the folders of this machine. step: None where it is not known. loras: name and weight.
+    """
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int | str, ...]
+    negative_prompt: str
+    num_inference_steps: int
+    sampler: Sampler
+    guidance_scale: float
+    guidance_rescale: float
+    width_px: int
+    height_px: int
+    run: str
+    base: str
+    step: int | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+
+    def one(self, prompt: str, seed: int | str) -> DrawnFrom:
+        """Return what one of the pictures was drawn from."""
+        return replace(self, prompts=(prompt,), seeds=(seed,))
+
+    def words(self) -> dict[str, str]:
+        """Return the texts of a PNG: A1111's, which tells one prompt and one seed, the first; and all of it as JSON."""
+        values = {
+            "Steps": self.num_inference_steps,
+            "Sampler": SAMPLERS[self.sampler],
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seeds[0],
+            "Size": f"{self.width_px}x{self.height_px}",
+            "Model": self.run,
+            "Training step": "" if self.step is None else self.step,
+            "Lora": ", ".join(f"{name} {weight:g}" for name, weight in self.loras),
+        }
+        negative = f"Negative prompt: {printable(self.negative_prompt)}\n" if self.negative_prompt else ""
+        told = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items() if value != "")
+        return {
+            PARAMETERS: f"{printable(self.prompts[0])}\n{negative}{told}",
+            SETTINGS: json.dumps(asdict(self), ensure_ascii=False),
+        }
+
+
+def _quoted(value: str) -> str:
+    """Return a value so that its commas and colons are not taken for the list's own, as A1111 does it."""
+    return json.dumps(value, ensure_ascii=False) if set(",:\n") & set(value) else printable(value)
 
 
 @dataclass(frozen=True)
@@ -79,25 +145,27 @@ def labelled_grid(
     return grid
 
 
-def save_picture(picture: Image.Image, path: Path, text: str = "") -> None:
-    """Write a PNG whole or not at all. text: what it was drawn from, which is kept in it."""
+def save_picture(picture: Image.Image, path: Path, words: Mapping[str, str] | None = None) -> None:
+    """Write a PNG whole or not at all. words: texts by their keys, which are kept in it."""
     about = PngImagePlugin.PngInfo()
-    if text:
-        about.add_itxt(DRAWN_BY, text)
-    if CELLS in picture.info:
-        about.add_itxt(CELLS, picture.info[CELLS])
+    told = {CELLS: picture.info[CELLS]} if CELLS in picture.info else {}
+    for key, text in {**told, **(words or {})}.items():
+        about.add_itxt(key, text)
     with atomic_file(path) as file:
         picture.save(file, format="PNG", pnginfo=about)
 
 
-def keep_base(rows: Rows, path: Path, drawn_by: Mapping[str, Any]) -> None:
-    """Write what the base model draws as one PNG, with what it was drawn from: prompts, seeds, how it was sampled."""
+def keep_base(rows: Rows, path: Path, drawn_by: Mapping[str, Any], words: Mapping[str, str] | None = None) -> None:
+    """Write what the base model draws as one PNG, with what it was drawn from: prompts, seeds, how it was sampled.
+
+    words: the same for others.
+    """
     width, height = rows[0][0].size
     joined = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
     for row, pictures in enumerate(rows):
         for column, picture in enumerate(pictures):
             joined.paste(picture, (column * width, row * height))
-    save_picture(joined, path, json.dumps(drawn_by))
+    save_picture(joined, path, {DRAWN_BY: json.dumps(drawn_by), **(words or {})})
 
 
 def kept_base(path: Path, drawn_by: Mapping[str, Any], num_rows: int, num_columns: int) -> Rows | None:

@@ -14,7 +14,7 @@ from sdtrain.config.schema import Config
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sampling import sample
 from sdtrain.training.run import generator_of
-from sdtrain.training.watching.grid import Compared, Rows, keep_base, kept_base, labelled_grid
+from sdtrain.training.watching.grid import Compared, DrawnFrom, Rows, keep_base, kept_base, labelled_grid
 
 PICTURES_AT_ONCE = 4
 
@@ -57,6 +57,26 @@ def sampling_settings(config: Config) -> SamplingSettings:
         height_px=preview.height_px or side,
         guidance_rescale=preview.guidance_rescale,
         sampler=preview.sampler,
+    )
+
+
+def drawn_from(config: Config, step: int | None, loras: Sequence[tuple[Path, float]] = ()) -> DrawnFrom:
+    """Return what the pictures of a config's prompts and seeds are drawn from. loras: files that are added on top."""
+    settings, preview = sampling_settings(config), config.preview
+    return DrawnFrom(
+        prompts=tuple(preview.prompts),
+        seeds=tuple(preview.seeds),
+        negative_prompt=preview.negative_prompt,
+        num_inference_steps=settings.num_inference_steps,
+        sampler=settings.sampler,
+        guidance_scale=settings.guidance_scale,
+        guidance_rescale=settings.guidance_rescale,
+        width_px=settings.width_px,
+        height_px=settings.height_px,
+        run=config.name,
+        base=Path(config.model.path).name,
+        step=step,
+        loras=tuple((file.stem, weight) for file, weight in loras),
     )
 
 
@@ -108,7 +128,7 @@ def preview_grid(rows: Rows, prompts: Prompts, config: Config, step: int, base: 
     if config.preview.sampler == "euler":
         del drawn_by["sampler"]  # as in runs that began when there was no other
     if step == 0:
-        keep_base(rows, base, drawn_by)
+        keep_base(rows, base, drawn_by, drawn_from(config, step).words())
         return labelled_grid(rows, prompts.texts, seeds, title)
     kept = kept_base(base, drawn_by, len(prompts.texts), len(seeds))
     beside = Compared(kept, "base", f"step {step}") if kept else None
