@@ -85,19 +85,24 @@ def sample_to_files(
     *,
     step: int | None = None,
     loras: Loras = (),
-) -> None:
+) -> list[Path]:
     """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid.
+
+    Return the paths of all of them, the grid last.
 
     loras: files of LoRAs that are added to the weights, each times its weight.
     """
     drawn = draw(source, prompts, seeds, step, overrides, loras)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
+    written = []
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
-            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png")
+            written.append(folder / f"prompt-{index:02d}-seed-{seed}.png")
+            save_picture(picture, written[-1])
     save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
     num = len(prompts) * len(seeds)
     say(console, f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}")
+    return [*written, folder / "grid.png"]
 
 
 def draw(

@@ -15,8 +15,8 @@ from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.text import facts_table, say
 
 
-def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budget: str = "") -> None:
-    """Print the plan of a run; with a budget such as `8GB`, that of the settings which fit into it at the least cost.
+def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budget: str = "") -> dict[str, object]:
+    """Print and return the plan of a run; with a budget such as `8GB`, that of the cheapest settings which fit into it.
 
     Raises UserError with all that is wrong with the run, and where nothing fits.
     """
@@ -24,19 +24,18 @@ def plan_config(path: Path, overrides: Sequence[str], console: Console, *, budge
     opened, examples = inspect_run(draft, decode=False)
     config = with_prompts(draft.require_sound(), examples)
     from sdtrain.training.planning.levers import budget_bytes, fit_to
-    from sdtrain.training.planning.plan import Plan, lines_of, plan_run
+    from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
 
     def planned(config: Config) -> Plan:
         return plan_run(config, opened, examples)
 
     if not budget:
-        console.print(facts_table(lines_of(planned(config))))
-        return
+        plan = planned(config)
+        console.print(facts_table(lines_of(plan)))
+        return plan_answer(plan)
     choice, plan = fit_to(config, budget_bytes(budget), planned)
     console.print(facts_table(lines_of(plan)))
-    if not choice.settings:
-        say(console, f"fits into {budget} as it is")
-        return
-    say(console, f"fits into {budget} with {' '.join(f'--set {shlex.quote(setting)}' for setting in choice.settings)}")
-    for cost in choice.costs:
-        say(console, f"  costs {cost}")
+    named = " ".join(f"--set {shlex.quote(setting)}" for setting in choice.settings)
+    say(console, f"fits into {budget} with {named}" if named else f"fits into {budget} as it is")
+    say(console, *(f"  costs {cost}" for cost in choice.costs))
+    return plan_answer(plan) | {"fits_into": budget, "settings": choice.settings, "costs": choice.costs}

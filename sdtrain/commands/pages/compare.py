@@ -65,11 +65,12 @@ def compare_to_files(
     out: Path | None,
     overrides: Sequence[str],
     console: Console,
-) -> None:
-    """Draw, write a page, a grid and an animation, and say where. Raises UserError, see `compare`."""
+) -> list[Path]:
+    """Draw; write a page, a grid and an animation, and return their paths. Raises UserError, see `compare`."""
     found = compare(runs, prompts, seeds, strengths, steps, overrides)
     path = write_comparison(out or runs[0] / "compare", found)
     say(console, f"wrote {path}, with grid.png and animation.webp beside it")
+    return [path, path.with_name("grid.png"), path.with_name("animation.webp")]
 
 
 def compare(
