@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -16,6 +17,7 @@ from sdtrain.adapters.formats.lora_file import read_lora
 from sdtrain.adapters.loading.beside import put_beside
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.publish.parameters import parameters
 from sdtrain.commands.reached import open_reached
 from sdtrain.commands.run_facts import finished_weights
 from sdtrain.config.paths import read_toml
@@ -29,11 +31,13 @@ from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
 from sdtrain.training.watching.grid import labelled_grid, save_picture
-from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.preview import PICTURES_AT_ONCE, prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.text import say
 
 Loras: TypeAlias = Sequence[tuple[Path, float]]
 """Files of LoRAs, each with its weight."""
+OnProgress: TypeAlias = Callable[[str, int, int], None]
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
 
@@ -46,6 +50,12 @@ class Pictures:
     """One row per prompt, one column per seed."""
     title: str
     """The name of the run, and the step of its weights."""
+    config: Config
+    """How they were sampled."""
+
+
+def _unseen(what: str, done: int, total: int) -> None:
+    """Nobody is shown how far it is."""
 
 
 def sample(
@@ -92,13 +102,14 @@ def sample_to_files(
 
     loras: files of LoRAs that are added to the weights, each times its weight.
     """
-    drawn = draw(source, prompts, seeds, step, overrides, loras)
+    with ProgressLines(console) as progress:
+        drawn = draw(source, prompts, seeds, step, overrides, loras, progress.show)
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     written = []
-    for index, pictures in enumerate(drawn.rows):
+    for index, (prompt, pictures) in enumerate(zip(prompts, drawn.rows, strict=True)):
         for seed, picture in zip(seeds, pictures, strict=True):
             written.append(folder / f"prompt-{index:02d}-seed-{seed}.png")
-            save_picture(picture, written[-1])
+            save_picture(picture, written[-1], parameters=parameters(prompt, seed, drawn.config, drawn.config.name))
     save_picture(labelled_grid(drawn.rows, prompts, seeds, drawn.title), folder / "grid.png")
     num = len(prompts) * len(seeds)
     say(console, f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}")
@@ -112,25 +123,34 @@ def draw(
     step: int | None,
     overrides: Sequence[str],
     loras: Loras = (),
+    on_progress: OnProgress = _unseen,
 ) -> Pictures:
-    """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
+    """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError.
+
+    on_progress: called with what is done, how far it is and how far it goes.
+    """
     if not source.is_dir():
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
-        return _draw_file(source, prompts, seeds, overrides, loras)
+        return _draw_file(source, prompts, seeds, overrides, loras, on_progress)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
-        return _draw_file(weights, prompts, seeds, overrides, loras)
+        return _draw_file(weights, prompts, seeds, overrides, loras, on_progress)
     config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
         _add(reached.model, loras)
-        rows = _render(reached.model, reached.run, seeds)
-    return Pictures(rows, f"{config.name}, step {reached.step}")
+        rows = _render(reached.model, reached.run, seeds, on_progress)
+    return Pictures(rows, f"{config.name}, step {reached.step}", config)
 
 
 def _draw_file(
-    weights: Path, prompts: Sequence[str], seeds: Sequence[int], overrides: Sequence[str], loras: Loras
+    weights: Path,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str],
+    loras: Loras,
+    on_progress: OnProgress,
 ) -> Pictures:
     metadata = read_header(weights).metadata
     config = _config(metadata, weights, prompts, overrides)
@@ -138,8 +158,8 @@ def _draw_file(
     run = Run(weights.parent, config, device, pick_dtype(config, device))
     model = load_with_weights(run, weights)
     _add(model, loras)
-    rows = _render(model, run, seeds)
-    return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}")
+    rows = _render(model, run, seeds, on_progress)
+    return Pictures(rows, f"{config.name}, step {steps_of(metadata) or '?'}", config)
 
 
 def _add(model: Model, loras: Loras) -> None:
@@ -147,13 +167,16 @@ def _add(model: Model, loras: Loras) -> None:
     merge_into(model.networks, [(read_lora(file, model.networks).adapters, weight) for file, weight in loras])
 
 
-def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:
+def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: OnProgress) -> list[list[Image.Image]]:
     model.move_encoders(run.device, text=True)
     prompts = prepare_prompts(model, run.config, trains_text=False)
     model.move_encoders(torch.device("cpu"), text=True)  # the U-Net need not fit beside them
     model.place()
     model.move_encoders(run.device, text=False)
-    return render(model, prompts, seeds, sampling_settings(run.config))
+    settings, num = sampling_settings(run.config), len(prompts.texts) * len(seeds)
+    total = -(-num // PICTURES_AT_ONCE) * settings.num_inference_steps + num  # each picture is decoded, too
+    done = itertools.count(1)
+    return render(model, prompts, seeds, settings, lambda: on_progress("drawing", min(next(done), total), total))
 
 
 def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], overrides: Sequence[str]) -> Config:

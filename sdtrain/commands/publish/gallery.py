@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
+from sdtrain.commands.publish.parameters import parameters
 from sdtrain.config.schema import Config
-from sdtrain.errors import printable
-from sdtrain.files.writer import atomic_file
-from sdtrain.training.watching.grid import cells_of
+from sdtrain.training.watching.grid import cells_of, save_picture
 from sdtrain.training.watching.report.pictures import preview_files
 
 MOST_PICTURES = 12
@@ -40,22 +39,5 @@ def gallery_of(run: Path, step: int) -> list[Shown]:
 def write_gallery(folder: Path, pictures: Sequence[Shown], config: Config, model: str) -> None:
     """Write the pictures, with the words that Civitai and web interfaces look for in a PNG. Raises UserError."""
     for shown in pictures:
-        about = PngImagePlugin.PngInfo()
-        about.add_itxt("parameters", parameters(shown, config, model))
-        with atomic_file(folder / shown.path) as file:
-            shown.picture.save(file, format="PNG", pnginfo=about)
-
-
-def parameters(shown: Shown, config: Config, model: str) -> str:
-    """Return what a picture was drawn from in A1111's form, which Civitai reads."""
-    preview = config.preview
-    negative = f"Negative prompt: {printable(preview.negative_prompt)}\n" if preview.negative_prompt else ""
-    values = {
-        "Steps": preview.num_inference_steps,
-        "Sampler": "Euler",
-        "CFG scale": f"{preview.guidance_scale:g}",
-        "Seed": shown.seed,
-        "Size": f"{preview.width_px or config.data.resolution_px}x{preview.height_px or config.data.resolution_px}",
-        "Model": model,
-    }
-    return f"{printable(shown.prompt)}\n{negative}" + ", ".join(f"{name}: {value}" for name, value in values.items())
+        words = parameters(shown.prompt, shown.seed, config, model)
+        save_picture(shown.picture, folder / shown.path, parameters=words)

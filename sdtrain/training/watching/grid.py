@@ -79,9 +79,14 @@ def labelled_grid(
     return grid
 
 
-def save_picture(picture: Image.Image, path: Path, text: str = "") -> None:
-    """Write a PNG whole or not at all. text: what it was drawn from, which is kept in it."""
+def save_picture(picture: Image.Image, path: Path, text: str = "", parameters: str = "") -> None:
+    """Write a PNG whole or not at all.
+
+    text: what it was drawn from, which is kept in it for ourselves. parameters: the same in A1111's form, for others.
+    """
     about = PngImagePlugin.PngInfo()
+    if parameters:
+        about.add_itxt("parameters", parameters)
     if text:
         about.add_itxt(DRAWN_BY, text)
     if CELLS in picture.info:
