@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from sdtrain.commands.front import environment
 from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
 from sdtrain.config.settings import export, memory, objective
@@ -17,6 +18,8 @@ from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 BEGIN, END = "<!-- settings: written by scripts/update_readme.py -->", "<!-- end of settings -->"
+VARIABLES_BEGIN = "<!-- environment: written by scripts/update_readme.py -->"
+VARIABLES_END = "<!-- end of environment -->"
 READERS_BEGIN, READERS_END = "<!-- readers: written by scripts/update_readme.py -->", "<!-- end of readers -->"
 TABLES: list[tuple[str, type[BaseModel]]] = [
     ("", schema.Config),
@@ -69,7 +72,8 @@ def _default(field: FieldInfo) -> str:
 
 
 def with_settings(text: str) -> str:
-    """Return the README's text with fresh tables: of the settings, and of who reads which file."""
+    """Return the README's text with fresh tables: of settings, environment variables, and who reads which file."""
+    text = _between(text, VARIABLES_BEGIN, VARIABLES_END, environment.table_text())
     text = _between(text, READERS_BEGIN, READERS_END, table_text())
     return _between(text, BEGIN, END, settings_text())
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
+from sdtrain.commands.front.answers import answer
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
 from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
@@ -71,6 +72,7 @@ def export(
     strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
     dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
@@ -79,7 +81,11 @@ def export(
     if not abs(strength) < MOST_STRENGTH or strength == 0:
         raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
     done = export_run(run, format_, step, out, ExportOptions(form, dtype, strength, force))
-    say(Console(), f"wrote {done.path}", *([f"note: {done.note}"] if done.note else []))
+    notes = [done.note] if done.note else []
+    if as_json:
+        answer("export", {"written": [done.path], "notes": notes})
+    else:
+        say(Console(), f"wrote {done.path}", *(f"note: {note}" for note in notes))
 
 
 @app.command()
@@ -94,6 +100,7 @@ def extract(
     ] = "all-linear",
     components: ComponentsFolder = "",
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Make a LoRA of the difference of two models."""
     quiet_libraries()
@@ -101,7 +108,10 @@ def extract(
     from sdtrain.commands.files.extract import extract_lora
 
     layers = extract_lora(base, tuned, RankRule(rank, energy), targets, out, components, force=force)
-    say(Console(), f"wrote {out}: {layers} layers")
+    if as_json:
+        answer("extract", {"written": [out], "layers": layers})
+    else:
+        say(Console(), f"wrote {out}: {layers} layers")
 
 
 @app.command()
@@ -114,6 +124,7 @@ def resize(
     components: ComponentsFolder = "",
     partial: Partial = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Give a LoRA another rank."""
     quiet_libraries()
@@ -121,20 +132,26 @@ def resize(
     from sdtrain.commands.files.extract import resize_lora
 
     read = resize_lora(file, base, RankRule(rank, energy), out, components, partial=partial, force=force)
-    say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
+    if as_json:
+        answer("resize", {"written": [out], "left_out": [problem.where for problem in read.left_out]})
+    else:
+        say(Console(), *left_out_lines(read.left_out), f"wrote {out}")
 
 
 @app.command(name="import-kohya")
 def import_kohya(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Configs of sd-scripts or kohya_ss.")],
     out: Annotated[Path | None, typer.Option("--out", help="The config to write; default: it is printed.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Make a config of ours of FILEs of kohya, TOML or JSON, with a comment on every option."""
     from sdtrain.commands.import_kohya import import_kohya as run_import
-    from sdtrain.commands.import_kohya import summary
+    from sdtrain.commands.import_kohya import imported_answer, summary
 
     imported = run_import(files, out)
-    if out is None:
+    if as_json:
+        answer("import-kohya", imported_answer(imported, out))
+    elif out is None:
         hand_out(imported.text)
         say(Console(stderr=True), summary(imported))
     else:
@@ -145,11 +162,15 @@ def import_kohya(
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE_OR_RUN", help="A .safetensors file or a run folder.")],
     step: Step = None,
+    as_json: Json = False,
 ) -> None:
     """What is in a file (kind, ranks, base, steps, d per network, tags), or how far a run is."""
-    from sdtrain.commands.files.info import file_info, run_info
+    from sdtrain.commands.files.info import file_answer, file_info, run_info, run_info_answer
 
-    if file.is_dir() or step is not None:
+    is_run = file.is_dir() or step is not None
+    if as_json:
+        answer("info", run_info_answer(file, step) if is_run else file_answer(file))
+    elif is_run:
         Console().print(run_info(file, step))
     else:
         Console().print(file_info(file))
@@ -161,7 +182,6 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List runs: how they stand, how far they are, how large, and how to go on."""
-    from sdtrain.commands.front.answers import answer
     from sdtrain.commands.runs import list_runs, run_answer
 
     found = list_runs(folder, Console(quiet=as_json))
@@ -172,12 +192,17 @@ def runs(
 @app.command()
 def report(
     run: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    as_json: Json = False,
 ) -> None:
     """Write the report.html of runs anew, from their logs and previews."""
     from sdtrain.commands.pages.report import write_report
 
+    written = []
     for folder in run:
-        say(Console(), f"wrote {write_report(folder)}")
+        written.append(write_report(folder))
+        say(Console(quiet=as_json), f"wrote {written[-1]}")
+    if as_json:
+        answer("report", {"written": written})
 
 
 @app.command()
@@ -205,14 +230,18 @@ def compare(
     ] = None,
     base: Annotated[str, typer.Option("--base", metavar="MODEL", help="Of two LoRA files: a model they fit.")] = "",
     set_: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Draw steps of a run, or several runs, side by side at several strengths; or tell two weight files apart."""
-    if compared_as_files(runs, base, [prompt, seed, strength, step, out, set_]):
+    if compared_as_files(runs, base, [prompt, seed, strength, step, out, set_], as_json=as_json):
         return
     quiet_libraries()
     from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
 
-    compare_to_files(runs, prompt or [], seed or [], strength or STRENGTHS, step or [], out, set_ or [], Console())
+    wanted = prompt or [], seed or [], strength or STRENGTHS, step or []
+    written = compare_to_files(runs, *wanted, out, set_ or [], Console(quiet=as_json))
+    if as_json:
+        answer("compare", {"written": written})
 
 
 add_training(app)

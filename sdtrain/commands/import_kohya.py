@@ -46,6 +46,15 @@ def num_pictures(folder: str) -> int | None:
         return None
 
 
+def imported_answer(imported: Imported, out: Path | None) -> dict[str, object]:
+    """Return the new config and what became of each option, for programs."""
+    options = [
+        {"option": one.option.place, "value": one.option.value, "became": one.sort, "text": one.text}
+        for one in imported.outcomes
+    ]
+    return {"written": None if out is None else str(out), "config": imported.text, "options": options}
+
+
 def summary(imported: Imported) -> str:
     """Return how many options became what, in one line."""
     return ", ".join(f"{num} {sort}" for sort, num in count_sorts(imported.outcomes) if num)

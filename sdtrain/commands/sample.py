@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -31,11 +32,19 @@ from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
 from sdtrain.training.watching.grid import DrawnFrom, labelled_grid, save_picture
-from sdtrain.training.watching.preview import drawn_from, prepare_prompts, render, sampling_settings
+from sdtrain.training.watching.preview import (
+    PICTURES_AT_ONCE,
+    drawn_from,
+    prepare_prompts,
+    render,
+    sampling_settings,
+)
+from sdtrain.training.watching.progress import ProgressLines
 from sdtrain.training.watching.text import say
 
 Loras: TypeAlias = Sequence[tuple[Path, float]]
 """Files of LoRAs, each with its weight."""
+OnProgress: TypeAlias = Callable[[str, int, int], None]
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
 
@@ -51,6 +60,10 @@ class Pictures:
     drawn_from: DrawnFrom
     left_out: tuple[Problem, ...]
     """What of LoRAs on top could not be used."""
+
+
+def _unseen(what: str, done: int, total: int) -> None:
+    """Nobody is shown how far it is."""
 
 
 def sample(
@@ -91,19 +104,23 @@ def sample_to_files(
     step: int | None = None,
     loras: Loras = (),
     partial: bool = False,
-) -> None:
+) -> list[Path]:
     """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid.
+
+    Return the paths of all of them, the grid last.
 
     loras: files of LoRAs that are added to the weights, each times its weight. partial: whether layers of them that
     cannot be used are left out.
     """
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     require_place(folder, folder=True)
-    drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial)
+    with ProgressLines(console) as progress:
+        drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial, on_progress=progress.show)
+    written = []
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
-            words = drawn.drawn_from.one(prompts[index], seed).words()
-            save_picture(picture, folder / f"prompt-{index:02d}-seed-{seed}.png", words)
+            written.append(folder / f"prompt-{index:02d}-seed-{seed}.png")
+            save_picture(picture, written[-1], drawn.drawn_from.one(prompts[index], seed).words())
     grid = labelled_grid(drawn.rows, prompts, seeds, drawn.title)
     save_picture(grid, folder / "grid.png", drawn.drawn_from.words())
     num = len(prompts) * len(seeds)
@@ -112,6 +129,7 @@ def sample_to_files(
         *left_out_lines(drawn.left_out),
         f"{num} pictures of {drawn.title} in {folder}; all of them: {folder / 'grid.png'}",
     )
+    return [*written, folder / "grid.png"]
 
 
 def draw(
@@ -123,20 +141,24 @@ def draw(
     loras: Loras = (),
     *,
     partial: bool = False,
+    on_progress: OnProgress = _unseen,
 ) -> Pictures:
-    """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError."""
+    """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError.
+
+    on_progress: called with what is done, how far it is and how far it goes.
+    """
     if not source.is_dir():
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
-        return _draw_file(source, prompts, seeds, overrides, loras, partial=partial)
+        return _draw_file(source, prompts, seeds, overrides, loras, on_progress, partial=partial)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
-        return _draw_file(weights, prompts, seeds, overrides, loras, partial=partial)
+        return _draw_file(weights, prompts, seeds, overrides, loras, on_progress, partial=partial)
     config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
         left_out = _add(reached.model, loras, partial=partial)
-        rows = _render(reached.model, reached.run, seeds)
+        rows = _render(reached.model, reached.run, seeds, on_progress)
     told = replace(drawn_from(config, reached.step, loras), seeds=tuple(seeds))
     return Pictures(rows, f"{config.name}, step {reached.step}", told, left_out)
 
@@ -147,6 +169,7 @@ def _draw_file(
     seeds: Sequence[int],
     overrides: Sequence[str],
     loras: Loras,
+    on_progress: OnProgress,
     *,
     partial: bool,
 ) -> Pictures:
@@ -156,7 +179,7 @@ def _draw_file(
     run = Run(weights.parent, config, device, pick_dtype(config, device))
     model = load_with_weights(run, weights)
     left_out = _add(model, loras, partial=partial)
-    rows = _render(model, run, seeds)
+    rows = _render(model, run, seeds, on_progress)
     step = steps_of(metadata) or None
     told = replace(drawn_from(config, step, loras), seeds=tuple(seeds))
     return Pictures(rows, f"{config.name}, step {step or '?'}", told, left_out)
@@ -172,13 +195,16 @@ def _add(model: Model, loras: Loras, *, partial: bool) -> tuple[Problem, ...]:
     return tuple(problem for file, _ in files for problem in file.left_out)
 
 
-def _render(model: Model, run: Run, seeds: Sequence[int]) -> list[list[Image.Image]]:
+def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: OnProgress) -> list[list[Image.Image]]:
     model.move_encoders(run.device, text=True)
     prompts = prepare_prompts(model, run.config, trains_text=False)
     model.move_encoders(torch.device("cpu"), text=True)  # the U-Net need not fit beside them
     model.place()
     model.move_encoders(run.device, text=False)
-    return render(model, prompts, seeds, sampling_settings(run.config))
+    settings, num = sampling_settings(run.config), len(prompts.texts) * len(seeds)
+    total = -(-num // PICTURES_AT_ONCE) * settings.num_inference_steps + num  # each picture is decoded, too
+    done = itertools.count(1)
+    return render(model, prompts, seeds, settings, lambda: on_progress("drawing", min(next(done), total), total))
 
 
 def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], overrides: Sequence[str]) -> Config:

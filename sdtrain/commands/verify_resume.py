@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sdtrain.commands.fit import fit
 from sdtrain.config.from_python import chosen_settings
 from sdtrain.config.read import read_config, resolve
@@ -20,9 +18,29 @@ from sdtrain.config.schema import Config
 from sdtrain.errors import user_error
 from sdtrain.files.header import Header, read_header
 from sdtrain.training.watching.records import Record, StepRecord
-from sdtrain.training.watching.text import duration, say
+from sdtrain.training.watching.text import duration
 
 FEWEST_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came of it."""
+
+    steps: int
+    num_losses: int
+    num_tensors: int
+    num_bytes: int
+    seconds: float
+    difference: str
+    """Where the two runs first differ; empty where they are equal bit for bit."""
+    straight_difference: str = ""
+    """Where two straight runs first differ: then it is the machine, and not the resume."""
+
+    @property
+    def equal(self) -> bool:
+        """Whether a run that was interrupted equals one that was not."""
+        return not self.difference
 
 
 @dataclass(frozen=True)
@@ -36,11 +54,11 @@ class Compared:
     """Where they first differ; empty where they are equal bit for bit."""
 
 
-def verify_resume(path: Path, overrides: Sequence[str], console: Console, *, steps: int) -> bool:
-    """Train `steps` steps straight, and as many with a stop and a resume between; compare, and say it in one line.
+def verify_resume(path: Path, overrides: Sequence[str], *, steps: int) -> Verdict:
+    """Train `steps` steps straight, and as many with a stop and a resume between; return what a comparison found.
 
     Both runs are made in a temporary folder, which is removed; pictures and captions are encoded into the config's
-    own cache. Returns whether they are equal. Raises UserError for what is wrong with the config.
+    own cache. Raises UserError for what is wrong with the config.
     """
     if steps < FEWEST_STEPS:
         raise user_error("verify-resume", "--steps", f"found {steps}; {FEWEST_STEPS} at least are needed")
@@ -54,20 +72,24 @@ def verify_resume(path: Path, overrides: Sequence[str], console: Console, *, ste
         if found.difference:
             again = _train_straight(shortened(config, steps, Path(folder) / "again"))
             repeatable = compare_runs(first, again, steps).difference
-    if not found.difference:
-        parts = f"{steps // 2} + {steps - steps // 2}"
+    numbers = found.num_losses, found.num_tensors, found.num_bytes
+    return Verdict(steps, *numbers, time.monotonic() - started, found.difference, repeatable)
+
+
+def verdict_lines(found: Verdict) -> list[str]:
+    """Return the verdict as a person reads it: one line, or two where even straight runs differ."""
+    half = found.steps // 2
+    if found.equal:
         size = f"{found.num_tensors} tensors of {found.num_bytes / 2**20:.1f} MiB"
-        say(
-            console,
-            f"equal bit for bit: {steps} steps straight and {parts} with a resume between "
-            f"({found.num_losses} losses, {size}; {duration(time.monotonic() - started)})",
-        )
-        return True
-    say(console, f"NOT equal: {steps} steps straight and with a resume after {steps // 2}: {found.difference}")
-    if repeatable:
+        return [
+            f"equal bit for bit: {found.steps} steps straight and {half} + {found.steps - half} with a resume between "
+            f"({found.num_losses} losses, {size}; {duration(found.seconds)})"
+        ]
+    lines = [f"NOT equal: {found.steps} steps straight and with a resume after {half}: {found.difference}"]
+    if found.straight_difference:
         what = "two straight runs differ too, so this machine does not repeat its arithmetic; it is not the resume"
-        say(console, f"{what}: {repeatable}")
-    return False
+        lines.append(f"{what}: {found.straight_difference}")
+    return lines
 
 
 def shortened(config: Config, steps: int, output: Path) -> Config:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-
-from rich.console import Console
 
 from sdtrain.commands.libraries import quiet_pillow
 from sdtrain.config.read import read_draft
@@ -19,11 +18,21 @@ from sdtrain.families.words import LATENT_FACTOR_PX
 from sdtrain.training.objective import draw_inputs
 from sdtrain.training.run import generator_of
 from sdtrain.training.start import inspect_run, trains_text
-from sdtrain.training.watching.text import say
 
 
-def view_step(path: Path, overrides: Sequence[str], step: int, console: Console) -> None:
-    """Print the pictures of a step with their captions, crops and timesteps, as they are drawn for it.
+@dataclass(frozen=True)
+class PlannedStep:
+    """What a step trains on. batches: its micro-batches; timesteps: those of each."""
+
+    config: Config
+    step: int
+    epoch: int
+    batches: list[list[Planned]]
+    timesteps: list[list[int]]
+
+
+def planned_step(path: Path, overrides: Sequence[str], step: int) -> PlannedStep:
+    """Return the pictures of a step with their captions, crops and timesteps, as they are drawn for it.
 
     step: counted as in the log, from 1. Nothing is encoded and nothing is written. Raises UserError with all that is
     wrong with the config, its model and its pictures, or if the run has no such step.
@@ -35,14 +44,42 @@ def view_step(path: Path, overrides: Sequence[str], step: int, console: Console)
     if step > config.steps:
         raise user_error(str(path), "--step", f"{step} is beyond steps = {config.steps}, the last step of this run")
     steps = Steps(config.data, examples, seed=config.seed, captions_are_encoded_ahead=not trains_text(config))
-    batches = steps.at(step - 1)
-    num_pictures = sum(len(batch) for batch in batches)
-    epoch = steps.epoch_of(step - 1)
-    lines = [f"step {step} of {config.steps}, in epoch {epoch + 1}: {counted(num_pictures)}"]
+    batches = [list(batch) for batch in steps.at(step - 1)]
     channels = int(opened.family.vae["latent_channels"])
-    for index, batch in enumerate(batches):
-        lines += _batch_lines(config, batch, _timesteps(config, batch, step - 1, index, channels))
-    say(console, *lines)
+    timesteps = [_timesteps(config, batch, step - 1, index, channels) for index, batch in enumerate(batches)]
+    return PlannedStep(config, step, steps.epoch_of(step - 1) + 1, batches, timesteps)
+
+
+def step_lines(found: PlannedStep) -> list[str]:
+    """Return what a step trains on as a person reads it."""
+    num_pictures = sum(len(batch) for batch in found.batches)
+    lines = [f"step {found.step} of {found.config.steps}, in epoch {found.epoch}: {counted(num_pictures)}"]
+    for batch, timesteps in zip(found.batches, found.timesteps, strict=True):
+        lines += _batch_lines(found.config, batch, timesteps)
+    return lines
+
+
+def step_answer(found: PlannedStep) -> dict[str, object]:
+    """Return the same for programs: micro-batches, each a list of pictures."""
+    batches = [
+        [_picture_answer(one, timestep) for one, timestep in zip(batch, timesteps, strict=True)]
+        for batch, timesteps in zip(found.batches, found.timesteps, strict=True)
+    ]
+    return {"step": found.step, "steps": found.config.steps, "epoch": found.epoch, "batches": batches}
+
+
+def _picture_answer(one: Planned, timestep: int) -> dict[str, object]:
+    mask = one.example.mask
+    width, height = one.placement.bucket
+    return {
+        "path": str(one.example.path),
+        "caption": one.caption,
+        "timestep": timestep,
+        "width_px": width,
+        "height_px": height,
+        "crop": _crop(one),
+        "mask": None if mask is None else "alpha" if mask.is_alpha else str(mask.path),
+    }
 
 
 def _timesteps(config: Config, batch: Sequence[Planned], step: int, index: int, channels: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from sdtrain.cli import app
 from sdtrain.commands.front import doctor
 from sdtrain.commands.front.command_line import GROUPS
+from sdtrain.commands.front.environment import HEEDED, told
 from sdtrain.commands.front.settings import explained, json_schema, settings
 from sdtrain.config.mistakes import all_settings
 from sdtrain.config.paths import read_toml
@@ -197,3 +199,56 @@ def test_help_fits_the_terminal_and_shows_no_python(command: str, monkeypatch: p
 def test_every_command_stands_in_a_group() -> None:
     commands = get_command(app).commands  # type: ignore[attr-defined]
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(commands)
+
+
+# ---------------------------------------------------------------------- environment variables
+
+ROOT = CONFIGS.parent
+NAMED = re.compile(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)*")
+OURS_ALONE = {"TORCHELASTIC_SIGNALS_TO_HANDLE"}
+"""Set for the processes of `--gpus`, whatever it was: nobody else's value counts."""
+
+
+def read_from_the_environment(path: Path) -> set[str]:
+    """The names that a file takes from the environment; those that are in a variable come from its own constants."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Subscript(value=where, slice=key) if ast.unparse(where) in ENVIRONMENTS:
+                keys = [key]
+            case ast.Call(func=ast.Attribute(value=where), args=[key, *_]) if ast.unparse(where) in ENVIRONMENTS:
+                keys = [key]
+            case ast.Compare(left=key, comparators=[where]) if ast.unparse(where) in ENVIRONMENTS:
+                keys = [key]
+            case ast.Call(func=call, args=[key, *_]) if ast.unparse(call) == "os.getenv":
+                keys = [key]
+            case _:
+                continue
+        constant = all(isinstance(key, ast.Constant) for key in keys)
+        texts = [
+            one.value
+            for part in (keys if constant else [tree])
+            for one in ast.walk(part)
+            if isinstance(one, ast.Constant)
+        ]
+        found |= {text for text in texts if isinstance(text, str) and NAMED.fullmatch(text)}
+    return found
+
+
+ENVIRONMENTS = ("os.environ", "environment", "environ")
+
+
+def test_every_environment_variable_that_is_read_is_documented() -> None:
+    sources = [path for package in ("sdtrain", "optim") for path in (ROOT / package).rglob("*.py")]
+    read = set().union(*map(read_from_the_environment, sources)) - OURS_ALONE
+    assert {"RANK", "MASTER_PORT", "XDG_CACHE_HOME", "CXX", "CUDA_VISIBLE_DEVICES"} <= read, "they are found"
+    assert read <= set(HEEDED)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in readme for name in HEEDED)
+
+
+def test_the_doctor_tells_what_is_set_and_keeps_secrets() -> None:
+    found = told({"HF_TOKEN": "hf_secret", "NO_COLOR": "1", "HOME": "/"})
+    assert set(found) == {"$HF_TOKEN", "$NO_COLOR"}
+    assert "hf_secret" not in str(found) and found["$NO_COLOR"].startswith("'1' (")

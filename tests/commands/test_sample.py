@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from sdtrain.cli import app
 from sdtrain.commands.sample import draw, sample_to_files
+from sdtrain.diffusion.words import Sampler
 from sdtrain.errors import UserError
 
 Train = Callable[..., tuple[Path, str]]
@@ -180,3 +181,26 @@ def test_a_size_and_a_sampler_are_drawn_with(train: Train, tmp_path: Path) -> No
     sample_to_files(run, ["a cat"], [0], tmp_path / "out", overrides, Console(quiet=True))
     with Image.open(tmp_path / "out" / "prompt-00-seed-0.png") as picture:
         assert picture.size == (64, 96)
+
+
+@pytest.mark.parametrize("sampler", get_args(Sampler))
+def test_how_far_it_is_is_shown_to_the_last_picture(train: Train, sampler: str) -> None:
+    run, _ = train({"steps": 1})
+    seen: list[tuple[str, int, int]] = []
+    wanted = ["preview.num_inference_steps=3", f"preview.sampler={sampler}"]
+    draw(run, ["a red circle", "a dog"], [0, 1], None, wanted, (), lambda *far: seen.append(far))
+    assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1)), "it never stands still"
+    assert {(what, total) for what, _, total in seen} == {("drawing", len(seen))}
+
+
+def test_a_picture_says_what_it_was_drawn_from_in_the_words_of_others(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 1})
+    wanted = ["preview.sampler=dpmpp_2m_karras", 'preview.negative_prompt="blurred"', "preview.guidance_scale=3.5"]
+    written = sample_to_files(run, ["a [red] circle", "a dog"], [7], tmp_path / "drawn", wanted, Console(quiet=True))
+    assert [path.name for path in written] == ["prompt-00-seed-7.png", "prompt-01-seed-7.png", "grid.png"]
+    with Image.open(written[0]) as picture:
+        words = picture.text["parameters"]  # type: ignore[attr-defined]
+    assert words == (
+        "a [red] circle\nNegative prompt: blurred\n"
+        "Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 96x96, Model: small"
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from sdtrain.errors import UserError
 from sdtrain.training import objective
@@ -19,11 +17,9 @@ CHANGES = {"data.gradient_accumulation": 2, "data.caption_dropout": 0.3, "data.c
 
 
 def viewed(folder: Path, step: int) -> str:
-    from sdtrain.commands.view import view_step
+    from sdtrain.commands.view import planned_step, step_lines
 
-    text = io.StringIO()
-    view_step(folder / "config.toml", [], step, Console(file=text, width=200))
-    return text.getvalue()
+    return "\n".join(step_lines(planned_step(folder / "config.toml", [], step)))
 
 
 @pytest.mark.parametrize("networks", [["unet"], ["unet", "text_encoder"]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -44,33 +44,60 @@ class _Wanted:
         return cache_folder(self.config).resolve()
 
 
-def fill_cache(paths: Sequence[Path], overrides: Sequence[str], console: Console, *, verify: bool) -> None:
-    """Encode what the caches of the configs lack, and say what lies there then.
+@dataclass(frozen=True)
+class Held:
+    """What lies in a cache, how much of it the configs use, and what was removed."""
+
+    folder: str
+    files: int
+    num_bytes: int
+    used_files: int
+    used_bytes: int
+    lacking_files: int
+    """How many that they use are not there yet."""
+    left_over_files: int
+    """What killed processes left."""
+    left_over_bytes: int
+    removed_files: int = 0
+    removed_bytes: int = 0
+
+
+def fill_cache(paths: Sequence[Path], overrides: Sequence[str], console: Console, *, verify: bool) -> list[Held]:
+    """Encode what the caches of the configs lack; say and return what lies there then.
 
     verify: whether every byte of pictures and entries is read. Raises UserError with all that is wrong with a config.
     """
+    found = []
     for wanted in _read(paths, overrides, console, verify=verify):
         require_cache_room(wanted.cache, wanted.config, wanted.examples)
         needed = _needed(wanted, console, encode=True, verify=verify)
-        _tell(wanted.cache, needed, 1, console)
+        found.append(_held(wanted.cache, take_inventory(wanted.cache), needed))
+        _tell(found[-1], 1, console)
+    return found
 
 
-def size_up(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> None:
-    """Say what lies in the caches of the configs, and how much of it they use. Nothing is encoded. Raises UserError."""
-    for folder, needed in _by_folder(_read(paths, overrides, console), console).items():
-        _tell(folder, needed, len(paths), console)
+def size_up(paths: Sequence[Path], overrides: Sequence[str], console: Console) -> list[Held]:
+    """Say and return what lies in the caches of the configs, used and not. Nothing is encoded. Raises UserError."""
+    folders = _by_folder(_read(paths, overrides, console), console)
+    found = [_held(folder, take_inventory(folder), needed) for folder, needed in folders.items()]
+    for held in found:
+        _tell(held, len(paths), console)
+    return found
 
 
 def prune_caches(
     paths: Sequence[Path], overrides: Sequence[str], console: Console, *, yes: bool, ask: Callable[[str], bool] | None
-) -> None:
-    """Remove the entries that none of the configs uses, and what killed processes left.
+) -> list[Held]:
+    """Remove the entries that none of the configs uses, and what killed processes left; return what was there before.
 
     yes: without asking. ask: answers a question; None: nobody can be asked. Raises UserError, also where that is so.
     """
     wanted = _read(paths, overrides, console)
+    found = []
     for folder, needed in _by_folder(wanted, console).items():
-        inventory = _tell(folder, needed, len(paths), console)
+        inventory = take_inventory(folder)
+        found.append(_held(folder, inventory, needed))
+        _tell(found[-1], len(paths), console)
         say(console, *_other_runs(folder, [one.config for one in wanted]))
         unused = {path: num for path, num in inventory.entries.items() if path not in needed}
         unused.update(inventory.left_over)
@@ -84,7 +111,9 @@ def prune_caches(
             say(console, "nothing was removed")
             continue
         remove_entries(unused)
+        found[-1] = replace(found[-1], removed_files=len(unused), removed_bytes=sum(unused.values()))
         say(console, f"removed {what}")
+    return found
 
 
 def _read(paths: Sequence[Path], overrides: Sequence[str], console: Console, *, verify: bool = False) -> list[_Wanted]:
@@ -133,21 +162,32 @@ def _needed(wanted: _Wanted, console: Console, *, encode: bool, verify: bool = F
     return {path for needed in parts for path in needed.paths()}
 
 
-def _tell(folder: Path, needed: set[Path], num_configs: int, console: Console) -> Inventory:
-    inventory = take_inventory(folder)
-    used = {path: num for path, num in inventory.entries.items() if path in needed}
-    unused_bytes = sum(inventory.entries.values()) - sum(used.values())
-    lacking = len(needed) - len(used)
+def _held(folder: Path, inventory: Inventory, needed: set[Path]) -> Held:
+    entries = inventory.entries
+    used = {path: num for path, num in entries.items() if path in needed}
+    return Held(
+        folder=str(folder),
+        files=len(entries),
+        num_bytes=sum(entries.values()),
+        used_files=len(used),
+        used_bytes=sum(used.values()),
+        lacking_files=len(needed) - len(used),
+        left_over_files=len(inventory.left_over),
+        left_over_bytes=sum(inventory.left_over.values()),
+    )
+
+
+def _tell(held: Held, num_configs: int, console: Console) -> None:
+    unused_files, unused_bytes = held.files - held.used_files, held.num_bytes - held.used_bytes
     by = "the config" if num_configs == 1 else f"the {num_configs} configs"
     say(
         console,
-        f"{folder}: {_files(len(inventory.entries))}, {size(sum(inventory.entries.values()))}",
-        f"  used by {by}: {_files(len(used))}, {size(sum(used.values()))}"
-        + (f"; {lacking} that it needs are not there yet" if lacking else ""),
-        f"  not used by {by}: {_files(len(inventory.entries) - len(used))}, {size(unused_bytes)}",
-        f"  left by killed processes: {_files(len(inventory.left_over))}, {size(sum(inventory.left_over.values()))}",
+        f"{held.folder}: {_files(held.files)}, {size(held.num_bytes)}",
+        f"  used by {by}: {_files(held.used_files)}, {size(held.used_bytes)}"
+        + (f"; {held.lacking_files} that it needs are not there yet" if held.lacking_files else ""),
+        f"  not used by {by}: {_files(unused_files)}, {size(unused_bytes)}",
+        f"  left by killed processes: {_files(held.left_over_files)}, {size(held.left_over_bytes)}",
     )
-    return inventory
 
 
 def _other_runs(folder: Path, given: Sequence[Config]) -> list[str]:

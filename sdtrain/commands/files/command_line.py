@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 
 from sdtrain.adapters.shares import Share, share_of
+from sdtrain.commands.front.answers import answer
+from sdtrain.commands.front.command_line import Json
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.training.watching.progress import ProgressLines
@@ -64,6 +66,7 @@ def merge(
         bool, typer.Option("--partial", help="Use the layers of a LoRA that fit, and say which were left out.")
     ] = False,
     force: Force = False,
+    as_json: Json = False,
 ) -> None:
     """Put LoRAs into a base model, or several LoRAs into one; weights may differ by network and block."""
     quiet_libraries()
@@ -92,11 +95,15 @@ def merge(
         with ProgressLines(console) as progress:
             done = run_merge(base, pairs, out, layout, components, partial=partial, force=force, show=progress.show)
         found = f"{done.changed} layers of {base} changed"
+    if as_json:
+        left_out = [problem.where for problem in done.left_out]
+        answer("merge", {"written": [out], "layers": done.changed, "hash": done.hash, "left_out": left_out})
+        return
     hashed = [f"hash {done.hash}"] if done.hash else []
     say(console, *left_out_lines(done.left_out), f"wrote {out}: {found}", *hashed)
 
 
-def compared_as_files(paths: Sequence[Path], base: str, drawing: Sequence[object]) -> bool:
+def compared_as_files(paths: Sequence[Path], base: str, drawing: Sequence[object], *, as_json: bool = False) -> bool:
     """Show what tells two weight files apart, where that is what was named; return whether it was.
 
     drawing: options that say how pictures of runs are drawn. Raises UserError for more or fewer files than two.
@@ -112,7 +119,11 @@ def compared_as_files(paths: Sequence[Path], base: str, drawing: Sequence[object
     quiet_libraries()
     from sdtrain.commands.files.difference import compare_files
 
-    Console().print(facts_table(compare_files(paths[0], paths[1], base)))
+    found = compare_files(paths[0], paths[1], base)
+    if as_json:
+        answer("compare", {"facts": found})
+    else:
+        Console().print(facts_table(found))
     return True
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from rich.table import Table
 
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
 from sdtrain.commands.run_facts import RunFacts, disk_bytes, facts_of, is_run, read_log, size_text
+from sdtrain.commands.runs import run_answer
 from sdtrain.errors import user_error
 from sdtrain.families.metadata import started_of
 from sdtrain.training.describing.author import uri_words
@@ -22,19 +24,59 @@ def file_info(path: Path) -> Table:
     return facts_table({"file": f"{path}, {found.num_bytes / 2**20:.1f} MiB", **rows})
 
 
+def file_answer(path: Path) -> dict[str, object]:
+    """Return what is in a file for programs. Raises UserError when it is missing or damaged."""
+    found = describe_file(path)
+    buckets = [
+        {"width_px": width, "height_px": height, "pictures": num} for (width, height), num in found.buckets.items()
+    ]
+    metadata = {key: value for key, value in found.metadata.items() if not key.endswith("thumbnail")}
+    facts = {entry.name: getattr(found, entry.name) for entry in fields(found)}
+    return {"file": str(path), **facts, "buckets": buckets, "metadata": metadata}
+
+
 def run_info(folder: Path, step: int | None = None) -> Table:
     """Return how a run stands, or what is known of one of its states, as a table of two columns.
 
     Raises UserError when the folder is none of a run, or has no such state.
     """
+    facts = _facts(folder, step)
+    rows = _run_rows(facts) if step is None else _state_rows(facts, step)
+    return facts_table({key: value for key, value in rows.items() if value})
+
+
+def run_info_answer(folder: Path, step: int | None = None) -> dict[str, object]:
+    """Return the same for programs. Raises UserError, see `run_info`."""
+    facts = _facts(folder, step)
+    if step is None:
+        weights = sorted(path.name for path in (facts.folder / "weights").glob("*.safetensors"))
+        best = facts.last.best and {"step": facts.last.best[0], "loss": facts.last.best[1]}
+        return run_answer(facts) | {"d": dict(facts.last.d), "best": best, "weights": weights, "go_on": facts.go_on()}
+    last = read_log(facts.folder / "log.jsonl", until=step)
+    state = state_folder(facts, step)
+    return {
+        "folder": str(facts.folder),
+        "state": str(state),
+        "step": step,
+        "loss": last.loss,
+        "d": dict(last.d),
+        "num_bytes": disk_bytes(state),
+    }
+
+
+def _facts(folder: Path, step: int | None) -> RunFacts:
     if not is_run(folder):
         raise user_error(str(folder), folder.name, "is not the folder of a run; name one, or a .safetensors file")
     facts = facts_of(folder)
     if step is not None and step not in facts.states:
         there = ", ".join(map(str, facts.states)) or "none"
         raise user_error(str(folder), "--step", f"no training state of step {step}; there are {there}")
-    rows = _run_rows(facts) if step is None else _state_rows(facts, step)
-    return facts_table({key: value for key, value in rows.items() if value})
+    return facts
+
+
+def state_folder(facts: RunFacts, step: int) -> Path:
+    """Return where the training state of a step lies."""
+    return facts.folder / "checkpoints" / f"step-{step:06d}"
 
 
 def _run_rows(facts: RunFacts) -> dict[str, str]:
@@ -55,7 +97,7 @@ def _run_rows(facts: RunFacts) -> dict[str, str]:
 
 
 def _state_rows(facts: RunFacts, step: int) -> dict[str, str]:
-    folder = facts.folder / "checkpoints" / f"step-{step:06d}"
+    folder = state_folder(facts, step)
     name = shell_word(facts.folder)
     last = read_log(facts.folder / "log.jsonl", until=step)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,5 +17,18 @@ ANSWER_VERSION = 1
 
 def answer(command: str, facts: Mapping[str, Any]) -> None:
     """Print what a command found as one JSON object in one line, with its version. What is no JSON is shown as text."""
-    text = json.dumps({"version": ANSWER_VERSION, "command": command, **facts}, default=str, ensure_ascii=True)
-    say(Console(), text)
+    whole = _finite({"version": ANSWER_VERSION, "command": command, **facts})
+    say(Console(), json.dumps(whole, default=str, ensure_ascii=True, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """Return a value whose numbers all exist in JSON: one that is not finite is null."""
+    match value:
+        case float():
+            return value if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): _finite(inner) for key, inner in value.items()}
+        case list() | tuple():
+            return [_finite(inner) for inner in value]
+        case _:
+            return value

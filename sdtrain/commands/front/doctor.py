@@ -13,22 +13,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from sdtrain.commands.front.environment import told
+
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "pillow", "numpy")
 OLDEST_PYTHON = (3, 11)
 ENOUGH_DISK_GIB = 10
 """A run's states and cache need about as much with an SDXL LoRA; a full fine-tune needs several times it."""
 ENOUGH_RAM_GIB = 12
 """An SDXL checkpoint is read by way of the memory: 7 GB, and room beside it."""
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "which cards are seen; empty: none",
-    "HF_HOME": "where hub models are kept",
-    "HF_HUB_OFFLINE": "1: hub models are only taken from there, nothing is fetched",
-    "OMP_NUM_THREADS": "threads of the CPU",
-    "PYTORCH_CUDA_ALLOC_CONF": "how torch shares out a card's memory",
-    "NO_COLOR": "set: no colours in the terminal",
-    "TMPDIR": "where temporary files go",
-}
-"""Variables that a run heeds, and what each does; sdtrain has none of its own."""
 
 
 @dataclass
@@ -47,9 +39,7 @@ def examine(folder: Path) -> Findings:
     _devices(found, importlib.import_module)
     _memory(found, Path("/proc/meminfo"))
     _disk(found, folder, shutil.disk_usage)
-    for name, meaning in ENVIRONMENT.items():
-        if name in os.environ:
-            found.facts[f"${name}"] = f"{os.environ[name]!r} ({meaning})"
+    found.facts |= told(os.environ)
     return found
 
 

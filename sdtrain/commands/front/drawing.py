@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sdtrain.commands.front.answers import answer
+from sdtrain.commands.front.command_line import Json
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.config.paths import toml_string
@@ -74,6 +76,7 @@ def sample(
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
     set_: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Make pictures with the averaged weights of a run, finished or not."""
     problems: list[Problem] = []
@@ -96,7 +99,14 @@ def sample(
     quiet_libraries()
     from sdtrain.commands.sample import SEEDS, sample_to_files
 
-    sample_to_files(source, prompts, seeds or SEEDS, out, overrides, Console(), step=step, loras=loras, partial=partial)
+    written = sample_to_files(
+        *(source, prompts, seeds or SEEDS, out, overrides, Console(quiet=as_json)),
+        step=step,
+        loras=loras,
+        partial=partial,
+    )
+    if as_json:
+        answer("sample", {"written": written})
 
 
 def _lines_of(file: Path, problems: list[Problem]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
 
 def plan_config(
     path: Path, overrides: Sequence[str], console: Console, *, budget: str = "", measure: bool = False
-) -> None:
-    """Print the plan of a run; with a budget such as `8GB`, that of the settings which fit into it at the least cost.
+) -> dict[str, object]:
+    """Print and return the plan of a run; with a budget such as `8GB`, that of the cheapest settings which fit into it.
 
     measure: whether some steps are made here, with these settings, to say how long they take. Raises UserError with all
     that is wrong with the run, and where nothing fits.
@@ -32,30 +33,32 @@ def plan_config(
     opened, examples = inspect_run(draft, decode=False)
     config = with_prompts(draft.require_sound(), examples)
     from sdtrain.training.planning.levers import budget_bytes, fit_to
-    from sdtrain.training.planning.plan import Plan, lines_of, plan_run
+    from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
 
     def planned(config: Config) -> Plan:
         return plan_run(config, opened, examples)
 
+    found: dict[str, object] = {}
     if budget:
         choice, plan = fit_to(config, budget_bytes(budget), planned)
         console.print(facts_table(lines_of(plan)))
         _tell(choice, budget, console)
-        config = choice.config
+        config, found = choice.config, {"fits_into": budget, "settings": choice.settings, "costs": choice.costs}
     else:
-        console.print(facts_table(lines_of(planned(config))))
+        plan = planned(config)
+        console.print(facts_table(lines_of(plan)))
     if measure:
         from sdtrain.training.planning.measure import measure_steps
 
         with stop_requests(speaker(console)) as stop:
-            console.print(facts_table(measure_steps(config, opened, examples, console, stop).rows(config.steps)))
+            measured = measure_steps(config, opened, examples, console, stop)
+        console.print(facts_table(measured.rows(config.steps)))
+        found |= {"measured": asdict(measured)}
+    return plan_answer(plan) | found
 
 
 def _tell(choice: Choice, budget: str, console: Console) -> None:
     """Say what was chosen and what it costs."""
-    if not choice.settings:
-        say(console, f"fits into {budget} as it is")
-        return
-    say(console, f"fits into {budget} with {' '.join(f'--set {shlex.quote(setting)}' for setting in choice.settings)}")
-    for cost in choice.costs:
-        say(console, f"  costs {cost}")
+    named = " ".join(f"--set {shlex.quote(setting)}" for setting in choice.settings)
+    say(console, f"fits into {budget} with {named}" if named else f"fits into {budget} as it is")
+    say(console, *(f"  costs {cost}" for cost in choice.costs))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
+from sdtrain.commands.front.answers import answer
 from sdtrain.commands.front.command_line import Json, PlainHelp, check_as_json
 from sdtrain.commands.front.options import (
     ConfigPath,
@@ -145,6 +147,7 @@ def init(
         bool, typer.Option("--yes", help="Ask nothing: take what is there, or say what is missing.")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a first config, with the reasons in it, for your model and your pictures; what is not told is asked."""
     from sdtrain.commands.starting.first_config import Wishes
@@ -152,8 +155,10 @@ def init(
     from sdtrain.commands.starting.init import memory_of
 
     wishes = Wishes(model, pictures, trigger, steps, memory_of(memory) if memory else None, name, output)
-    asks = not yes and sys.stdin.isatty()
-    run_init(where, wishes, Console(), force=force, ask=_ask if asks else None)
+    asks = not yes and not as_json and sys.stdin.isatty()
+    file = run_init(where, wishes, Console(quiet=as_json), force=force, ask=_ask if asks else None)
+    if as_json:
+        answer("init", {"written": [file]})
 
 
 def _ask(question: str, otherwise: str) -> str:
@@ -185,19 +190,26 @@ def view(
         typer.Option("--out", metavar="PATH", help="The contact sheet to write; default OUTPUT/NAME-sheet.html."),
     ] = None,
     png: Annotated[bool, typer.Option("--png", help="Draw the contact sheet as a picture, too.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a contact sheet of what the model will see: crops, tokens and notes; or print what a step trains on."""
     if step is None:
         from sdtrain.commands.sheet.write import write_sheet
 
-        write_sheet(config, set_ or [], out, Console(), png=png)
+        written = write_sheet(config, set_ or [], out, Console(quiet=as_json), png=png)
+        if as_json:
+            answer("view", {"written": written})
         return
     if out is not None or png:
         raise user_error("view", "--step", "prints and writes nothing; leave out --out and --png, or --step")
     quiet_libraries()
-    from sdtrain.commands.view import view_step
+    from sdtrain.commands.view import planned_step, step_answer, step_lines
 
-    view_step(config, set_ or [], step, Console())
+    planned = planned_step(config, set_ or [], step)
+    if as_json:
+        answer("view", step_answer(planned))
+    else:
+        say(Console(), *step_lines(planned))
 
 
 def plan(
@@ -213,15 +225,18 @@ def plan(
         bool,
         typer.Option("--measure", help="Also make some steps on this machine, and say how long one takes."),
     ] = False,
+    as_json: Json = False,
 ) -> None:
     """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
     quiet_libraries()
     from sdtrain.commands.front.plan import plan_config
 
     try:
-        plan_config(config, set_ or [], Console(), budget=fit_to, measure=measure)
+        found = plan_config(config, set_ or [], Console(quiet=as_json), budget=fit_to, measure=measure)
     except Interrupted as ended:  # which was told already
         raise typer.Exit(ended.exit_code) from ended
+    if as_json:
+        answer("plan", found)
 
 
 def cache(
@@ -235,6 +250,7 @@ def cache(
     yes: Annotated[bool, typer.Option("--yes", help="With --prune: remove without asking.")] = False,
     verify_cache: VerifyCache = False,
     set_: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Encode pictures and captions ahead of a run, on any machine that has the same model; see also --size, --prune.
 
@@ -246,25 +262,35 @@ def cache(
     quiet_libraries()
     from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
 
-    console, overrides = Console(), set_ or []
+    console, overrides = Console(quiet=as_json), set_ or []
     if size:
-        size_up(config, overrides, console)
+        found = size_up(config, overrides, console)
     elif prune:
-        prune_caches(config, overrides, console, yes=yes, ask=typer.confirm if sys.stdin.isatty() else None)
+        asks = sys.stdin.isatty() and not as_json
+        found = prune_caches(config, overrides, console, yes=yes, ask=typer.confirm if asks else None)
     else:
-        fill_cache(config, overrides, console, verify=verify_cache)
+        found = fill_cache(config, overrides, console, verify=verify_cache)
+    if as_json:
+        answer("cache", {"caches": [asdict(held) for held in found]})
 
 
 def verify_resume(
     config: ConfigPath,
     steps: Annotated[int, typer.Option("--steps", help="Steps of each of the two runs.")] = 8,
     set_: Overrides = None,
+    as_json: Json = False,
 ) -> None:
     """Prove on this machine that a run which is interrupted equals one that is not, bit for bit."""
     quiet_libraries()
+    from sdtrain.commands.verify_resume import verdict_lines
     from sdtrain.commands.verify_resume import verify_resume as run_verify_resume
 
-    if not run_verify_resume(config, set_ or [], Console(), steps=steps):
+    verdict = run_verify_resume(config, set_ or [], steps=steps)
+    if as_json:
+        answer("verify-resume", asdict(verdict) | {"equal": verdict.equal})
+    else:
+        say(Console(), *verdict_lines(verdict))
+    if not verdict.equal:
         raise typer.Exit(1)
 
 
@@ -278,10 +304,13 @@ configs = typer.Typer(
 
 
 @configs.command("list")
-def list_configs() -> None:
+def list_configs(as_json: Json = False) -> None:
     """List the recipes and what each is for; `builtin:NAME` stands for one wherever a CONFIG is asked for."""
     from sdtrain.commands.starting.recipes import described
 
+    if as_json:
+        answer("configs", {"configs": described()})
+        return
     Console().print(facts_table(described()))
     say(Console(), "copy one and change it: sdtrain configs copy NAME; or as it is: sdtrain fit builtin:quickstart")
 
@@ -293,11 +322,15 @@ def copy_config(
         Path | None, typer.Argument(metavar="[FILE]", help="The file or folder to write to; default NAME.toml here.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Copy a recipe, to change its paths and whatever else."""
     from sdtrain.commands.starting.recipes import copy_recipe
 
     target = copy_recipe(name, file, force=force)
+    if as_json:
+        answer("configs", {"written": [target]})
+        return
     say(Console(), f"wrote {target}", f"next: change its paths, then sdtrain check {shell_word(target)}")
 
 

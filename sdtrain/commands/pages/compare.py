@@ -66,12 +66,13 @@ def compare_to_files(
     out: Path | None,
     overrides: Sequence[str],
     console: Console,
-) -> None:
-    """Draw, write a page, a grid and an animation, and say where. Raises UserError, see `compare`."""
+) -> list[Path]:
+    """Draw; write a page, a grid and an animation, and return their paths. Raises UserError, see `compare`."""
     folder = out or runs[0] / "compare"
     require_place(folder, folder=True)
     path = write_comparison(folder, compare(runs, prompts, seeds, strengths, steps, overrides))
     say(console, f"wrote {path}, with grid.png and animation.webp beside it")
+    return [path, path.with_name("grid.png"), path.with_name("animation.webp")]
 
 
 def compare(

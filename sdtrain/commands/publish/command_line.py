@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sdtrain.commands.front.answers import answer
+from sdtrain.commands.front.command_line import Json
 from sdtrain.commands.libraries import quiet_libraries
 from sdtrain.training.watching.text import say, shell_word
 
@@ -26,13 +28,17 @@ def card(
     repo: Annotated[str, typer.Option("--repo", metavar="OWNER/NAME", help="Where it will stand on the Hub.")] = "",
     set_: About = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder of an earlier card.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Write a folder for others: model card, weights, pictures, as the Hugging Face Hub and Civitai expect them."""
     quiet_libraries()
     from sdtrain.commands.publish.folder import publish
 
     done = publish(run, out, repo, set_ or [], force=force)
-    say(Console(), f"wrote {done.folder}", *(f"note: {note}" for note in done.notes))
+    if as_json:
+        answer("card", {"written": [done.folder], "notes": done.notes})
+    else:
+        say(Console(), f"wrote {done.folder}", *(f"note: {note}" for note in done.notes))
 
 
 def push(
@@ -43,12 +49,16 @@ def push(
     ] = False,
     public: Annotated[bool, typer.Option("--public", help="Make a new repository public; else it is private.")] = False,
     set_: About = None,
+    as_json: Json = False,
 ) -> None:
     """Send the folder of `sdtrain card` to the Hugging Face Hub; the one command that sends anything."""
     quiet_libraries()
     from sdtrain.commands.publish.push import push as run_push
 
     done = run_push(run, repo, set_ or [], dry_run=dry_run, public=public)
+    if as_json:
+        answer("push", {"told": done.lines, "url": done.url, "dry_run": dry_run})
+        return
     say(Console(), *done.lines, *([f"it is at {done.url}"] if done.url else []))
     if dry_run:
         say(Console(), f"send it: sdtrain push {shell_word(run)} {shell_word(repo)}")

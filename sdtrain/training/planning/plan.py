@@ -87,6 +87,25 @@ def largest_bucket(config: Config, examples: Sequence[Example]) -> tuple[int, in
     return max(used, key=lambda size: (size[0] * size[1], size))
 
 
+def plan_answer(plan: Plan) -> dict[str, object]:
+    """Return a plan for programs: all sizes in bytes."""
+    width, height = plan.bucket
+    phases = {
+        phase.name: {"peak_bytes": phase.peak_bytes, "least_bytes": phase.least_bytes, "parts": phase.parts}
+        for phase in plan.phases
+    }
+    return {
+        "device": plan.device,
+        "width_px": width,
+        "height_px": height,
+        "phases": phases,
+        "peak_bytes": plan.worst.peak_bytes,
+        "base_bytes": plan.bases,
+        "disk_bytes": plan.disk,
+        "flops_per_step": plan.flops,
+    }
+
+
 def lines_of(plan: Plan) -> dict[str, str]:
     """Return what a person reads of a plan, a row each."""
     width, height = plan.bucket
