@@ -188,7 +188,7 @@ def test_how_far_it_is_is_shown_to_the_last_picture(train: Train, sampler: str) 
     run, _ = train({"steps": 1})
     seen: list[tuple[str, int, int]] = []
     wanted = ["preview.num_inference_steps=3", f"preview.sampler={sampler}"]
-    draw(run, ["a red circle", "a dog"], [0, 1], None, wanted, (), lambda *far: seen.append(far))
+    draw(run, ["a red circle", "a dog"], [0, 1], None, wanted, on_progress=lambda *far: seen.append(far))
     assert [done for _, done, _ in seen] == list(range(1, len(seen) + 1)), "it never stands still"
     assert {(what, total) for what, _, total in seen} == {("drawing", len(seen))}
 
@@ -202,5 +202,5 @@ def test_a_picture_says_what_it_was_drawn_from_in_the_words_of_others(train: Tra
         words = picture.text["parameters"]  # type: ignore[attr-defined]
     assert words == (
         "a [red] circle\nNegative prompt: blurred\n"
-        "Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 96x96, Model: small"
+        "Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 96x96, Model: small, Training step: 1"
     )
