@@ -118,8 +118,9 @@ def test_the_gradients_on_a_packed_base_are_nearly_those_on_the_unpacked_one(
 def test_a_run_on_a_packed_base_resumes_bit_for_bit_with_and_without_looking(
     train: Train, changes: dict[str, Any]
 ) -> None:
+    changes = changes | {"validation.share": 0.34, "validation.every": 0}
     straight, _ = train(SMALL | changes | {"name": "straight", "steps": 3})
-    looks = {"preview.every": 1, "validation.every": 1, "validation.folder": [{"path": "builtin:quickstart-known"}]}
+    looks = {"preview.every": 1, "validation.every": 1}
     train(SMALL | changes | looks | {"name": "again", "steps": 2})
     again, _ = train(SMALL | changes | looks | {"name": "again", "steps": 3}, resume=True)
     assert bits(straight, 3) == bits(again, 3)
