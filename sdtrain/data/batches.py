@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.masks.encoding import mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
 from sdtrain.data.placing import drawn_view
+from sdtrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -209,6 +211,26 @@ class Batches:
 
 def _weights(weights: Sequence[float]) -> Tensor | None:
     return None if all(weight == 1 for weight in weights) else torch.tensor(weights, dtype=torch.float32)
+
+
+def encode_share(
+    config: DataConfig,
+    examples: Sequence[Example],
+    encoders: Encoders,
+    *,
+    cache: Path,
+    on_progress: Callable[[str, int, int], None],
+    digests: Sequence[bytes],
+    hand: int,
+    hands: int,
+) -> None:
+    """Encode what this process does of what the cache lacks, of so many that fill it together; see `prepare_batches`.
+
+    Whatever is wrong with a picture or the cache is left to who prepares the batches, and finds it again.
+    """
+    with suppress(UserError):
+        needed = find_needed(config, examples, digests, encoders, cache)
+        encode_needed(needed.share(hand, hands), encoders, cache, on_progress)
 
 
 def prepare_batches(

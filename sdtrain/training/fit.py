@@ -40,7 +40,7 @@ from sdtrain.training.outputs import (
 )
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.planning.budget import Expected
-from sdtrain.training.prepare import encode_everything, load
+from sdtrain.training.prepare import encode_a_share, encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
 from sdtrain.training.run import Run, chose_float16, computes_in_float16, open_run, write_resolved_config
 from sdtrain.training.validating.validator import Validator
@@ -125,6 +125,8 @@ def prepare(
         stop.doing = "loading the model"
         model = load(run, opened)
         stop.doing = "encoding the pictures and captions"
+        if ranks.are_several:
+            encode_a_share(model, run, standing, console)
         with ranks.first_alone():  # the others find everything in the cache
             data = encode_everything(model, run, standing, console)
         stop.doing = "preparing the first step"

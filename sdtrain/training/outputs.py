@@ -179,27 +179,38 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
 
 
 def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:
-    """Measure the loss on held-out pictures with the averaged weights; the training is as it was before.
+    """Measure the loss on held-out pictures with the averaged weights, each rank on its share.
+
+    The training is as it was before.
 
     Where it is the lowest so far the weights are written, and the training state where states are kept at all. The
     state comes last, so that a run which goes on from it has the weights too. It is given up when the run is asked to
     end. What fails here is no reason to end the training.
     """
-    if not training.run.ranks.is_first:
+    step, ranks, validator = training.step, training.run.ranks, training.validator
+    if validator.held_out is None:
         return
-    step = training.step
     training.doing = f"giving up the validation of step {step}"
+    mine, failure = None, ""
     try:
-        if not training.validator.validate(objective, training.optimizer, step, watchers.tell, lambda: stop.asked):
-            return
-        export(training, watchers, training.run.best_weights_path)
-        if training.run.config.checkpoint.every:
-            save(training, watchers)
+        mine = validator.measure(objective, training.optimizer, lambda: stop.asked, ranks.place)
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
-        watchers.tell(
-            NoteRecord(step, f"note: the validation of step {step} failed: {sentence(error)}; the training goes on")
-        )
+        failure = sentence(error)
+    losses, any_failed = ranks.merge(validator.pictures, mine, failed=bool(failure))
+    if not ranks.is_first:
+        return
+    try:
+        if losses is not None and validator.take(losses, step, watchers.tell):
+            export(training, watchers, training.run.best_weights_path)
+            if training.run.config.checkpoint.every:
+                save(training, watchers)
+    except Exception as error:  # noqa: BLE001 - nor must who keeps what it found
+        release(error)
+        failure = sentence(error)
+    if any_failed or failure:
+        text = f"note: the validation of step {step} failed: {failure or 'on another process'}; the training goes on"
+        watchers.tell(NoteRecord(step, text))
 
 
 def export(training: Training, watchers: Watchers, path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdtrain.adapters.quantised.layer import quantise
 from sdtrain.adapters.quantised.packing import Packed, Packing, packed
 from sdtrain.config.schema import Config
-from sdtrain.data.batches import Batches, prepare_batches
+from sdtrain.data.batches import Batches, encode_share, prepare_batches
 from sdtrain.data.encoding import Encoders
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import identity
@@ -99,6 +99,26 @@ class Prepared:
         self.batches.close()
         if self.held_out is not None:
             self.held_out.batches.close()
+
+
+def encode_a_share(model: Model, run: Run, standing: Standing, console: Console) -> None:
+    """Fill the cache together with the other processes of the run, each its share of pictures and captions."""
+    place, config, apart = run.ranks.place, run.config, seen_whole(standing.held_out)
+    model.move_encoders(run.device, text=True)
+    for settings, examples, digests in (
+        (config, standing.examples, standing.digests),
+        (held_out_config(config), apart, standing.held_out_digests),
+    ):
+        with ProgressLines(console) as progress:
+            encode_share(
+                *(settings.data, examples, encoders_of(model, settings)),
+                cache=cache_folder(config),
+                on_progress=progress.show,
+                digests=digests,
+                hand=place.rank,
+                hands=place.size,
+            )
+    run.ranks.wait_for_all()
 
 
 def encode_everything(model: Model, run: Run, standing: Standing, console: Console) -> Prepared:

@@ -21,7 +21,8 @@ DAY_S = 120.0
 
 @dataclass
 class Told:
-    """What came of a run on one rank: a text, an exit code, and the applied d and a digest of the weights by step."""
+    """What came of a run on one rank: a text, an exit code, the applied d, a digest of the weights and the pictures by
+    step, the cache entries that it wrote, and the pictures of each validation."""
 
     rank: int
     code: int
@@ -29,6 +30,8 @@ class Told:
     d: list[list[float]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     pictures: list[list[str]] = field(default_factory=list)
+    encoded: list[str] = field(default_factory=list)
+    validated: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,13 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     """Note what a rank does, and let something happen to it after a step."""
     import hashlib
 
+    from sdtrain.data import encoding
     from sdtrain.training import fit
     from sdtrain.training.ending import settling
+    from sdtrain.training.validating.held_out import HeldOut
 
     records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
-    step = 0
+    store, losses, step = encoding._store, HeldOut.losses, 0
 
     def seen_gradients(training: Any, *arguments: Any) -> Any:
         place = training.run.ranks.place
@@ -145,13 +150,26 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         step += 1
         return found
 
+    def seen_losses(*arguments: Any, **share: Any) -> Any:
+        if events.get("fail to validate") == (told.rank, step):
+            raise RuntimeError("out of memory")
+        found = losses(*arguments, **share)
+        told.validated.append(sorted(found or []))
+        return found
+
+    def seen_store(path: Any, *arguments: Any) -> None:
+        told.encoded.append(path.name)
+        store(path, *arguments)
+
     def seen_later(optimizer: Any) -> Any:
         found = seen_records(optimizer)
         return lambda: found
 
     settling.group_records, settling.group_records_later = seen_records, seen_later
-    fit.gradients = seen_gradients
+    fit.gradients, encoding._store = seen_gradients, seen_store
+    HeldOut.losses = seen_losses  # type: ignore[method-assign]
     try:
         yield
     finally:
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
+        encoding._store, HeldOut.losses = store, losses  # type: ignore[method-assign]

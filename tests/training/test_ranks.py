@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -101,6 +102,64 @@ def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, An
             "every picture of the step once"
         )
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_ranks_fill_the_cache_together_each_entry_once(team: Team, base: dict[str, Any], tmp_path: Path) -> None:
+    entries = {}
+    for ranks in (1, 3):
+        cache = tmp_path / f"cache-{ranks}"
+        told = team.run(ranks, job(base, {"name": f"cached-{ranks}", "steps": 1, "data.cache": str(cache)}))
+        assert codes(told) == [0] * ranks, told
+        entries[ranks] = {path.name: path.read_bytes() for path in cache.rglob("*.safetensors")}
+        assert sorted(name for one in told for name in one.encoded) == sorted(entries[ranks])
+    assert entries[1] == entries[3] != {}
+    shares = [len(one.encoded) for one in told]
+    assert max(shares) - min(shares) <= 3, "pictures and captions are dealt out one by one"
+
+
+def test_a_picture_that_cannot_be_read_is_told_by_the_first_rank_whoever_met_it(
+    team: Team, base: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(base["data"]["folder"][0]["path"], folder)
+    for number in (0, 1):
+        whole = (folder / f"{number}.png").read_bytes()
+        (folder / f"{number}.png").write_bytes(whole[: len(whole) // 2])
+    changes = {"name": "broken", "data.folder": [{"path": str(folder)}], "data.cache": str(tmp_path / "cache")}
+    told = team.run(2, job(base, changes))
+    assert codes(told) == [2, 2] and told[1].text == ""
+    assert "0.png" in told[0].text and "1.png" in told[0].text
+
+
+def validations(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "validation" in json.dumps(line) and "note" not in line]
+
+
+HELD_OUT = {"validation.share": 0.5, "validation.every": 2, "data.batch_size": 1, "data.gradient_accumulation": 2}
+
+
+def test_ranks_share_the_validation_and_know_what_one_would(team: Team, base: dict[str, Any]) -> None:
+    found = {}
+    for ranks in (1, 2):
+        told = team.run(ranks, job(base, HELD_OUT | {"name": f"validated-{ranks}"}))
+        assert codes(told) == [0] * ranks, told
+        found[ranks] = validations(Path(base["output"]) / f"validated-{ranks}")
+        for pictures in zip(*(one.validated for one in told), strict=True):
+            names = [name for share in pictures for name in share]
+            assert len(set(names)) == len(names) == 3 and all(pictures), "each picture once, and a share for everybody"
+    assert len(found[1]) == len(found[2]) >= 2
+    for one, other in zip(found[1], found[2], strict=True):
+        assert one.keys() == other.keys()
+        numbers = [[value for value in line.values() if isinstance(value, float)] for line in (one, other)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+
+
+def test_a_validation_that_fails_on_any_rank_is_a_note_and_the_run_goes_on(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, HELD_OUT | {"name": "failed"}, events={"fail to validate": (1, 3)}))
+    assert codes(told) == [0, 0], told
+    assert "the validation of step 2 failed: on another process; the training goes on" in " ".join(told[0].text.split())
+    assert [line["step"] for line in validations(Path(base["output"]) / "failed")] == [0, 4]
 
 
 def test_ranks_that_compute_in_float16_have_one_scale(team: Team, base: dict[str, Any]) -> None:

@@ -173,11 +173,13 @@ def test_the_averaged_weights_are_validated_with_every_caption(
 ) -> None:
     original, seen, captions = HeldOut.losses, dict[str, torch.Tensor](), set[str]()
 
-    def watch(self: HeldOut, objective: Objective, is_given_up: Callable[[], bool]) -> dict[str, float] | None:
+    def watch(
+        self: HeldOut, objective: Objective, is_given_up: Callable[[], bool], **share: int
+    ) -> dict[str, float] | None:
         parameters = dict(objective.model.networks["unet"].named_parameters())
         seen.update({name: value.detach().clone() for name, value in parameters.items() if "lora_" in name})
         captions.update(caption for batch in self._batches() for caption in batch.captions)
-        return original(self, objective, is_given_up)
+        return original(self, objective, is_given_up, **share)
 
     monkeypatch.setattr(HeldOut, "losses", watch)
     settings = {"method.alpha": 2.0, "export.names": "diffusers", "optimizer.d0": 1e-2, "data.caption_dropout": 0.9}
@@ -196,7 +198,7 @@ def test_training_ends_where_the_held_out_loss_no_longer_falls(
 ) -> None:
     said = iter([1.0, 0.5, 0.5, 0.6, 0.7, 0.8])
 
-    def say(self: HeldOut, *_: object) -> dict[str, float]:
+    def say(self: HeldOut, *_: object, **__: object) -> dict[str, float]:
         loss = next(said)
         return {name: loss + 0.001 * index for index, name in enumerate(self.pictures)}
 

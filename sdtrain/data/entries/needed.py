@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,22 @@ class Needed:
     masks: list[MaskEntry | None]
     captions: dict[str, Path] | None
     variants: dict[Varied, tuple[str, ...]]
+
+    def share(self, hand: int, hands: int) -> Needed:
+        """Return what the process with this number encodes, of so many that each encode a part; nothing is left out.
+
+        It follows from the order alone, not from what the cache has, which others are filling meanwhile.
+        """
+        captions = None if self.captions is None else dict(list(self.captions.items())[hand::hands])
+        rows = slice(hand, None, hands)
+        return replace(
+            self,
+            pictures=self.pictures[rows],
+            digests=self.digests[rows],
+            latents=self.latents[rows],
+            masks=self.masks[rows],
+            captions=captions,
+        )
 
     def paths(self) -> set[Path]:
         """Return the paths of all entries, each once."""

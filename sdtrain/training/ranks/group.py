@@ -117,6 +117,34 @@ class Ranks:
             dist.all_reduce(both, op=dist.ReduceOp.MAX)
         return int(both[0]), bool(both[1])
 
+    def merge(
+        self, names: Sequence[str], mine: Mapping[str, float] | None, *, failed: bool
+    ) -> tuple[dict[str, float] | None, bool]:
+        """Return the numbers of all ranks by name, None where one of them has none, and whether one of them failed.
+
+        names: all that there are. mine: those of this rank, None where it gave up or failed.
+        """
+        if not self.are_several:
+            return (dict(mine) if mine is not None else None), failed
+        import torch
+        import torch.distributed as dist
+
+        lacking = torch.tensor([int(mine is None), int(failed)])
+        mine = mine or {}
+        numbers = torch.tensor(
+            [[mine.get(name, 0.0) for name in names], [float(name in mine) for name in names]], dtype=torch.float64
+        )
+        with _told_if_lost():
+            dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
+            dist.all_reduce(numbers)
+        if lacking[0] or not numbers[1].all():
+            return None, bool(lacking[1])
+        return dict(zip(names, (numbers[0] / numbers[1]).tolist(), strict=True)), bool(lacking[1])
+
+    def wait_for_all(self) -> None:
+        """Wait until all ranks are here."""
+        self.agree(0, False)
+
     def add_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace the gradients by their sums over all ranks, and return the sum of the losses, ().
 

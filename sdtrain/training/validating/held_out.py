@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -28,20 +29,24 @@ class HeldOut:
         """The identities of the pictures, each once, in a fixed order."""
         return sorted(set(self.identities.values()))
 
-    def losses(self, objective: Objective, is_given_up: Callable[[], bool]) -> dict[str, float] | None:
+    def losses(
+        self, objective: Objective, is_given_up: Callable[[], bool], *, hand: int = 0, hands: int = 1
+    ) -> dict[str, float] | None:
         """Return the loss of each picture by its identity, with the weights as they are now; None if it is given up.
+
+        hand, hands: only the pictures of the process with this number, of so many that share them.
 
         It is the mean over the noise levels of what the training minimises, without dropped captions, tags that move
         or are left out, and perturbed inputs. Noise and timesteps of a picture follow from its identity and
         `validation.seed`.
         """
         found: dict[str, float] = {}
-        for batch in self._batches():
+        for batch in islice(self._batches(), hand, None, hands):
             if is_given_up():
                 return None
             names = [self.identities[example.path] for example in batch.examples]
             found |= dict(zip(names, _mean_errors(objective, batch, names).tolist(), strict=True))
-        return {name: found[name] for name in self.pictures}
+        return {name: found[name] for name in self.pictures if name in found}
 
     def _batches(self) -> Iterator[Batch]:
         """Yield one epoch, whose order the seed decides; it is made with one micro-batch a step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.errors import UserError
 from sdtrain.files.header import explain
 from sdtrain.training.objective import Objective
+from sdtrain.training.ranks.place import Place
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.validating.history import History, Validation, read_history, write_history
 from sdtrain.training.watching.records import NoteRecord, ValidationRecord, Watcher
@@ -39,24 +40,29 @@ class Validator:
         """Whether the loss has not fallen, beyond its standard error, for as many validations as the user waits."""
         return 0 < self.patience <= self.history.waited
 
-    def validate(
+    @property
+    def pictures(self) -> list[str]:
+        """The identities of the held-out pictures, each once, in a fixed order."""
+        return self.held_out.pictures if self.held_out else []
+
+    def measure(
         self,
         objective: Objective,
         optimizer: ProdigyPlusScheduleFree,
-        step: int,
-        tell: Watcher,
         is_given_up: Callable[[], bool],
-    ) -> bool:
-        """Measure, keep and tell the held-out loss after `step` steps; return whether it is the best so far.
+        place: Place,
+    ) -> dict[str, float] | None:
+        """Return the losses of this process's share of the held-out pictures; None where they are given up.
 
         The training is as it was before. `is_given_up` is asked between two batches.
         """
         if self.held_out is None:
-            return False
+            return None
         with averaged(optimizer):
-            losses = self.held_out.losses(objective, is_given_up)
-        if losses is None:
-            return False
+            return self.held_out.losses(objective, is_given_up, hand=place.rank, hands=place.size)
+
+    def take(self, losses: Mapping[str, float], step: int, tell: Watcher) -> bool:
+        """Keep and tell the held-out losses after `step` steps; return whether they are the best so far."""
         now = Validation(step, losses)
         is_best = self.history.add(now)
         try:
