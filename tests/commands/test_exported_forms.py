@@ -85,6 +85,15 @@ def test_a_file_is_replaced_only_when_asked_and_the_type_is_chosen(train: Train,
             sdtrain("export", run, "--format", "sd-scripts", "--strength", strength)
 
 
+@pytest.mark.parametrize("kind", ["single-file", "folder"])
+def test_a_whole_model_has_no_form(train: Train, tmp_path: Path, kind: str) -> None:
+    run, _ = train({"steps": 1})
+    out = tmp_path / ("out" if kind == "folder" else "out.safetensors")
+    done = CliRunner().invoke(app, ["export", str(run), "--format", kind, "--form", "diff", "--out", str(out)])
+    assert isinstance(done.exception, UserError) and not out.exists()
+    assert "diff is a form of adapter files, and a whole model has none" in str(done.exception)
+
+
 def test_an_exported_oft_loads_everywhere_or_says_what_it_misses(train: Train, base: Model, tmp_path: Path) -> None:
     changed = {"steps": 2, "method.adapter": "oft", "method.rank": 4, "optimizer.d0": 1e-2, "checkpoint.every": 2}
     run, _ = train(changed | {"export.rank": 2})

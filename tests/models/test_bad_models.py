@@ -14,6 +14,7 @@ from sdtrain.errors import UserError
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models.checkpoints.components import load_components
 from sdtrain.models.checkpoints.inspect import inspect_model, open_model
+from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
 
 BUILTIN = "builtin:tiny-sdxl"
 IN = "model.diffusion_model.input_blocks.0.0.weight"
@@ -193,6 +194,30 @@ def test_eight_bit_weights_are_refused(rewrite) -> None:
     path = rewrite(lambda tensors: tensors.update({IN: tensors[IN].to(torch.float8_e4m3fn)}))
     with pytest.raises(UserError, match="F8_E4M3, which cannot be trained"):
         load_components(open_model(ModelConfig(path=str(path), components=BUILTIN), "model"), torch.float32)
+
+
+FOLDER_JSON = [
+    *("unet/config.json", "vae/config.json", "text_encoder/config.json", "text_encoder_2/config.json"),
+    *("tokenizer/tokenizer.json", "tokenizer_2/tokenizer_config.json", "scheduler/scheduler_config.json"),
+]
+
+
+@pytest.mark.parametrize("name", FOLDER_JSON)
+@pytest.mark.parametrize("content", ["[" * 100_000, '"a string"', "[]", '{"a":'], ids=["deep", "text", "list", "cut"])
+def test_damaged_json_of_a_folder_is_found_by_check(tmp_path: Path, name: str, content: str) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl", path)
+    (path / name).write_text(content)
+    _, what = only_problem(path, components="")
+    assert name in what, what
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', '{"model": {}, "added_tokens": [], "version": "1.0"}'])
+def test_a_tokenizer_of_another_form_is_a_sentence(tmp_path: Path, content: str) -> None:
+    shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer", tmp_path / "words")
+    (tmp_path / "words" / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match="holds no CLIP tokenizer that can be read"):
+        load_tokenizer(TokenizerSource(tmp_path / "words"))
 
 
 def test_an_unpublished_shape_without_a_config_is_not_guessed(rewrite, tmp_path: Path) -> None:

@@ -74,6 +74,9 @@ def with_options(config: Config, kind: Format, options: ExportOptions) -> Config
     changes |= {"form": options.form} if options.form else {}
     changes |= {"dtype": options.dtype} if options.dtype else {}
     found = config.model_copy(update={"export": config.export.model_copy(update=changes)})
+    if options.form not in (None, "auto") and kind in ("single-file", "folder"):
+        what = f"{options.form} is a form of adapter files, and a whole model has none; leave it out"
+        raise user_error("export", "--form", what)
     if options.form == "diff" and kind == "diffusers":
         raise user_error("export", "--form", "diff has no words in diffusers names; use --format sd-scripts")
     if options.form == "native" and isinstance(found.method, LoraConfig):

@@ -174,6 +174,7 @@ def _read_part(checkpoint: Checkpoint, component: Component) -> tuple[Header, ..
             config_of(header, family, component)
             return (header,)
         case DiffusersFolder(path, variant):
+            read_json(path / component / "config.json")
             return tuple(read_header(file) for file in weight_files(path / component, component, variant))
 
 

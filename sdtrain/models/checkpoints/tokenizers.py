@@ -6,16 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from sdtrain.errors import user_error
+from sdtrain.errors import printable, user_error
 from sdtrain.families.family import Family
 from sdtrain.files.writer import write_bytes
 from sdtrain.models.checkpoints.hub import cached_file
-from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile
+from sdtrain.models.checkpoints.locate import Checkpoint, DiffusersFolder, SingleFile, read_json
 
 if TYPE_CHECKING:
     from sdtrain.models.prompts import Tokenizer
 
 TOKENIZER_FILES = ("vocab.json", "merges.txt")
+WHOLE = "tokenizer.json"
+"""All of a tokenizer in one file, which is read instead where it is there."""
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json")
 SDXL_REPOSITORY = "stabilityai/stable-diffusion-xl-base-1.0"
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 
@@ -38,6 +41,13 @@ def find_tokenizers(checkpoint: Checkpoint, fallback: Path | None) -> tuple[Toke
     published models of these families share CLIP's vocabulary; the second encoder of SDXL differs in padding with
     "!".
     """
+    found = _found_tokenizers(checkpoint, fallback)
+    for source in dict.fromkeys(found):
+        _require_readable(source.folder)
+    return found
+
+
+def _found_tokenizers(checkpoint: Checkpoint, fallback: Path | None) -> tuple[TokenizerSource, ...]:
     if fallback:
         return _named_tokenizers(fallback, checkpoint.family, "model.components")
     match checkpoint:
@@ -45,6 +55,13 @@ def find_tokenizers(checkpoint: Checkpoint, fallback: Path | None) -> tuple[Toke
             return _named_tokenizers(path, family, "model.path")
         case SingleFile(_, family):
             return _cached_tokenizers(family)
+
+
+def _require_readable(folder: Path) -> None:
+    """Read the JSON files that a tokenizer is loaded from. Raises UserError for one that is damaged."""
+    names = [WHOLE] if (folder / WHOLE).is_file() else ["vocab.json"]
+    for name in (*names, *(name for name in BESIDE if (folder / name).is_file())):
+        read_json(folder / name)
 
 
 def _named_tokenizers(folder: Path, family: Family, setting: str) -> tuple[TokenizerSource, ...]:
@@ -60,7 +77,7 @@ def _named_tokenizers(folder: Path, family: Family, setting: str) -> tuple[Token
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a CLIP tokenizer lies in a folder."""
-    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
+    return (folder / WHOLE).is_file() or all((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def _shared_tokenizer(folder: Path, family: Family) -> tuple[TokenizerSource, ...]:
@@ -88,7 +105,7 @@ def _cached_tokenizer(repository: str, below: str) -> Path | None:
     return files[0].parent if all(files) and files[0] else None
 
 
-COPIED = (*TOKENIZER_FILES, "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+COPIED = (*TOKENIZER_FILES, WHOLE, *BESIDE, "added_tokens.json")
 
 
 def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
@@ -104,9 +121,12 @@ def copy_tokenizer(source: TokenizerSource, folder: Path) -> None:
 
 
 def load_tokenizer(source: TokenizerSource) -> Tokenizer:
-    """Load a CLIP tokenizer from its folder."""
+    """Load a CLIP tokenizer from its folder. Raises UserError for one that is damaged."""
     from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
-    if source.pad_token:
-        return cast("Tokenizer", CLIPTokenizer.from_pretrained(source.folder, pad_token=source.pad_token))
-    return cast("Tokenizer", CLIPTokenizer.from_pretrained(source.folder))
+    padding = {"pad_token": source.pad_token} if source.pad_token else {}
+    try:
+        return cast("Tokenizer", CLIPTokenizer.from_pretrained(source.folder, **padding))
+    except Exception as error:  # noqa: BLE001 - the library raises whatever its parsers do, some of it plain Exception
+        what = f"holds no CLIP tokenizer that can be read ({printable(str(error))[:100]}); fetch its files again"
+        raise user_error(str(source.folder), source.folder.name, what) from None
