@@ -70,6 +70,13 @@ def sample(
     weight: Annotated[
         list[float] | None, typer.Option("--weight", metavar="NUMBER", help="Of each --lora in turn; default 1.")
     ] = None,
+    strength: Annotated[
+        float, typer.Option("--strength", metavar="NUMBER", help="How much of what was trained counts; 0 is the base.")
+    ] = 1.0,
+    base: Annotated[
+        str,
+        typer.Option("--base", metavar="MODEL", help="Of a weights file: the model it is for, if it does not say so."),
+    ] = "",
     step: Step = None,
     out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
     set_: Overrides = None,
@@ -97,7 +104,13 @@ def sample(
     from sdtrain.commands.sample import SEEDS, sample_to_files
 
     console = Console(quiet=as_json)
-    written = sample_to_files(source, prompts, seeds or SEEDS, out, overrides, console, step=step, loras=loras)
+    written = sample_to_files(
+        *(source, prompts, seeds or SEEDS, out, overrides, console),
+        step=step,
+        loras=loras,
+        strength=strength,
+        base=base,
+    )
     if as_json:
         answer("sample", {"written": written})
 
