@@ -195,3 +195,10 @@ def test_a_merged_model_is_drawn_and_a_whole_model_has_no_strength(train: Train,
     assert difference(ours, theirs) <= 2, "weights that were merged and stored differ by rounding"
     with pytest.raises(UserError, match=r"--strength +is for adapters"):
         draw(merged, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl", strength=0.5)
+
+
+def test_strength_and_base_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: dict[str, Any] = {}
+    monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.update(how))
+    assert asked("--prompt", "a", "--strength", "0.5", "--base", "a model", "--step", "3") is None
+    assert handed == {"step": 3, "loras": [], "strength": 0.5, "base": "a model"}

@@ -78,7 +78,9 @@ def sample(
         typer.Option("--base", metavar="MODEL", help="Of a weights file: the model it is for, if it does not say so."),
     ] = "",
     step: Step = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder for the pictures; default RUN/samples.")
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
