@@ -41,7 +41,7 @@ MOST_STRENGTH = 1000
 BaseModel = Annotated[
     str, typer.Argument(metavar="BASE", help="The base model: a file, a folder, a hub id or builtin:NAME.")
 ]
-OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)]
+OutFile = Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False)]
 Rank = Annotated[int, typer.Option("--rank", metavar="NUMBER", min=1, help="The highest rank a layer may get.")]
 Energy = Annotated[
     float,
@@ -67,9 +67,13 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
     format_: Annotated[ExportFormat, typer.Option("--format", help="What to write.")],
     step: Step = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File or folder; default in RUN/weights.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="PATH", help="File or folder; default in RUN/weights.")
+    ] = None,
     form: Annotated[Form | None, typer.Option("--form", help="See export.form; default as the run says.")] = None,
-    strength: Annotated[float, typer.Option("--strength", help="How often the change counts, in the file.")] = 1.0,
+    strength: Annotated[
+        float, typer.Option("--strength", metavar="NUMBER", help="How often the change counts, in the file.")
+    ] = 1.0,
     dtype: Annotated[StoredType | None, typer.Option("--dtype", help="See export.dtype.")] = None,
     force: Force = False,
     as_json: Json = False,
@@ -141,7 +145,9 @@ def resize(
 @app.command(name="import-kohya")
 def import_kohya(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Configs of sd-scripts or kohya_ss.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The config to write; default: it is printed.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="The config to write; default: it is printed.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a config of ours of FILEs of kohya, TOML or JSON, with a comment on every option."""

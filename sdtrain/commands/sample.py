@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -18,16 +19,18 @@ from sdtrain.adapters.loading.beside import put_beside
 from sdtrain.adapters.merge import merge_into
 from sdtrain.commands.files.command_line import left_out_lines
 from sdtrain.commands.libraries import quiet_libraries
-from sdtrain.commands.reached import open_reached
+from sdtrain.commands.reached import Reached, open_reached
 from sdtrain.commands.run_facts import finished_weights
-from sdtrain.config.paths import read_toml
+from sdtrain.commands.starting.foreign import foreign_table
+from sdtrain.config.paths import read_toml, toml_string
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
-from sdtrain.errors import Problem, user_error
+from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
 from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model
+from sdtrain.training.export import trained_adapters
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import Run, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
@@ -104,10 +107,12 @@ def sample_to_files(
     step: int | None = None,
     loras: Loras = (),
     partial: bool = False,
+    strength: float = 1.0,
+    base: str = "",
 ) -> list[Path]:
     """Draw prompts x seeds with the averaged weights in `source`; write one file per picture, and a labelled grid.
 
-    Return the paths of all of them, the grid last.
+    Return the paths of all of them, the grid last. Raises UserError, see `draw`.
 
     loras: files of LoRAs that are added to the weights, each times its weight. partial: whether layers of them that
     cannot be used are left out.
@@ -115,7 +120,13 @@ def sample_to_files(
     folder = out or (source if source.is_dir() else source.parent) / "samples"
     require_place(folder, folder=True)
     with ProgressLines(console) as progress:
-        drawn = draw(source, prompts, seeds, step, overrides, loras, partial=partial, on_progress=progress.show)
+        drawn = draw(
+            *(source, prompts, seeds, step, overrides, loras),
+            partial=partial,
+            strength=strength,
+            base=base,
+            on_progress=progress.show,
+        )
     written = []
     for index, pictures in enumerate(drawn.rows):
         for seed, picture in zip(seeds, pictures, strict=True):
@@ -141,48 +152,76 @@ def draw(
     loras: Loras = (),
     *,
     partial: bool = False,
+    strength: float = 1.0,
+    base: str = "",
     on_progress: OnProgress = _unseen,
 ) -> Pictures:
     """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError.
 
-    on_progress: called with what is done, how far it is and how far it goes.
+    on_progress: called with what is done, how far it is and how far it goes. strength: how much of what was trained
+    counts. base: the model that a weights file belongs to, where it does not say so, or another one. loras, partial:
+    see `sample_to_files`.
     """
+    if base and source.is_dir():
+        raise user_error("sample", "--base", "is for a weights file; the base model of a run is known: leave it out")
     if not source.is_dir():
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
-        return _draw_file(source, prompts, seeds, overrides, loras, on_progress, partial=partial)
+        config = _config(source, prompts, overrides, base)
+        return _draw_file(source, config, seeds, loras, on_progress, partial=partial, strength=strength)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
-        return _draw_file(weights, prompts, seeds, overrides, loras, on_progress, partial=partial)
+        config = _config(weights, prompts, overrides)
+        return _draw_file(weights, config, seeds, loras, on_progress, partial=partial, strength=strength)
     config = stored_config(source, overrides, prompts=prompts)
     reached = open_reached(source, config, step)
     with averaged(reached.optimizer):
-        left_out = _add(reached.model, loras, partial=partial)
-        rows = _render(reached.model, reached.run, seeds, on_progress)
-    told = replace(drawn_from(config, reached.step, loras), seeds=tuple(seeds))
+        model = reached.model if strength == 1 else _weakened(reached, strength)
+        left_out = _add(model, loras, partial=partial)
+        rows = _render(model, reached.run, seeds, on_progress)
+    told = _told(config, reached.step, seeds, loras, strength)
     return Pictures(rows, f"{config.name}, step {reached.step}", told, left_out)
 
 
 def _draw_file(
     weights: Path,
-    prompts: Sequence[str],
+    config: Config,
     seeds: Sequence[int],
-    overrides: Sequence[str],
     loras: Loras,
     on_progress: OnProgress,
     *,
     partial: bool,
+    strength: float,
 ) -> Pictures:
-    metadata = read_header(weights).metadata
-    config = _config(metadata, weights, prompts, overrides)
     device = pick_device(config)
     run = Run(weights.parent, config, device, pick_dtype(config, device))
-    model = load_with_weights(run, weights)
+    model = load_with_weights(run, weights, strength)
     left_out = _add(model, loras, partial=partial)
     rows = _render(model, run, seeds, on_progress)
-    step = steps_of(metadata) or None
-    told = replace(drawn_from(config, step, loras), seeds=tuple(seeds))
-    return Pictures(rows, f"{config.name}, step {step or '?'}", told, left_out)
+    step = steps_of(read_header(weights).metadata) or None
+    title = f"{config.name}, step {step}" if step else config.name
+    return Pictures(rows, title, _told(config, step, seeds, loras, strength), left_out)
+
+
+def _told(config: Config, step: int | None, seeds: Sequence[int], loras: Loras, strength: float) -> DrawnFrom:
+    """Return what pictures were drawn from; what was trained stands among the LoRAs where it does not count in full."""
+    own = [(Path(config.name), strength)] if strength != 1 else []
+    return replace(drawn_from(config, step, [*own, *loras]), seeds=tuple(seeds))
+
+
+def _weakened(reached: Reached, strength: float) -> Model:
+    """Return the base model with the adapters of a state, which are counted so much. Raises UserError for others."""
+    if not isinstance(reached.run.config.method, LoraConfig):
+        raise _without_strength()
+    adapters = copy.deepcopy(trained_adapters(reached.model, reached.run.config))
+    model = open_and_load(reached.run)
+    merge_into(model.networks, [(adapters, strength)])
+    return model
+
+
+def _without_strength() -> UserError:
+    what = "is for adapters; what a full fine-tune is at several strengths, `sdtrain compare RUN` draws"
+    return user_error("sample", "--strength", what)
 
 
 def _add(model: Model, loras: Loras, *, partial: bool) -> tuple[Problem, ...]:
@@ -207,9 +246,13 @@ def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: OnProgres
     return render(model, prompts, seeds, settings, lambda: on_progress("drawing", min(next(done), total), total))
 
 
-def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], overrides: Sequence[str]) -> Config:
+def _config(path: Path, prompts: Sequence[str], overrides: Sequence[str], base: str = "") -> Config:
+    """Return the settings in the header of a file, or those of a file of other tools. Raises UserError."""
+    metadata = read_header(path).metadata
     if CONFIG_KEY not in metadata:
-        raise user_error(str(path), "metadata", "was not written by sdtrain, so its base model is not known")
+        return resolve(drawing(foreign_table(path, base), prompts), str(path), overrides)
+    if base:
+        overrides = [*overrides, f"model.path={toml_string(base)}"]
     try:
         table = read_toml(metadata[CONFIG_KEY])
     except ValueError as error:
@@ -217,16 +260,21 @@ def _config(metadata: Mapping[str, str], path: Path, prompts: Sequence[str], ove
     return resolve(drawing(table, prompts), str(path), overrides)
 
 
-def load_with_weights(run: Run, weights: Path) -> Model:
-    """Return the model of a run with the weights of a file in its layers. Raises UserError."""
+def load_with_weights(run: Run, weights: Path, strength: float = 1.0) -> Model:
+    """Return the model of a run with the weights of a file in its layers. Raises UserError.
+
+    strength: how much they count; of a whole model they cannot but count in full.
+    """
     method = run.config.method
     match method:
         case LoraConfig():
             model = open_and_load(run)
             adapters = read_lora(weights, model.networks).adapters
-            if not put_beside(model.networks, adapters):
-                merge_into(model.networks, [(adapters, 1.0)])
+            if strength != 1 or not put_beside(model.networks, adapters):
+                merge_into(model.networks, [(adapters, strength)])
             return model
+        case FullConfig() if strength != 1:
+            raise _without_strength()
         case FullConfig():
             own = {"path": str(weights), "components": run.config.model.components or run.config.model.path, "vae": ""}
             config = run.config.model_copy(update={"model": run.config.model.model_copy(update=own)})

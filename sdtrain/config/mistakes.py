@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,6 +18,16 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 
 Table = dict[str, Any]
 
+PLAIN = {
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "a text in quotes",
+    "a valid boolean": "true or false",
+    "a valid list": "a list in brackets",
+    "a valid tuple": "a list in brackets",
+    "a valid dictionary": "a table of names and values",
+}
+"""What is allowed, in the words of TOML instead of the checking library's."""
 HINTS: dict[Location, str] = {
     ("method", "lr"): "; a network that is not to move is left out of method.train, or ended by method.stop",
     ("optimizer", "lr"): "; it is a factor of the step size that is found, leave it at 1",
@@ -76,6 +87,7 @@ def _mistake(details: ErrorDetails, table: Table) -> Mistake:
             return Mistake(setting, f"found {_shown(details['input'])}, where a section stands: [{path_text(setting)}]")
         case _:
             message = details["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+            message = PLAIN.get(re.split(r"[,;]| or ", message)[0], message)
             hint = HINTS.get(setting[:2], "") if details["type"] == "greater_than" else ""
             return Mistake(setting, f"found {_shown(details['input'])}; allowed: {message}{hint}")
 

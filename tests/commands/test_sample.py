@@ -204,3 +204,57 @@ def test_a_picture_says_what_it_was_drawn_from_in_the_words_of_others(train: Tra
         "a [red] circle\nNegative prompt: blurred\n"
         "Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 3.5, Seed: 7, Size: 96x96, Model: small, Training step: 1"
     )
+
+
+SMALL = ["preview.num_inference_steps=2", "preview.width_px=64", "preview.height_px=64"]
+
+
+@pytest.mark.parametrize("step", [None, 4], ids=["file", "state"])
+def test_strength_0_is_the_base_1_is_all_and_a_half_lies_between(train: Train, step: int | None) -> None:
+    run, _ = train({"optimizer.d0": 0.05})
+
+    def drawn(strength: float) -> Image.Image:
+        return draw(run, ["a red circle"], [0], step, SMALL, strength=strength).rows[0][0]
+
+    run_of_nothing, _ = train({"name": "nothing", "steps": 1, "optimizer.d0": 1e-30})
+    base = draw(run_of_nothing, ["a red circle"], [0], None, SMALL).rows[0][0]
+    assert difference(base, drawn(0)) <= 1
+    whole = difference(base, drawn(1))
+    assert whole > 3 and 0 < difference(base, drawn(0.5)) < whole
+    twice = (run / "weights" / "small.safetensors", 0.5)
+    halves = draw(run, ["a red circle"], [0], step, SMALL, [twice], strength=0.5).rows[0][0]
+    assert difference(halves, drawn(1)) <= 1
+
+
+def test_a_file_that_does_not_name_its_base_is_drawn_with_the_one_that_is_named(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"optimizer.d0": 0.05, "data.resolution_px": 128})
+    weights, foreign = run / "weights" / "small.safetensors", tmp_path / "of [others].safetensors"
+    save_file(load_file(weights), foreign)
+    ours = draw(weights, ["a red circle"], [0], None, SMALL)
+    theirs = draw(foreign, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl")
+    assert theirs.title == "of-others"
+    assert theirs.config.data.resolution_px == 128, "what the model was made for"
+    assert difference(ours.rows[0][0], theirs.rows[0][0]) == 0
+    with pytest.raises(UserError, match=r"--base +is missing: of \[others\]\.safetensors does not say") as told:
+        draw(foreign, ["a red circle"], [0], None, SMALL)
+    assert told.value.exit_code == 2
+    with pytest.raises(UserError, match=r"the base model of a run is known"):
+        draw(run, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl")
+
+
+def test_a_merged_model_is_drawn_and_a_whole_model_has_no_strength(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"optimizer.d0": 0.05})
+    weights, merged = run / "weights" / "small.safetensors", tmp_path / "merged.safetensors"
+    assert CliRunner().invoke(app, ["merge", "builtin:tiny-sdxl", str(weights), "--out", str(merged)]).exit_code == 0
+    ours = draw(weights, ["a red circle"], [0], None, SMALL).rows[0][0]
+    theirs = draw(merged, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl").rows[0][0]
+    assert difference(ours, theirs) <= 2, "weights that were merged and stored differ by rounding"
+    with pytest.raises(UserError, match=r"--strength +is for adapters"):
+        draw(merged, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl", strength=0.5)
+
+
+def test_strength_and_base_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: dict[str, Any] = {}
+    monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.update(how))
+    assert asked("--prompt", "a", "--strength", "0.5", "--base", "a model", "--step", "3") is None
+    assert handed == {"step": 3, "loras": [], "strength": 0.5, "base": "a model"}

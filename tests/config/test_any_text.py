@@ -106,14 +106,14 @@ def test_whatever_is_given_in_python_the_answer_is_a_config_or_sentences(changes
         ("name=" + "a" * 300, "at most 100 characters"),
         ("name=../../evil", "should match pattern"),
         ("name=/tmp/evil", "should match pattern"),
-        (f"steps={LONG}", "valid integer"),
+        (f"steps={LONG}", "a whole number"),
         ("steps=1" + "0" * 18, "less than or equal to 1000000000"),
         ("model.path=" + "a" * 300, "at most 255 bytes each"),
         ('output="a\\u0000b"', "without zero bytes"),
         ("output=~nobody-of-that-name/x", "no user of that name"),
-        ("seed=99999999999999999999", "valid integer"),
+        ("seed=99999999999999999999", "a whole number"),
         ("data.resolution_px=1000000000", "less than or equal to 16384"),
-        ("steps=" + "[" * 400 + "]" * 400, "valid integer"),
+        ("steps=" + "[" * 400 + "]" * 400, "a whole number"),
     ],
 )
 def test_absurd_values_are_refused_in_a_sentence(override: str, sentence: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -152,7 +153,7 @@ def test_what_cannot_be_set_is_refused_with_what_is_there(override: str, what: s
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("steps=many", "found 'many'; allowed: a valid integer"),
+        ("steps=many", "found 'many'; allowed: a whole number"),
         ("method.rnak=4", "unknown setting; did you mean `rank`?"),
         ("method.kind=loar", "'loar' is not known"),
         ("data.folder[1].repeats=0", "found 0"),
@@ -210,3 +211,20 @@ def test_a_wrong_override_is_found_in_whatever_config_it_fits(table: dict[str, A
         with pytest.raises(UserError) as caught:
             draft_of(written).require_sound()
         assert f"--set {override}" in [problem.where for problem in caught.value.problems]
+
+
+def test_no_words_of_the_checking_library_are_told() -> None:
+    table = {
+        "name": 5,
+        "steps": "x",
+        "model": {"path": "m", "no_caption": 5},
+        "method": {"kind": "lora", "targets": 5, "alpha": "x", "layer_weights": 5},
+        "data": {"folder": [{"path": "p", "flip": "x", "exclude": 5, "repeats": "x"}], "max_aspect": []},
+        "preview": {"prompts": "x", "seeds": [1.5]},
+    }
+    with pytest.raises(UserError) as told:
+        resolve(table, "test")
+    text = told.value.text()
+    assert not re.search(r"valid|instance|integer|boolean|dictionary|[Ii]nput|should", text), text
+    for what in ("a whole number", "a number", "a text in quotes", "true or false", "a list in brackets"):
+        assert what in text, text

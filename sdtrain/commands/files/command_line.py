@@ -29,7 +29,7 @@ def merge(
         ),
     ],
     files: Annotated[list[Path], typer.Argument(metavar="LORA...", help="LoRA files.")],
-    out: Annotated[Path, typer.Option("--out", help="The file to write.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The file to write.", show_default=False)],
     weight: Annotated[
         list[str] | None,
         typer.Option(

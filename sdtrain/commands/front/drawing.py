@@ -73,8 +73,17 @@ def sample(
     partial: Annotated[
         bool, typer.Option("--partial", help="Use the layers of a --lora that fit, and say which were left out.")
     ] = False,
+    strength: Annotated[
+        float, typer.Option("--strength", metavar="NUMBER", help="How much of what was trained counts; 0 is the base.")
+    ] = 1.0,
+    base: Annotated[
+        str,
+        typer.Option("--base", metavar="MODEL", help="Of a weights file: the model it is for, if it does not say so."),
+    ] = "",
     step: Step = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the pictures; default RUN/samples.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FOLDER", help="Folder for the pictures; default RUN/samples.")
+    ] = None,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:
@@ -104,6 +113,8 @@ def sample(
         step=step,
         loras=loras,
         partial=partial,
+        strength=strength,
+        base=base,
     )
     if as_json:
         answer("sample", {"written": written})

@@ -13,7 +13,9 @@ ConfigPath = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one setting; can be given repeatedly.")
 ]
-Step = Annotated[int | None, typer.Option("--step", help="Which training state of a run; default the newest.")]
+Step = Annotated[
+    int | None, typer.Option("--step", metavar="NUMBER", help="Which training state of a run; default the newest.")
+]
 VerifyCache = Annotated[
     bool,
     typer.Option("--verify-cache", help="Read every byte of pictures and cache, also where nothing seems changed."),

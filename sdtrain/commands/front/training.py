@@ -276,7 +276,7 @@ def cache(
 
 def verify_resume(
     config: ConfigPath,
-    steps: Annotated[int, typer.Option("--steps", help="Steps of each of the two runs.")] = 8,
+    steps: Annotated[int, typer.Option("--steps", metavar="NUMBER", help="Steps of each of the two runs.")] = 8,
     set_: Overrides = None,
     as_json: Json = False,
 ) -> None:

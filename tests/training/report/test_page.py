@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import importlib.util
 import io
 import json
 import re
@@ -28,6 +29,8 @@ from sdtrain.training.watching.report.numbers import read_numbers
 from sdtrain.training.watching.report.pictures import Shelf, evenly
 from sdtrain.training.watching.report.watcher import EVERY_S, ReportWriter
 from tests.training.report.small_folders import SCRIPT, run_folder
+
+ROOT = Path(__file__).parent.parent.parent.parent
 
 Train = Callable[..., tuple[Path, str]]
 
@@ -269,3 +272,14 @@ def test_a_report_that_fails_does_not_change_the_training(train: Train, monkeypa
     states = [run / "checkpoints" / "step-000004" for run in (with_report, without)]
     for name in ("parameters.safetensors", "optimizer.safetensors"):
         assert (states[0] / name).read_bytes() == (states[1] / name).read_bytes()
+
+
+def test_the_bench_of_the_page_measures_pages(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = importlib.util.spec_from_file_location("bench_report", ROOT / "scripts" / "bench_report.py")
+    assert spec and spec.loader
+    bench = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(bench)
+    bench.main(["--previews", "1", "3", "--side", "16"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "3"]
+    assert all(re.search(r": \d\.\d\d MB, first \d\.\d\d s, again \d\.\d\d s$", line) for line in lines)
