@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
+from sdtrain.commands import sample as sample_command
 from sdtrain.commands.sample import draw, sample_to_files
 from sdtrain.diffusion.words import Sampler
 from sdtrain.errors import UserError
@@ -233,7 +234,8 @@ def test_a_file_that_does_not_name_its_base_is_drawn_with_the_one_that_is_named(
     ours = draw(weights, ["a red circle"], [0], None, SMALL)
     theirs = draw(foreign, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl")
     assert theirs.title == "of-others"
-    assert theirs.config.data.resolution_px == 128, "what the model was made for"
+    made_for = sample_command._config(foreign, ["a"], [], "builtin:tiny-sdxl")
+    assert made_for.data.resolution_px == 128, "what the model was made for"
     assert difference(ours.rows[0][0], theirs.rows[0][0]) == 0
     with pytest.raises(UserError, match=r"--base +is missing: of \[others\]\.safetensors does not say") as told:
         draw(foreign, ["a red circle"], [0], None, SMALL)
@@ -257,4 +259,4 @@ def test_strength_and_base_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> Non
     handed: dict[str, Any] = {}
     monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.update(how))
     assert asked("--prompt", "a", "--strength", "0.5", "--base", "a model", "--step", "3") is None
-    assert handed == {"step": 3, "loras": [], "strength": 0.5, "base": "a model"}
+    assert handed == {"step": 3, "loras": [], "partial": False, "strength": 0.5, "base": "a model"}
