@@ -148,7 +148,7 @@ def fit_table(
 ) -> FitResult:
     """Train what a table says that `read` returns; as `fit_config` does."""
     console, result = _screen(console), _screen(result or console)
-    with stop_requests(speaker(console), leave=True) as stop:
+    with stop_requests(speaker(result if console.quiet else console), leave=True) as stop:
         stop.doing = "reading the settings"
         return _fit_written(
             *(read(), Consoles(console, result), stop),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,16 @@ def test_quiet_still_tells_errors(config: Path) -> None:
     done = fit(config, "--quiet", "--steps", "1", "--set", "data.batch_size=0")
     assert isinstance(done.exception, UserError)
     assert "data.batch_size" in done.exception.text()
+
+
+def test_quiet_still_answers_ctrl_c(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sdtrain.training.fit.load", press)
+    done = fit(config, "--quiet")
+    assert done.exit_code == 130
+    assert "Ctrl-C: stopped while loading the model; nothing was trained yet" in " ".join(done.output.split())
 
 
 def test_plain_tells_lines_of_ascii(config: Path) -> None:
