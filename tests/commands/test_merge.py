@@ -128,6 +128,7 @@ def unet_of(path: Path) -> dict[str, Tensor]:
     return dict(read_base(str(path), FOLDER)[0].networks["unet"].state_dict())
 
 
+@pytest.mark.slow
 def test_what_is_added_is_the_change_of_each_file_times_its_weight(
     base: Path, tiny: Model, loras: dict[str, Path], tmp_path: Path
 ) -> None:

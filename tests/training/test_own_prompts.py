@@ -46,6 +46,11 @@ def test_previews_without_prompts_show_the_first_captions_and_change_nothing(tra
     assert read_config(shown / "config.toml").preview.prompts == FIRST
 
 
+def pixels_of(path: Path) -> bytes:
+    with Image.open(path) as picture:
+        return picture.tobytes()
+
+
 def test_a_run_that_goes_on_equals_one_that_was_not_interrupted_and_keeps_its_prompts(
     train: Train, pictures: Path, tmp_path: Path
 ) -> None:
@@ -55,7 +60,7 @@ def test_a_run_that_goes_on_equals_one_that_was_not_interrupted_and_keeps_its_pr
     assert state_bits(straight, 4) == state_bits(resumed, 4)
     assert weights_bits(straight) == weights_bits(resumed)
     for name in ("base.png", "step-000004.png"):
-        pictures_of = [(run / "previews" / name).read_bytes() for run in (straight, resumed)]
+        pictures_of = [pixels_of(run / "previews" / name) for run in (straight, resumed)]
         key = DRAWN_BY if name == "base.png" else CELLS
         assert text_of(straight / "previews" / name, key) == text_of(resumed / "previews" / name, key)
         assert name != "base.png" or pictures_of[0] == pictures_of[1]
