@@ -463,3 +463,14 @@ def test_all_that_is_wrong_is_told_at_once(base: Path, loras: dict[str, Path], t
 def test_what_is_no_weight_is_a_sentence(text: str) -> None:
     with pytest.raises(ValueError, match=r"^has `"):
         share_of(text)
+
+
+def test_a_merge_that_takes_long_still_answers_programs_in_one_line(
+    tiny: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdtrain.training.watching.progress.LINE_EVERY_S", 0)
+    lora = write(tmp_path / "a.safetensors", tiny, some(tiny, 1))
+    for base, more in ((FOLDER, ["--components", FOLDER]), (lora, ["--base", FOLDER])):
+        code, told = run("merge", base, lora, "--out", tmp_path / "out.safetensors", "--force", "--json", *more)
+        assert code == 0 and len(told.splitlines()) == 1, told
+        assert json.loads(told)["command"] == "merge"

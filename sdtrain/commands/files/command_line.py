@@ -73,7 +73,7 @@ def merge(
     from sdtrain.commands.files.merge import is_adapter_file
     from sdtrain.commands.files.merge import merge as run_merge
 
-    console = Console()
+    console = Console(quiet=as_json)
     into_lora = is_adapter_file(base)
     named = [Path(base), *files] if into_lora else files
     pairs = list(zip(named, _shares(weight, len(named)), strict=True))
