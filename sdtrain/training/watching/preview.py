@@ -62,17 +62,12 @@ def sampling_settings(config: Config) -> SamplingSettings:
 
 def drawn_from(config: Config, step: int | None, loras: Sequence[tuple[Path, float]] = ()) -> DrawnFrom:
     """Return what the pictures of a config's prompts and seeds are drawn from. loras: files that are added on top."""
-    settings, preview = sampling_settings(config), config.preview
+    preview = config.preview
     return DrawnFrom(
         prompts=tuple(preview.prompts),
         seeds=tuple(preview.seeds),
         negative_prompt=preview.negative_prompt,
-        num_inference_steps=settings.num_inference_steps,
-        sampler=settings.sampler,
-        guidance_scale=settings.guidance_scale,
-        guidance_rescale=settings.guidance_rescale,
-        width_px=settings.width_px,
-        height_px=settings.height_px,
+        **asdict(sampling_settings(config)),
         run=config.name,
         base=Path(config.model.path).name,
         step=step,
