@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -28,6 +28,7 @@ from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import CONFIG_KEY, steps_of
 from sdtrain.files.header import read_header
+from sdtrain.files.progress import Progress, unseen
 from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model
 from sdtrain.training.export import trained_adapters
@@ -47,7 +48,6 @@ from sdtrain.training.watching.text import say
 
 Loras: TypeAlias = Sequence[tuple[Path, float]]
 """Files of LoRAs, each with its weight."""
-OnProgress: TypeAlias = Callable[[str, int, int], None]
 SEEDS = (0, 1, 2, 3)
 """The seeds of the pictures where none are named."""
 
@@ -63,10 +63,6 @@ class Pictures:
     drawn_from: DrawnFrom
     left_out: tuple[Problem, ...]
     """What of LoRAs on top could not be used."""
-
-
-def _unseen(what: str, done: int, total: int) -> None:
-    """Nobody is shown how far it is."""
 
 
 def sample(
@@ -154,7 +150,7 @@ def draw(
     partial: bool = False,
     strength: float = 1.0,
     base: str = "",
-    on_progress: OnProgress = _unseen,
+    on_progress: Progress = unseen,
 ) -> Pictures:
     """Draw pictures with the averaged weights in `source`, a run's folder or a weights file. Raises UserError.
 
@@ -188,7 +184,7 @@ def _draw_file(
     config: Config,
     seeds: Sequence[int],
     loras: Loras,
-    on_progress: OnProgress,
+    on_progress: Progress,
     *,
     partial: bool,
     strength: float,
@@ -234,7 +230,7 @@ def _add(model: Model, loras: Loras, *, partial: bool) -> tuple[Problem, ...]:
     return tuple(problem for file, _ in files for problem in file.left_out)
 
 
-def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: OnProgress) -> list[list[Image.Image]]:
+def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: Progress) -> list[list[Image.Image]]:
     model.move_encoders(run.device, text=True)
     prompts = prepare_prompts(model, run.config, trains_text=False)
     model.move_encoders(torch.device("cpu"), text=True)  # the U-Net need not fit beside them

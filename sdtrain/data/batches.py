@@ -25,6 +25,7 @@ from sdtrain.data.masks.encoding import mask_at
 from sdtrain.data.order import Order, Piece, Plan, deal, split
 from sdtrain.data.placing import drawn_view
 from sdtrain.errors import UserError
+from sdtrain.files.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def encode_share(
     encoders: Encoders,
     *,
     cache: Path,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: Progress,
     digests: Sequence[bytes],
     hand: int,
     hands: int,
@@ -240,7 +241,7 @@ def prepare_batches(
     *,
     cache: Path,
     seed: int,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: Progress,
     plan: Plan | None = None,
     digests: Sequence[bytes] | None = None,
     verify: bool = False,

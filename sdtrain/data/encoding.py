@@ -17,12 +17,13 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.examples import Example, Progress, unreadable_problems
+from sdtrain.data.examples import Example, unreadable_problems
 from sdtrain.data.identity.digests import content_digest
 from sdtrain.data.pictures import PictureError, read_whole
 from sdtrain.data.pixels import load_pixels
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import UserError, user_error
+from sdtrain.files.progress import Progress
 
 Picture = tuple[Example, Placement]
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,10 +20,9 @@ from sdtrain.data.scanning.pairs import foreign_pictures, pair_up, read_twice
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import Problem
 from sdtrain.files.locations import BUILTIN, BUILTIN_FOLDER
+from sdtrain.files.progress import Progress
 
 BUILTIN_FOLDERS = {BUILTIN + name: BUILTIN_FOLDER / name for name in ("quickstart", "quickstart-known")}
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,13 @@ from sdtrain.config.draft import Draft, Written, draft_of
 from sdtrain.config.read import read_table_and_lines, resolve
 from sdtrain.config.schema import Config, FolderConfig
 from sdtrain.config.text.lines import Lines
-from sdtrain.data.examples import Example, Progress, scan_folders
+from sdtrain.data.examples import Example, scan_folders
 from sdtrain.data.identity.held_out import hold_out, training_examples
 from sdtrain.data.placing import at_resolutions, cropped_masks
 from sdtrain.data.scanning.regularisation import with_regularisation
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.words import DENOISER
+from sdtrain.files.progress import Progress
 from sdtrain.models.checkpoints.hub import fetch_if_missing, is_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model
 from sdtrain.training.describing.author import author_problems

@@ -15,7 +15,7 @@ from sdtrain.adapters.layers import layer_names
 from sdtrain.adapters.shares import Share, unmatched
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.made_of import Part, joined_words, made_of_entries, part_of
-from sdtrain.commands.files.streamed import Adding, Show, Sources, changed_file, changing
+from sdtrain.commands.files.streamed import Adding, Sources, changed_file, changing
 from sdtrain.config.schema import ModelConfig
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError
@@ -25,6 +25,7 @@ from sdtrain.families.modelspec import Description, kept_words, spec_metadata
 from sdtrain.families.words import Resolution
 from sdtrain.files.header import read_header
 from sdtrain.files.locations import location
+from sdtrain.files.progress import Progress, unseen
 from sdtrain.files.tensors import write_safetensors
 from sdtrain.models.checkpoints.components import load_components
 from sdtrain.models.checkpoints.folder import write_folder
@@ -52,10 +53,6 @@ class Merged:
 
 
 CPU = torch.device("cpu")
-
-
-def unseen(_: str, __: int, ___: int) -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +101,7 @@ def merge(
     *,
     partial: bool = False,
     force: bool = False,
-    show: Show = unseen,
+    show: Progress = unseen,
 ) -> Merged:
     """Write `base` with adapter files merged in, each times its weights; return what was done.
 
@@ -127,7 +124,7 @@ def _merge_file(
     files: Sequence[tuple[Path, Share]],
     out: Path,
     fallback: Path | None,
-    show: Show,
+    show: Progress,
     *,
     partial: bool,
 ) -> Merged:
@@ -154,7 +151,7 @@ def _merge_model(
     out: Path,
     layout: Layout,
     components: str,
-    show: Show,
+    show: Progress,
     *,
     partial: bool,
 ) -> Merged:

@@ -16,13 +16,11 @@ from sdtrain.adapters.shares import Share
 from sdtrain.errors import user_error
 from sdtrain.families.words import Component
 from sdtrain.files.header import Entry, Header
+from sdtrain.files.progress import Progress
 from sdtrain.files.tensors import DTYPES, Planned, read_tensor
 from sdtrain.models.checkpoints.fill import Stored, read_parameter
 from sdtrain.models.checkpoints.networks import Outline
 from sdtrain.models.checkpoints.single_file import Change, original_form
-
-Show = Callable[[str, int, int], None]
-"""Shows of what, and how many of how many are done."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ class Adding:
     terms: Sequence[tuple[Adapters, Share]]
     done: Callable[[], None] = lambda: None
 
-    def shown(self, show: Show) -> Adding:
+    def shown(self, show: Progress) -> Adding:
         """Return the same, which shows how many of its layers are done."""
         numbers, total = count(1), len(self.layers())
         return replace(self, done=lambda: show("layers", next(numbers), total))

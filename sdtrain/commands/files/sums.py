@@ -24,11 +24,12 @@ from sdtrain.adapters.low_rank import RankRule, Summed, approximate, summed
 from sdtrain.adapters.shares import Share
 from sdtrain.commands.files.free import require_free
 from sdtrain.commands.files.made_of import joined_words, made_of_entries
-from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of, unseen
-from sdtrain.commands.files.streamed import Adding, Show, stored_value
+from sdtrain.commands.files.merge import Merged, ReadFiles, read_files, size_of
+from sdtrain.commands.files.streamed import Adding, stored_value
 from sdtrain.diffusion.words import Prediction
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.metadata import now
+from sdtrain.files.progress import Progress, unseen
 from sdtrain.models.checkpoints.locate import Checkpoint, fallback_folder, locate, open_checkpoint
 from sdtrain.models.checkpoints.markers import scheduler_of
 from sdtrain.models.checkpoints.networks import Outline, trainable_outlines
@@ -44,7 +45,7 @@ def merge_loras(
     *,
     partial: bool = False,
     force: bool = False,
-    show: Show = unseen,
+    show: Progress = unseen,
 ) -> Merged:
     """Write the LoRA whose change is the sum of those of `files`, each times its weights; return what was done.
 

@@ -14,9 +14,10 @@ from sdtrain.data.buckets import Placement
 from sdtrain.data.captions.drawing import captions_to_encode, variants_of
 from sdtrain.data.captions.wording import Varied
 from sdtrain.data.encoding import Encoders, Picture, encode_captions, encode_pictures
-from sdtrain.data.examples import Example, Progress
+from sdtrain.data.examples import Example
 from sdtrain.data.masks.encoding import MaskEntry, encode_masks, mask_entries
 from sdtrain.data.placing import placements_of, views_of
+from sdtrain.files.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdtrain.data.masks.mask import Mask
 from sdtrain.data.threads import map_ahead
 from sdtrain.errors import user_error
+from sdtrain.files.progress import Progress, unseen
 from sdtrain.files.remembered import RememberedDigests
 
 
 def picture_digests(
     paths: Sequence[Path],
     remembered: RememberedDigests | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: Progress = unseen,
     *,
     verify: bool = False,
 ) -> list[bytes]:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from sdtrain.data import cache as store
 from sdtrain.data.buckets import Placement
-from sdtrain.data.examples import Example, Progress
+from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import mask_digests, picture_digests
 from sdtrain.data.masks.area import at_latent_size
 from sdtrain.data.masks.mask import Mask, mask_levels, nothing_left
 from sdtrain.data.pictures import PictureError
 from sdtrain.data.threads import map_ahead
+from sdtrain.files.progress import Progress
 
 Wrong = list[tuple[Path, str]]
 _Wanted = tuple[Mask, Placement, bytes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from sdtrain.data.identity.held_out import held_out_examples, training_examples
 from sdtrain.data.order import Order, Plan, Start
 from sdtrain.data.placing import placements_of
 from sdtrain.errors import Problem, UserError
+from sdtrain.files.progress import Progress, unseen
 from sdtrain.files.remembered import RememberedDigests
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.keeping import pictures
@@ -96,7 +97,7 @@ def find_standing(
     resume: bool,
     accept_data: bool = False,
     verify_cache: bool = False,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    on_progress: Progress = unseen,
 ) -> Standing:
     """Return where the run in `folder` stands; nothing is changed there.
 
