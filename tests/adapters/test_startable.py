@@ -48,6 +48,10 @@ def attached(make_networks: Callable[[], Networks]) -> dict[Kind, Networks]:
     return found
 
 
+def write_attached(path: Path, networks: Networks, names: Names = "sd-scripts") -> None:
+    write_lora(path, {"unet": adapter_weights(networks["unet"])}, networks, names=names, facts=FACTS)
+
+
 def starts(path: Path, networks: Networks) -> str:
     try:
         start_from(path, networks)
@@ -90,7 +94,7 @@ def test_what_check_accepts_is_what_a_run_can_start_from(
     assume((kind[0], how) != ("oft", "less"))  # nothing would be left
     networks = attached[kind[0]]
     path = tmp_path / "a.safetensors"
-    write_lora(path, {"unet": adapter_weights(networks["unet"])}, networks, names=kind[1], facts=FACTS)
+    write_attached(path, networks, kind[1])
     metadata, tensors = read_header(path).metadata, load_file(path)
     key = sorted(tensors)[number % len(tensors)]
     save_file(changed(tensors, how, key, part), path, metadata)
@@ -107,7 +111,7 @@ def test_notes_that_cannot_be_read_are_told_before(
 ) -> None:
     path = tmp_path / "a.safetensors"
     networks = attached["lora"]
-    write_lora(path, {"unet": adapter_weights(networks["unet"])}, networks, names="sd-scripts", facts=FACTS)
+    write_attached(path, networks)
     save_file(load_file(path), path, read_header(path).metadata | {key: value})
     assert start_problems(read_header(path), "lora") and starts(path, networks)
 
@@ -115,7 +119,7 @@ def test_notes_that_cannot_be_read_are_told_before(
 def test_lengths_for_inputs_and_other_rotations_are_told_before(attached: dict[Kind, Networks], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     networks = attached["dora"]
-    write_lora(path, {"unet": adapter_weights(networks["unet"])}, networks, names="sd-scripts", facts=FACTS)
+    write_attached(path, networks)
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("to_q.dora_scale"))
     save_file(tensors | {key: tensors[key].T.contiguous()}, path)
@@ -131,7 +135,7 @@ def test_lengths_for_inputs_and_other_rotations_are_told_before(attached: dict[K
 def test_numbers_that_are_not_finite_are_no_adapter(attached: dict[Kind, Networks], tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     networks = attached["lora"]
-    write_lora(path, {"unet": adapter_weights(networks["unet"])}, networks, names="sd-scripts", facts=FACTS)
+    write_attached(path, networks)
     tensors = load_file(path)
     key = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[key][0, 0] = float("inf")

@@ -14,23 +14,10 @@ from sdtrain.adapters.kinds import Adapters, DoraWeights, LoraWeights, delta
 from sdtrain.adapters.shares import Share, block_of
 from sdtrain.cli import app
 from sdtrain.commands.files.difference import compare_files, lora_difference
-from sdtrain.commands.files.merge import merge, read_base
+from sdtrain.commands.files.merge import merge
 from sdtrain.errors import UserError
-from sdtrain.families.modelspec import Description
 from sdtrain.models.model import Model
 from tests.commands.test_merge import FOLDER, some, write
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return read_base(FOLDER)[0]
-
-
-@pytest.fixture(scope="module")
-def base(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("difference") / "base.safetensors"
-    tiny.write_checkpoint(path, Description("base", (128, 128)), layout="single-file", dtype=torch.float32)
-    return path
 
 
 def test_the_distance_of_two_loras_is_that_of_their_changes_by_block(tiny: Model, tmp_path: Path) -> None:

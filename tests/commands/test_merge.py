@@ -41,11 +41,6 @@ def run(*arguments: object) -> tuple[int, str]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Model:
-    return read_base(FOLDER)[0]
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("merge")
 

@@ -23,7 +23,6 @@ from sdtrain.commands.files.extract import resize_lora
 from sdtrain.commands.files.merge import merge, read_base
 from sdtrain.commands.files.sums import merge_loras
 from sdtrain.errors import UserError
-from sdtrain.families.modelspec import Description
 from sdtrain.models.model import Model
 from tests.commands.test_merge import FOLDER
 
@@ -39,18 +38,6 @@ WHOLE = [
     ("unet", "mid_block.resnets.0.conv1"),
     ("text_encoder_2", "text_model.encoder.layers.1.self_attn.k_proj"),  # a third of a fused matrix, and of its bias
 ]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Model:
-    return read_base(FOLDER)[0]
-
-
-@pytest.fixture(scope="module")
-def base(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("norms") / "base.safetensors"
-    tiny.write_checkpoint(path, Description("base", (128, 128)), layout="single-file", dtype=torch.float32)
-    return path
 
 
 def parameter(model: Model, component: str, module: str, leaf: str) -> Tensor:

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
 
 from sdtrain.config.schema import Config
-from sdtrain.files.locations import BUILTIN_FOLDER
 from tests.training.planning.test_plan import config_of, counted, peaks, traced
 
-__all__ = ["config_of"]
+sys.path.insert(0, str(Path(__file__).parents[3] / "scripts"))  # its files import one another, as they do when run
 
-SIZES = {
-    "block_out_channels": [128, 256, 384],
-    "layers_per_block": 2,
-    "transformer_layers_per_block": [1, 1, 4],
-    "attention_head_dim": [8, 16, 24],
-}
+import bench_fit
+
+__all__ = ["config_of"]
 
 
 @pytest.fixture(scope="module")
 def larger(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model around a larger U-Net of random numbers."""
-    folder = tmp_path_factory.mktemp("larger") / "model"
-    shutil.copytree(BUILTIN_FOLDER / "tiny-sdxl", folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    shutil.rmtree(folder / "unet")
-    torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel.from_config({**config, **SIZES})
-    unet.save_pretrained(folder / "unet")
-    return folder
+    """The larger model of `scripts/bench_fit.py`: the built-in one around a U-Net of random numbers."""
+    return bench_fit.prepare(tmp_path_factory.mktemp("larger") / "mid", "mid") / "model"
 
 
 @pytest.mark.slow
