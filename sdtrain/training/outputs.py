@@ -182,8 +182,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     """Measure the loss on held-out pictures with the averaged weights, each rank on its share.
 
     The training is as it was before. Where the loss is the lowest so far the weights are written, and the state of the
-    training where states are kept at all. That comes last, so that a run which goes on from it has the weights too. It is
-    given up when the run is asked to end. What fails here is no reason to end the training.
+    training where states are kept at all. It comes last, so that a run which goes on from it has the weights. All is
+    given up when the run is asked to end. What fails is no reason to end the training.
     """
     step, ranks, validator = training.step, training.run.ranks, training.validator
     if validator.held_out is None:
