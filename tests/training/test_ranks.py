@@ -133,7 +133,7 @@ def test_a_picture_that_cannot_be_read_is_told_by_the_first_rank_whoever_met_it(
 
 def validations(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [line for line in lines if "validation" in json.dumps(line) and "note" not in line]
+    return [{"step": line["step"], **line["validation"]} for line in lines if "validation" in line]
 
 
 HELD_OUT = {"validation.share": 0.5, "validation.every": 2, "data.batch_size": 1, "data.gradient_accumulation": 2}
@@ -152,7 +152,7 @@ def test_ranks_share_the_validation_and_know_what_one_would(team: Team, base: di
     for one, other in zip(found[1], found[2], strict=True):
         assert one.keys() == other.keys()
         numbers = [[value for value in line.values() if isinstance(value, float)] for line in (one, other)]
-        assert numbers[0] == pytest.approx(numbers[1], rel=1e-5)
+        assert len(numbers[0]) >= 2 and numbers[0] == pytest.approx(numbers[1], rel=1e-5)
 
 
 def test_a_validation_that_fails_on_any_rank_is_a_note_and_the_run_goes_on(team: Team, base: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,11 +52,12 @@ def steps_of(config: Config, tmp_path: Path, stop: StopRequests) -> Measured:
 def test_the_clock_starts_when_the_first_steps_are_over(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ends = iter([100.0, 200.0, 300.0, *(300.0 + 2 * number for number in range(1, COUNTED)), 999.0])
+    gaps = [100.0, 100.0, *range(1, COUNTED + 1)]  # of which those after the first steps alone count
+    ends = accumulate(gaps, initial=100.0)
     monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: next(ends)))
     found = steps_of(config, tmp_path, StopRequests(print, leave=False))
-    assert WARMING_UP == 3 and found.step_s == 2 and found.device == "cpu"
-    assert found.rows(1800)["measured"] == "2 s on this cpu, the median of 10; 1800 steps take about 1 h 00 min"
+    assert WARMING_UP == 3 and found.step_s == 5.5 and found.device == "cpu"
+    assert found.rows(1800)["measured"] == "5.5 s on this cpu, the median of 10; 1800 steps take about 2 h 45 min"
 
 
 def test_who_stops_it_is_told_no_numbers(config: Config, tmp_path: Path) -> None:
