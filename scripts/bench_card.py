@@ -31,20 +31,38 @@ from torch import Tensor
 
 from sdtrain import StepRecord, UserError, fit, read_config
 
+_PARTS = {
+    "24 GB": "down_blocks.1.attentions.0 down_blocks.1.attentions.1 up_blocks.1.attentions.0 up_blocks.1.attentions.1 "
+    "up_blocks.1.attentions.2",
+    "12 GB": "down_blocks.1.attentions.0 down_blocks.1.attentions.1 down_blocks.2.attentions.0 "
+    "down_blocks.2.attentions.1 mid_block.attentions.0 up_blocks.0.attentions.0 up_blocks.0.attentions.1 "
+    "up_blocks.0.attentions.2 up_blocks.1.attentions.0 up_blocks.1.attentions.1 up_blocks.1.attentions.2",
+}
+"""What `sdtrain plan --fit-to` chose to recompute of a LoRA with four pictures."""
 RUNS: dict[str, list[str]] = {
     "LoRA, batch 1": [],
-    "LoRA, batch 1, recomputed": ["memory.gradient_checkpointing=true"],
     "LoRA, batch 4": ["data.batch_size=4"],
-    "LoRA, batch 1, compiled": ["memory.compile=true"],
-    "DoRA, batch 1": ['method.adapter="dora"'],
-    "LoRA and text encoders": ['method.train=["unet","text_encoder","text_encoder_2"]'],
-    "LoRA and one text encoder": ['method.train=["unet","text_encoder"]'],
+    **{
+        f"LoRA, batch 4, fit to {budget}": ["data.batch_size=4", f"memory.recompute={parts.split()!r}"]
+        for budget, parts in _PARTS.items()
+    },
+    "LoRA, batch 4, recomputed": ["data.batch_size=4", "memory.gradient_checkpointing=true"],
+    "LoRA, batch 1, int8 base": ['model.base_precision="int8"'],
+    "LoRA, batch 1, fp8 base": ['model.base_precision="fp8"'],
+    "LoRA, batch 1, nf4 base": ['model.base_precision="nf4"'],
+    "full U-Net, fused backward": ["memory.fused_back_pass=true", "memory.gradient_checkpointing=true"],
     "full U-Net, mixed, fused backward": [
         'model.dtype="mixed"',
         "memory.fused_back_pass=true",
         "memory.gradient_checkpointing=true",
     ],
-    "full U-Net, fused backward": ["memory.fused_back_pass=true", "memory.gradient_checkpointing=true"],
+    "full U-Net, batch 4": ["data.batch_size=4"],
+    "LoRA, batch 1, float16": ['model.dtype="float16"'],
+    "LoRA and text encoders": ['method.train=["unet","text_encoder","text_encoder_2"]'],
+    "LoRA and one text encoder": ['method.train=["unet","text_encoder"]'],
+    "DoRA, batch 1": ['method.adapter="dora"'],
+    "LoRA, batch 1, recomputed": ["memory.gradient_checkpointing=true"],
+    "LoRA, batch 1, compiled": ["memory.compile=true"],
 }
 CONFIG = (
     HEAD
@@ -89,7 +107,7 @@ def main(
     if model_only or plans:
         return
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print(f"{'':<30}{'s/step':>8}{'first':>8}{'peak':>8}  GiB", flush=True)
+    print(f"{'':<34}{'s/step':>8}{'first':>8}{'peak':>8}  GiB", flush=True)
     for name, settings in chosen.items():
         try:
             print(measure(folder, name, settings, steps, profiled=name == profile), flush=True)
@@ -137,7 +155,7 @@ def measure(folder: Path, name: str, settings: list[str], steps: int, *, profile
     peak = torch.cuda.max_memory_allocated() / 2**30
     seconds = [later - earlier for earlier, later in pairwise(ends)]
     median = statistics.median(seconds[len(seconds) // 2 : -1])
-    row = f"{name:<30}{median:8.3f}{ends[0] - began:8.1f}{peak:8.2f}"
+    row = f"{name:<34}{median:8.3f}{ends[0] - began:8.1f}{peak:8.2f}"
     return row + trace.table()
 
 
@@ -204,7 +222,7 @@ def plain_loop(folder: Path, *, batch: int, steps: int) -> str:
         ends.append(time.monotonic())
     median = statistics.median(later - earlier for earlier, later in pairwise(ends[2:]))
     peak = torch.cuda.max_memory_allocated() / 2**30
-    return f"{f'plain peft loop, batch {batch}':<30}{median:8.3f}{ends[1] - ends[0]:8.1f}{peak:8.2f}"
+    return f"{f'plain peft loop, batch {batch}':<34}{median:8.3f}{ends[1] - ends[0]:8.1f}{peak:8.2f}"
 
 
 def plain_loss(unet: Any, latents: Tensor, text: Tensor, added: dict[str, Tensor]) -> Tensor:
