@@ -110,7 +110,7 @@ def trace(
         components = load_components(opened, run.dtype, fill_with_shapes)
         bases: dict[str, int] = {word: base_bytes(components.unet, packing) for word, packing in PACKINGS.items()}
         pack_base(components, run, _unread(components), packed_shapes)
-        tracker = Tracker()
+        tracker = Tracker(on_gpu=on_gpu)
         tracker.leave_out(tensor for network in components.networks.values() for tensor in _tensors(network))
         with tracker:
             model = model_of(components, run.config.model, device=CPU, caption_chunks=run.config.data.caption_chunks)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 aten: Any = torch.ops.aten
+CONVOLUTIONS = (aten.convolution.default, aten.convolution_backward.default)
 
 
 class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -22,10 +23,15 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     bytes_now, peak_bytes: what is held, and the most that was since `begin_peak`. flops: as PyTorch's own counter has
     them, two for a multiplication with an addition.
+
+    on_gpu: whether convolutions are counted as cuDNN makes them there: tensor cores want the channels last, so what a
+    convolution reads and what it makes are held a second time while it runs. Measured on an H100: a preview of SDXL at
+    1024 px took 10.46 GiB, of which the tensors alone are 8.6.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_gpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._on_gpu = on_gpu
         self.bytes_now = self.peak_bytes = self.flops = 0
         self._held: dict[int, int] = {}
         self._zeros: set[int] = set()
@@ -56,6 +62,9 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._hold(tensor, None)
                 if func is aten.zeros.default:
                     self._zeros.add(_key(tensor))
+        if self._on_gpu and func in CONVOLUTIONS:
+            copied = args[0].nbytes + max(tensor.nbytes for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
+            self.peak_bytes = max(self.peak_bytes, self.bytes_now + copied)
         return out
 
     def _hold(self, tensor: Tensor, num_bytes: int | None) -> None:

@@ -97,7 +97,7 @@ def test_what_is_no_budget_is_refused(table: dict[str, Any], text: str) -> None:
         resolve(table | {"memory": {"budget": text}}, "test config")
 
 
-@pytest.mark.parametrize(("measured", "is_told"), [(40, False), (54, False), (56, True)])
+@pytest.mark.parametrize(("measured", "is_told"), [(4000, False), (5400, False), (5600, True)])
 def test_a_peak_more_than_a_tenth_above_the_plan_is_told_with_both(
     table: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -106,7 +106,18 @@ def test_a_peak_more_than_a_tenth_above_the_plan_is_told_with_both(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: measured * MIB)
     config = resolve(table, "test config")
-    text = Expected(config, of(config)).judged(torch.device("cuda"))
-    assert text.startswith(f"{measured}.0 MiB at most, 50.0 MiB planned")
+    large = Plan("a GPU", (96, 96), (Phase("train", {"weights": 5000 * MIB}),), {}, 7)
+    text = Expected(config, large).judged(torch.device("cuda"))
+    assert text.startswith(f"{measured / 1024:.2f} GiB at most, 4.88 GiB planned")
     assert ("12% more than planned" in text) == is_told
-    assert not Expected(config, of(config)).judged(CPU), "where the process holds much else"
+    assert not Expected(config, large).judged(CPU), "where the process holds much else"
+
+
+@pytest.mark.parametrize(("measured", "is_told"), [(300, False), (310, True)])
+def test_what_the_libraries_of_a_card_keep_for_themselves_is_no_surprise_of_a_small_run(
+    table: dict[str, Any], monkeypatch: pytest.MonkeyPatch, measured: int, is_told: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: measured * MIB)
+    config = resolve(table, "test config")
+    text = Expected(config, of(config)).judged(torch.device("cuda"))
+    assert ("more than planned" in text) == is_told

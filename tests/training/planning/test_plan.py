@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from sdtrain.commands.front.plan import plan_config
@@ -89,6 +90,19 @@ def test_a_plan_is_within_three_percent_of_the_truth(config_of: Callable[..., Co
     assert "train" in true and ("preview" in true) == ("preview.every" in changes)
     for phase, num_bytes in true.items():
         assert planned[phase] == pytest.approx(num_bytes, rel=0.03), (phase, planned, true)
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_convolution_on_a_card_holds_what_it_reads_and_what_it_makes_twice(on_gpu: bool) -> None:
+    """Where its tensor cores want the channels last; in backward it holds what it makes, which is the larger one."""
+    pixels, weight = torch.zeros(2, 3, 16, 16, requires_grad=True), torch.zeros(8, 3, 3, 3)
+    before, after = 4 * 2 * 3 * 16 * 16, 4 * 2 * 8 * 16 * 16
+    with Tracker(on_gpu=on_gpu) as tracker:
+        out = torch.conv2d(pixels, weight, padding=1)
+        assert tracker.bytes_now == after
+        assert tracker.peak_bytes == after + on_gpu * (before + after)
+        out.backward(torch.ones(2, 8, 16, 16))  # type: ignore[no-untyped-call]
+        assert tracker.peak_bytes == 2 * after + before + on_gpu * (before + after)
 
 
 def test_a_larger_batch_and_larger_pictures_need_more_and_recomputing_needs_less(
