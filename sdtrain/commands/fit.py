@@ -206,10 +206,11 @@ def _fit_written(
         import_less(begun.config)
         from sdtrain.training.fit import fit as train  # what can be told without torch has been told
         from sdtrain.training.planning.budget import expected
-        from sdtrain.training.run import pick_device
+        from sdtrain.training.run import pick_device, repeatable
 
         stop.doing = "planning the memory"
         device = pick_device(begun.config, ranks.place.local_rank)
+        held.enter_context(repeatable(begun.config, device))
         will = expected(begun.config, begun.opened, begun.standing.examples, begun.standing.base, device)
         say(console, *will.notes)
         ranks.require_same(facts_of(will.config, begun.standing, versions()))

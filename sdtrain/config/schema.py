@@ -369,6 +369,11 @@ class Config(Settings):
     steps: Count = Field(description="Optimizer updates. More can be added later: `--resume --set steps=+500`.")
     seed: Whole = Field(default=0, description="Every random draw follows from it.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="`auto`: the GPU if there is one.")
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU: only kernels that give the same bits every time. Without, attention's backward adds up "
+        "in whatever order it finds, so two runs differ by rounding there; on a CPU they never do.",
+    )
     model: ModelConfig
     method: LoraConfig | FullConfig = Field(discriminator="kind", description="`lora` or `full`.")
     data: DataConfig

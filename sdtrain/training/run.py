@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Generator
@@ -115,6 +119,29 @@ def open_run(config: Config, ranks: Ranks = ALONE) -> Run:
     """Return the run of a config; nothing is written. Raises UserError when it asks for a GPU that is not there."""
     device = pick_device(config, ranks.place.local_rank)
     return Run(run_folder(config.output, config.name), config, device, pick_dtype(config, device), ranks)
+
+
+@contextmanager
+def repeatable(config: Config, device: torch.device) -> Iterator[None]:
+    """With `deterministic`, compute the block on a GPU with kernels that give the same bits every time.
+
+    The settings are PyTorch's own, of the whole process, and are as they were afterwards. cuBLAS reads its own when it
+    is first used, so this is entered before.
+    """
+    if not config.deterministic or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels: Any = torch.utils.deterministic
+    filled = kernels.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    kernels.fill_uninitialized_memory = False  # which would only cost time: nothing reads what was not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        kernels.fill_uninitialized_memory = filled
 
 
 def write_resolved_config(run: Run) -> None:

@@ -12,7 +12,18 @@ from sdtrain.config.schema import Config
 from sdtrain.errors import Problem
 
 CHANGEABLE = (
-    *("steps", "output", "device", "preview.", "checkpoint.", "export.", "memory.", "tracking.", "data.cache"),
+    *(
+        "steps",
+        "output",
+        "device",
+        "deterministic",
+        "preview.",
+        "checkpoint.",
+        "export.",
+        "memory.",
+        "tracking.",
+        "data.cache",
+    ),
     *("model.dtype", "model.base_precision", "optimizer.d_coef", "optimizer.prodigy_steps", "optimizer.freeze_share"),
     *("validation.every", "validation.patience"),
 )
