@@ -33,7 +33,7 @@ from sdtrain.files.writer import require_place
 from sdtrain.models.model import Model
 from sdtrain.training.export import trained_adapters
 from sdtrain.training.prepare import open_and_load
-from sdtrain.training.run import Run, pick_device, pick_dtype
+from sdtrain.training.run import Run, autocast, pick_device, pick_dtype
 from sdtrain.training.start import drawing, stored_config
 from sdtrain.training.watching.grid import DrawnFrom, labelled_grid, save_picture
 from sdtrain.training.watching.preview import (
@@ -239,7 +239,11 @@ def _render(model: Model, run: Run, seeds: Sequence[int], on_progress: Progress)
     settings, num = sampling_settings(run.config), len(prompts.texts) * len(seeds)
     total = -(-num // PICTURES_AT_ONCE) * settings.num_inference_steps + num  # each picture is decoded, too
     done = itertools.count(1)
-    return render(model, prompts, seeds, settings, lambda: on_progress("drawing", min(next(done), total), total))
+
+    def count() -> None:
+        on_progress("drawing", min(next(done), total), total)
+
+    return render(model, prompts, seeds, settings, count, lambda: autocast(run.config, run.device))
 
 
 def _config(path: Path, prompts: Sequence[str], overrides: Sequence[str], base: str = "") -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
 from typing import Any, assert_never
 
@@ -25,6 +26,7 @@ def sample(
     generators: Sequence[Generator],
     settings: SamplingSettings,
     between: Callable[[], None] = lambda: None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tensor:
     """Draw pictures (n, 3, h, w) in [-1, 1], on the CPU, for n prompts.
 
@@ -35,17 +37,22 @@ def sample(
         generators: one CPU generator per picture, so that a picture does not depend on its neighbours.
         settings: how to sample.
         between: called before every step and every picture that is decoded; to give up the pictures, it raises.
+        autocast: the block in which the network predicts; the VAE, which would overflow, stays out of it.
     """
     height, width = settings.height_px, settings.width_px
     sizes = model.encode_sizes(torch.tensor([[height, width, 0, 0, height, width]] * len(generators)).float())
     wanted, unwanted = {**positive, **sizes}, {**negative, **sizes}
     both = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
 
+    def predict(latents: Tensor, timestep: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        with autocast():
+            return model.predict(latents, timestep, conditioning).float()
+
     def denoise(latents: Tensor, timestep: Tensor) -> Tensor:
         between()
         if settings.guidance_scale == 1:
-            return model.predict(latents, timestep, wanted).float()
-        output = model.predict(torch.cat([latents, latents]), timestep, both).float()
+            return predict(latents, timestep, wanted)
+        output = predict(torch.cat([latents, latents]), timestep, both)
         unconditional, conditional = output.chunk(2)
         prediction = guided(conditional, unconditional, settings.guidance_scale)
         if settings.guidance_rescale == 0:

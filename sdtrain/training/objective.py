@@ -17,7 +17,7 @@ from sdtrain.diffusion.timesteps import draw_timesteps
 from sdtrain.models.model import Model
 from sdtrain.models.placing import sent
 from sdtrain.training.preservation import Preservation
-from sdtrain.training.run import autocast_dtype
+from sdtrain.training.run import autocast
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Objective:
             return loss
         noisy = sent(self.model.schedule.add_noise(batch.latents, seen, timesteps), self.device)
         steps, sizes = sent(timesteps, self.device), {key: sent(size, self.device) for key, size in batch.sizes.items()}
-        with self._autocast():
+        with autocast(self.config, self.device):
             lost = self.preservation.errors(noisy, steps, sizes, chosen)
         return loss + lost.mean()
 
@@ -70,15 +70,11 @@ class Objective:
         steps = sent(timesteps, device)
         counts = None if batch.counts is None else sent(batch.counts, device)
         there = {name: sent(tensor, device) for name, tensor in {**(batch.text or {}), **batch.sizes}.items()}
-        with self._autocast():
+        with autocast(self.config, self.device):
             text = model.encode_captions(batch.captions) if batch.text is None else {}
             prediction = model.predict(noisy, steps, {**text, **there})
         errors = error_per_image(prediction, target, kind=config.loss.kind, huber_delta=deltas, counts=counts)
         return errors * weights
-
-    def _autocast(self) -> torch.autocast:
-        dtype = autocast_dtype(self.config, self.device)
-        return torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
     def _drawn(self, batch: Batch, generator: Callable[[int], Generator]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Draw the noise, the noise that the network sees, both (n, c, h, w), the timesteps, (n,), and which caption is

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from sdtrain.training.keeping.states import Background, UnusableNumbersError, sa
 from sdtrain.training.objective import Objective
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
-from sdtrain.training.run import Run
+from sdtrain.training.run import Run, autocast
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.preview import drawn_from, preview_grid, render, sampling_settings
@@ -98,7 +99,9 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     path = folder / f"step-{step:06d}.png"
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
-            rows = render(training.model, prompts, config.preview.seeds, sampling_settings(config), stop.give_up)
+            settings, seeds = sampling_settings(config), config.preview.seeds
+            computing = partial(autocast, config, training.run.device)
+            rows = render(training.model, prompts, seeds, settings, stop.give_up, computing)
         grid = preview_grid(rows, prompts, config, step, folder / "base.png")
         save_picture(grid, path, drawn_from(config, step).words())
     except GivenUpError:

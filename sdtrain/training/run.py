@@ -105,6 +105,12 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype | None:
     return torch.float16 if isinstance(config.method, FullConfig) and computes_in_float16(config, device) else None
 
 
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """Return the block in which networks compute that are held in float32 for what is trained, where there are any."""
+    dtype = autocast_dtype(config, device)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
 def computes_in_float16(config: Config, device: torch.device) -> bool:
     """Return whether a run computes in float16, for which its loss is scaled."""
     return config.model.dtype == "float16" or chose_float16(config, device)

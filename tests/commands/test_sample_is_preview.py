@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 Train = Callable[..., tuple[Path, str]]
@@ -57,3 +58,41 @@ def test_a_sample_is_the_preview_of_the_same_step_prompt_and_seed(
     assert first != second != last, "or there is nothing to see"
     assert bits(draw(run, PROMPTS, SEEDS, None, []).rows) == last, "from the file"
     assert bits(draw(run, PROMPTS, SEEDS, 2, []).rows) == second, "from a training state"
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("mixed", torch.bfloat16), ("float32", torch.float32)])
+def test_a_preview_computes_as_the_training_does_and_so_does_a_sample(
+    train: Train,
+    drawn: list[list[list[Image.Image]]],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    computed: torch.dtype,
+) -> None:
+    """With `mixed` weights are held in float32 and computed with in bfloat16; the VAE, which would overflow, is not."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from sdtrain.commands.sample import draw
+
+    predicted: set[torch.dtype] = set()
+    decoded: set[torch.dtype] = set()
+    forward, decode = UNet2DConditionModel.forward, AutoencoderKL.decode
+
+    def watched(self: Any, *given: Any, **more: Any) -> Any:
+        out = forward(self, *given, **more)
+        predicted.add(out[0].dtype)
+        return out
+
+    def seen(self: Any, *given: Any, **more: Any) -> Any:
+        out = decode(self, *given, **more)
+        decoded.add(out.sample.dtype)
+        return out
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+    monkeypatch.setattr(AutoencoderKL, "decode", seen)
+    looks = {"preview.every": 2, "preview.prompts": PROMPTS, "preview.seeds": SEEDS, "checkpoint.every": 2}
+    method = {"kind": "full", "train": ["unet", "text_encoder"]}
+    run, _ = train({"method": method, "model.dtype": dtype, "steps": 2, "optimizer.d0": 1e-3, **looks})
+    base, last = map(bits, drawn)
+    assert base != last, "or there is nothing to see"
+    assert bits(draw(run, PROMPTS, SEEDS, 2, []).rows) == last
+    assert predicted == {computed} and decoded == {torch.float32}

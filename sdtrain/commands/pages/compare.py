@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +27,7 @@ from sdtrain.training.keeping.states import load_state
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import open_and_load
-from sdtrain.training.run import Run, pick_device, pick_dtype
+from sdtrain.training.run import Run, autocast, pick_device, pick_dtype
 from sdtrain.training.start import stored_config
 from sdtrain.training.watching.grid import Rows
 from sdtrain.training.watching.preview import prepare_prompts, render, sampling_settings
@@ -144,7 +145,8 @@ def _rows(folder: Path, config: Config, states: Sequence[SavedState], wanted: Wa
                 continue
             with strengthened(model, change, strength):
                 prompts = prepare_prompts(model, config, trains_text=False)
-                drawn.append(render(model, prompts, wanted.seeds, wanted.settings))
+                computing = partial(autocast, config, device)
+                drawn.append(render(model, prompts, wanted.seeds, wanted.settings, autocast=computing))
             base = drawn[-1] if strength == 0 else base
         rows.append(Row(f"{config.name}, {state.step}" if named else f"step {state.step}", drawn))
     return rows

@@ -32,7 +32,7 @@ from sdtrain.training.planning.recomputing import watch_parts
 from sdtrain.training.planning.tracking import Tracker, movable_modules
 from sdtrain.training.prepare import pack_base
 from sdtrain.training.preservation import Preservation, prepare_preservation
-from sdtrain.training.run import Run
+from sdtrain.training.run import Run, autocast
 from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
 
@@ -300,7 +300,8 @@ class _Trace:
             unwanted = {**{key: value[rows] for key, value in negative.items()}, **sizes}
             wanted = {key: torch.cat([unwanted[key], wanted[key]]) for key in wanted}
             seen = torch.cat([latents, latents])
-        self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
+        with autocast(self.config, CPU):
+            self.model.predict(seen, torch.zeros((), dtype=torch.int64), wanted).float()
         return [latents[:1], seen, wanted, positive, negative, sizes]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -81,11 +82,11 @@ def render(
     seeds: Sequence[int],
     settings: SamplingSettings,
     between: Callable[[], None] = lambda: None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[list[Image.Image]]:
     """Draw pictures, one row per prompt and one column per seed.
 
-    A seed means the same noise in every row and at every step. between: called often; to give up the pictures, it
-    raises.
+    A seed means the same noise in every row and at every step. between and autocast: see `sample`.
     """
     positive, negative = prompts.conditioning(model)
     cells = [(row, seed) for row in range(len(prompts.texts)) for seed in seeds]
@@ -100,6 +101,7 @@ def render(
             [generator_of(seed, "preview") for _, seed in chunk],
             settings,
             between,
+            autocast,
         )
         pictures += [to_picture(one) for one in pixels]
     columns = len(seeds)
