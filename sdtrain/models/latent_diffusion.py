@@ -23,6 +23,7 @@ from sdtrain.models.checkpoints.single_file import Change, write_single_file
 from sdtrain.models.model import Layout
 from sdtrain.models.placing import sent
 from sdtrain.models.prompts import Tokenizer
+from sdtrain.models.tiles import InTiles, in_tiles
 
 EncodeText = Callable[[Sequence[str]], dict[str, Tensor]]
 """Maps n texts to what the text encoders make of them: tensors by name, each with n in front."""
@@ -92,41 +93,53 @@ def latent_shape_of(vae: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def encode_pixels(vae: Any, pixels: Tensor) -> Tensor:
+def encode_pixels(vae: Any, pixels: Tensor, tiled: set[InTiles]) -> Tensor:
     """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32.
 
-    The latents are the mode of the VAE's distribution, so that nothing is drawn at random.
+    The latents are the mode of the VAE's distribution, so that nothing is drawn at random. tiled: is added to where
+    they are encoded in tiles, for want of memory.
     """
-    mode: Tensor = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist.mode()
+    there = pixels.to(vae.device, torch.float32)
+    try:
+        mode: Tensor = vae.encode(there).latent_dist.mode()
+    except torch.OutOfMemoryError as error:
+        traceback.clear_frames(error.__traceback__)  # which hold what was computed so far
+        with in_tiles(vae):
+            mode = vae.encode(there).latent_dist.mode()
+        tiled.add("encoded")
     shift, scale = _latent_scale(vae)
     return (mode - shift) * scale
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor, beside: nn.Module) -> Tensor:
+def decode_latents(vae: Any, latents: Tensor, beside: nn.Module, tiled: set[InTiles]) -> Tensor:
     """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], float32 on the CPU.
 
     The VAE computes in float32, because that of SDXL overflows in float16. beside: the U-Net, which leaves the device
-    for a moment where both do not fit; no number changes by it.
+    for a moment where both do not fit; no number changes by it. tiled: is added to where even then they are decoded in
+    tiles.
     """
     shift, scale = _latent_scale(vae)
     unscaled = latents.to(vae.device, torch.float32) / scale + shift
-    pictures = [_decoded(vae, one[None], beside) for one in unscaled]
+    pictures = [_decoded(vae, one[None], beside, tiled) for one in unscaled]
     return torch.cat(pictures).clamp(-1, 1).cpu()
 
 
-def _decoded(vae: Any, unscaled: Tensor, beside: nn.Module) -> Tensor:
+def _decoded(vae: Any, unscaled: Tensor, beside: nn.Module, tiled: set[InTiles]) -> Tensor:
     try:
         whole: Tensor = vae.decode(unscaled).sample
         return whole
     except torch.OutOfMemoryError as error:
-        place = next(beside.parameters()).device
-        if place.type == "cpu":
-            raise
-        traceback.clear_frames(error.__traceback__)  # which hold what was computed so far
+        traceback.clear_frames(error.__traceback__)
+    place = next(beside.parameters()).device
+    if place.type == "cpu":
+        with in_tiles(vae):
+            whole = vae.decode(unscaled).sample
+        tiled.add("decoded")
+        return whole
     try:
         beside.to("cpu")
-        return _decoded(vae, unscaled, beside)
+        return _decoded(vae, unscaled, beside, tiled)
     finally:
         beside.to(place)
 

@@ -16,6 +16,7 @@ from sdtrain.families.family import Family
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import NoCaption
 from sdtrain.models.checkpoints.single_file import Change
+from sdtrain.models.tiles import InTiles
 
 Layout = Literal["single-file", "folder"]
 
@@ -73,6 +74,10 @@ class Model(Protocol):
     @property
     def latent_shape(self) -> tuple[int, int]:
         """The number of the VAE's latent channels, and the width in pixels that one latent stands for."""
+
+    @property
+    def tiled(self) -> set[InTiles]:
+        """What was done in tiles so far, for want of memory."""
 
     def fingerprints(self) -> tuple[str, str]:
         """Return two digests, one of all that makes latents and one of all that makes conditioning, for the cache."""

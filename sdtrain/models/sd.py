@@ -17,6 +17,7 @@ from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Layout
 from sdtrain.models.placing import sent
 from sdtrain.models.prompts import token_chunks
+from sdtrain.models.tiles import InTiles
 
 
 class SD:
@@ -26,6 +27,7 @@ class SD:
         self.components = latent_diffusion.resolved(components, config)
         self.family = components.family
         self.device = device
+        self.tiled: set[InTiles] = set()
         self._caption_chunks = caption_chunks
         self.unet: Any = components.unet
         self.vae: Any = components.vae
@@ -52,11 +54,11 @@ class SD:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32."""
-        return latent_diffusion.encode_pixels(self.vae, pixels)
+        return latent_diffusion.encode_pixels(self.vae, pixels, self.tiled)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
-        return latent_diffusion.decode_latents(self.vae, latents, self.unet)
+        return latent_diffusion.decode_latents(self.vae, latents, self.unet, self.tiled)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return prompt_embeds (n, 77 chunks, width) of n captions: the encoder's output after its final norm.

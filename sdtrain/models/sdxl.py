@@ -18,6 +18,7 @@ from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.model import Layout
 from sdtrain.models.placing import sent
 from sdtrain.models.prompts import Tokenizer, token_chunks
+from sdtrain.models.tiles import InTiles
 
 
 class SDXL:
@@ -27,6 +28,7 @@ class SDXL:
         self.components = latent_diffusion.resolved(components, config)
         self.family = components.family
         self.device = device
+        self.tiled: set[InTiles] = set()
         self._caption_chunks = caption_chunks
         self.unet: Any = components.unet
         self.vae: Any = components.vae
@@ -53,11 +55,11 @@ class SDXL:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Encode pixels (n, 3, h, w) in [-1, 1] into scaled latents (n, c, h/8, w/8), float32."""
-        return latent_diffusion.encode_pixels(self.vae, pixels)
+        return latent_diffusion.encode_pixels(self.vae, pixels, self.tiled)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode scaled latents (n, c, h/8, w/8) into pixels (n, 3, h, w) in [-1, 1], on the CPU."""
-        return latent_diffusion.decode_latents(self.vae, latents, self.unet)
+        return latent_diffusion.decode_latents(self.vae, latents, self.unet, self.tiled)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         """Return prompt_embeds (n, 77 chunks, both widths) and pooled (n, width of the second encoder) of n captions.

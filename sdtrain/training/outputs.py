@@ -15,6 +15,7 @@ import torch
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.errors import NotFiniteError, UserError
 from sdtrain.models.model import Model
+from sdtrain.models.tiles import TOLD
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
 from sdtrain.training.ending.scaling import LossScale
@@ -97,6 +98,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     training.doing = f"giving up the preview of step {step}"
     folder = training.run.folder / "previews"
     path = folder / f"step-{step:06d}.png"
+    whole = "decoded" not in training.model.tiled
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             settings, seeds = sampling_settings(config), config.preview.seeds
@@ -110,6 +112,8 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         release(error)
         watchers.tell(NoteRecord(step, f"note: no preview of step {step}: {sentence(error)}; the training goes on"))
         return
+    if whole and "decoded" in training.model.tiled:
+        watchers.tell(NoteRecord(step, f"note: {TOLD['decoded']}"))
     watchers.tell(PictureRecord(step, path))
 
 

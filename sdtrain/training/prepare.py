@@ -25,6 +25,7 @@ from sdtrain.models.checkpoints.hub import fetch_if_missing
 from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model, model_of
 from sdtrain.models.model import Model
+from sdtrain.models.tiles import TOLD
 from sdtrain.training.keeping.standing import Standing, cache_folder
 from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
@@ -32,6 +33,7 @@ from sdtrain.training.start import trains_text
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.watching.preview import Prompts, prepare_prompts
 from sdtrain.training.watching.progress import ProgressLines
+from sdtrain.training.watching.text import say
 
 
 def open_and_load(run: Run) -> Model:
@@ -134,6 +136,8 @@ def encode_everything(model: Model, run: Run, standing: Standing, console: Conso
         *(model, run, standing.examples, console), plan=standing.plan, digests=standing.digests, verify=verify
     )
     held_out = prepare_held_out(model, run, standing, console)
+    if "encoded" in model.tiled:
+        say(console, f"note: {TOLD['encoded']}")
     prompts = prepare_prompts(model, run.config, trains_text=trains_text(run.config))
     preservation = prepare_preservation(model, run.config.preserve, trains_text=trains_text(run.config))
     model.move_encoders(torch.device("cpu"), text=not trains_text(run.config))

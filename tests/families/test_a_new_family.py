@@ -33,6 +33,7 @@ from sdtrain.models.checkpoints.single_file import Change, write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
 from sdtrain.models.model import Layout, Model
 from sdtrain.models.prompts import token_chunks
+from sdtrain.models.tiles import InTiles
 
 TOKENIZER = TokenizerSource(BUILTIN_FOLDER / "tiny-sdxl" / "tokenizer")
 WORDS: dict[str, int] = json.loads((TOKENIZER.folder / "vocab.json").read_text(encoding="utf-8"))
@@ -97,6 +98,7 @@ class Pond:
 
     def __init__(self, components: Components, device: torch.device) -> None:
         self.components, self.family, self.device = components, components.family, device
+        self.tiled: set[InTiles] = set()
         self.networks: dict[str, nn.Module] = {name: components.networks[name] for name in self.family.trainable}
         self.unused_layers = latent_diffusion.unused_layers(components)
         self.scheduler_config, self.no_caption = components.scheduler_config, components.no_caption
@@ -115,10 +117,10 @@ class Pond:
         latent_diffusion.move_encoders(self.components, device, text=text)
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        return latent_diffusion.encode_pixels(self.components.vae, pixels)
+        return latent_diffusion.encode_pixels(self.components.vae, pixels, self.tiled)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        return latent_diffusion.decode_latents(self.components.vae, latents, self.components.unet)
+        return latent_diffusion.decode_latents(self.components.vae, latents, self.components.unet, self.tiled)
 
     def encode_captions(self, captions: Sequence[str]) -> dict[str, Tensor]:
         return latent_diffusion.encode_captions(self._encode, captions, self.no_caption)
