@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from sdtrain.data.entries.needed import encode_needed, find_needed
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.digests import picture_digests
 from sdtrain.data.masks.encoding import mask_at
-from sdtrain.data.order import Order, Piece, Plan, deal, split
+from sdtrain.data.order import Order, Piece, Plan
 from sdtrain.data.placing import drawn_view
 from sdtrain.errors import UserError
 from sdtrain.files.progress import Progress
@@ -146,23 +145,17 @@ class Batches:
     def _parts(self, step: int, batch_size: int | None, hand: int, hands: int) -> list[_Part]:
         """Return what the micro-batches of a step are made of; nothing is read for it."""
         planned = self._order.step(step)
-        buckets = [self._order.buckets[numbers[0]] for numbers in planned]
-        sizes = [len(numbers) for numbers in planned]
         captions = [
             self._drawing.captions(step, index, [self._rows[number].example for number in numbers])
             for index, numbers in enumerate(planned)
         ]
-        most = batch_size or self._batch_size
-        if hands > 1:
-            most = min(most, -(-sum(sizes) // hands))
-        parts = split(sizes, buckets, self._order.batch_size, most)
-        costs = [sum((piece.stop - piece.start) * math.prod(buckets[piece.index]) for piece in part) for part in parts]
-        found = []
-        for index in deal(costs, hands)[hand]:
+        parts, _, dealt = self._order.dealt(step, batch_size or self._batch_size, hands)
+        num, found = sum(map(len, planned)), []
+        for index in dealt[hand]:
             places = [(piece.index, place) for piece in parts[index] for place in range(piece.start, piece.stop)]
             views = tuple(self._view(step, batch, place, planned[batch][place]) for batch, place in places)
             drawn = tuple(captions[batch][place] for batch, place in places)
-            found.append(_Part(index, tuple(parts[index]), views, drawn, len(views) / sum(sizes)))
+            found.append(_Part(index, tuple(parts[index]), views, drawn, len(views) / num))
         return found
 
     def _view(self, step: int, index: int, place: int, number: int) -> _View:

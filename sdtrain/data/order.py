@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from random import Random
 
 from sdtrain.data.counts import Counts, stream
@@ -98,6 +99,21 @@ class Order:
         """Return the micro-batches of a step; a picture is named by its number."""
         places = [self._place(step, index) for index in range(self._accumulation)]
         return [self.epoch(epoch)[position] for epoch, position in places]
+
+    def dealt(
+        self, step: int, batch_size: int, hands: int
+    ) -> tuple[list[tuple[Piece, ...]], list[int], list[list[int]]]:
+        """Return the micro-batches of a step as they are computed, how many pixels each has, and which of them each of
+        `hands` processes computes.
+
+        batch_size: the most pictures in one, unless the processes can share the step only in smaller ones.
+        """
+        planned = self.step(step)
+        buckets, sizes = [self.buckets[numbers[0]] for numbers in planned], [len(numbers) for numbers in planned]
+        most = min(batch_size, -(-sum(sizes) // hands)) if hands > 1 else batch_size
+        parts = split(sizes, buckets, self.batch_size, most)
+        pixels = [sum((piece.stop - piece.start) * prod(buckets[piece.index]) for piece in part) for part in parts]
+        return parts, pixels, deal(pixels, hands)
 
     def epoch(self, epoch: int) -> list[tuple[int, ...]]:
         """Return all micro-batches of an epoch in the order in which they are seen."""

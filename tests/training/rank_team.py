@@ -22,7 +22,8 @@ DAY_S = 120.0
 @dataclass
 class Told:
     """What came of a run on one rank: a text, an exit code, the applied d, a digest of the weights and the pictures by
-    step, the cache entries that it wrote, and the pictures of each validation."""
+    step, the cache entries that it wrote, the pictures of each validation, and how often and how many bytes were added
+    up by the beginning of each step."""
 
     rank: int
     code: int
@@ -32,6 +33,7 @@ class Told:
     pictures: list[list[str]] = field(default_factory=list)
     encoded: list[str] = field(default_factory=list)
     validated: list[list[str]] = field(default_factory=list)
+    added_up: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     """Note what a rank does, and let something happen to it after a step."""
     import hashlib
 
+    import torch.distributed as dist
+
     from sdtrain.data import encoding
     from sdtrain.training import fit
     from sdtrain.training.ending import settling
@@ -130,9 +134,16 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
 
     records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
     store, losses, step = encoding._store, HeldOut.losses, 0
+    all_reduce, calls, num_bytes = dist.all_reduce, 0, 0
+
+    def seen_all_reduce(tensor: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls, num_bytes
+        calls, num_bytes = calls + 1, num_bytes + tensor.nbytes
+        return all_reduce(tensor, *arguments, **options)
 
     def seen_gradients(training: Any, *arguments: Any) -> Any:
         place = training.run.ranks.place
+        told.added_up.append((calls, num_bytes))
         batches = training.data.batches.at(training.step, hand=place.rank, hands=place.size)
         told.pictures.append([example.path.name for batch, _ in batches for example in batch.examples])
         return gradients(training, *arguments)
@@ -168,8 +179,10 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     settling.group_records, settling.group_records_later = seen_records, seen_later
     fit.gradients, encoding._store = seen_gradients, seen_store
     HeldOut.losses = seen_losses  # type: ignore[method-assign]
+    dist.all_reduce = seen_all_reduce
     try:
         yield
     finally:
+        dist.all_reduce = all_reduce
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
         encoding._store, HeldOut.losses = store, losses  # type: ignore[method-assign]

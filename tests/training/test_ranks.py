@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 import sdtrain
@@ -102,6 +103,24 @@ def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, An
             "every picture of the step once"
         )
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_ranks_exchange_what_the_plan_says(team: Team, base: dict[str, Any], targets: str) -> None:
+    """Counted calls of torch.distributed between the beginnings of two steps, in which all layers have gradients."""
+    from sdtrain.commands.front.plan import plan_config
+
+    settings = {"name": f"counted-{targets}", "checkpoint.every": 0, "method.targets": targets, "method.rank": 40}
+    told = team.run(2, work := job(base, settings))
+    assert codes(told) == [0, 0], told
+    written = Path(base["output"]) / f"counted-{targets}" / "config.toml"
+    found: Any = plan_config(written, [], Console(quiet=True), gpus=2)["gpus"]
+    expected = found["exchanged"]["calls"], found["exchanged"]["num_bytes"]
+    for rank in told:
+        (calls, num_bytes), *_, (later, more) = rank.added_up[1:]
+        steps = len(rank.added_up) - 2
+        assert (later - calls, more - num_bytes) == (steps * expected[0], steps * expected[1])
+    assert work.table["steps"] == 4 and expected[1] > 4 * 2**16
 
 
 def test_ranks_fill_the_cache_together_each_entry_once(team: Team, base: dict[str, Any], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report.previewed import with_prompts
 from sdtrain.training.ending.signals import speaker, stop_requests
+from sdtrain.training.ranks.refused import rank_problems
 from sdtrain.training.start import inspect_run
 from sdtrain.training.watching.text import facts_table, say
 
@@ -22,14 +23,22 @@ if TYPE_CHECKING:
 
 
 def plan_config(
-    path: Path, overrides: Sequence[str], console: Console, *, budget: str = "", measure: bool = False
+    path: Path,
+    overrides: Sequence[str],
+    console: Console,
+    *,
+    budget: str = "",
+    measure: bool = False,
+    gpus: int = 1,
 ) -> dict[str, object]:
     """Print and return the plan of a run; with a budget such as `8GB`, that of the cheapest settings which fit into it.
 
-    measure: whether some steps are made here, with these settings, to say how long they take. Raises UserError with all
-    that is wrong with the run, and where nothing fits.
+    measure: whether some steps are made here, with these settings, to say how long they take. gpus: up to how many
+    cards it is said how much faster they would be. Raises UserError with all that is wrong with the run, also on so
+    many cards, and where nothing fits.
     """
     draft = read_draft(path, overrides)
+    draft = draft.with_problems(rank_problems(draft, gpus))
     opened, examples = inspect_run(draft, decode=False)
     config = with_prompts(draft.require_sound(), examples)
     from sdtrain.training.planning.levers import budget_bytes, fit_to
@@ -47,6 +56,12 @@ def plan_config(
     else:
         plan = planned(config)
         console.print(facts_table(lines_of(plan)))
+    if gpus > 1:
+        from sdtrain.training.planning.scaling import scaled_runs, scaling_answer, scaling_lines
+
+        runs = scaled_runs(config, plan, examples, gpus)
+        console.print(facts_table(scaling_lines(config, plan, runs)))
+        found |= {"gpus": scaling_answer(plan, runs)}
     if measure:
         from sdtrain.training.planning.measure import measure_steps
 

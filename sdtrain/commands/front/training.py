@@ -225,6 +225,12 @@ def plan(
         bool,
         typer.Option("--measure", help="Also make some steps on this machine, and say how long one takes."),
     ] = False,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            "--gpus", metavar="NUMBER", min=1, help="Also reckon how much faster up to so many cards would be."
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Say what a run will need (memory by phase, disk, arithmetic), without a GPU and without reading weights."""
@@ -232,7 +238,7 @@ def plan(
     from sdtrain.commands.front.plan import plan_config
 
     try:
-        found = plan_config(config, set_ or [], Console(quiet=as_json), budget=fit_to, measure=measure)
+        found = plan_config(config, set_ or [], Console(quiet=as_json), budget=fit_to, measure=measure, gpus=gpus)
     except Interrupted as ended:  # which was told already
         raise typer.Exit(ended.exit_code) from ended
     if as_json:

@@ -16,6 +16,7 @@ from sdtrain.training.keeping.disk import size as size_text
 from sdtrain.training.keeping.room import needed
 from sdtrain.training.keeping.standing import cache_folder
 from sdtrain.training.planning.trace import CPU, Part, Phase, trace
+from sdtrain.training.ranks.group import Exchanged, exchanged
 from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.start import run_folder
 
@@ -37,6 +38,10 @@ class Plan:
     """Bytes of the frozen U-Net by `model.base_precision`; empty where it is trained."""
     parts: tuple[Part, ...] = ()
     """What could recompute its activations, each part by itself."""
+    operations: int = 0
+    """Operations of a micro-batch, which a processor launches one by one."""
+    exchanged: Exchanged | None = None
+    """What each of several processes would add up with the others in a step."""
 
     @property
     def worst(self) -> Phase:
@@ -67,7 +72,9 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
     name = f"a {'GPU' if on_gpu else 'CPU'}, {str(run.dtype).removeprefix('torch.')}"
     disk = {what: size for what, size in disk.items() if size}
     bases = traced.bases if isinstance(config.method, LoraConfig) else {}
-    return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts)
+    trained = [p for p in traced.trainable.named_parameters().values() if p.requires_grad]
+    costs = traced.operations, exchanged(trained)
+    return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts, *costs)
 
 
 def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:

@@ -83,6 +83,8 @@ class Traced:
     """Bytes of the U-Net by `model.base_precision`."""
     parts: tuple[Part, ...] = ()
     """What could recompute its activations; nothing where something does already."""
+    operations: int = 0
+    """Operations of forward and backward of a micro-batch, which a processor launches one by one."""
 
     @property
     def worst(self) -> Phase:
@@ -116,8 +118,9 @@ def trace(
             model = model_of(components, run.config.model, device=CPU, caption_chunks=run.config.data.caption_chunks)
             weights = _Weights.of(components, run.config, on_gpu=on_gpu)
             tracing = _Trace(run, model, weights, tracker)
-            phases, flops, trainable = tracing.all_phases(bucket, (0, 0) if on_gpu else num_examples)
-    return Traced(phases, flops, trainable, bases, tuple(tracing.parts.values()))
+            phases, step, trainable = tracing.all_phases(bucket, (0, 0) if on_gpu else num_examples)
+    flops = step.flops * run.config.data.gradient_accumulation
+    return Traced(phases, flops, trainable, bases, tuple(tracing.parts.values()), step.operations)
 
 
 def _unread(components: Components) -> Callable[[str], Tensor]:
@@ -148,13 +151,14 @@ class _Weights:
 @dataclass(frozen=True)
 class _Step:
     """What was found out about a step, in bytes: the gradients of other micro-batches, what is kept for backward, the
-    largest moment beside that, and the optimizer's state; and its floating point operations."""
+    largest moment beside that, and the optimizer's state; its floating point operations, and how many operations."""
 
     gradients: int
     kept: int
     moment: int
     state: int
     flops: int
+    operations: int
 
 
 class _Trace:
@@ -165,7 +169,7 @@ class _Trace:
 
     def all_phases(
         self, bucket: tuple[int, int], num_examples: tuple[int, int]
-    ) -> tuple[tuple[Phase, ...], int, Trainable]:
+    ) -> tuple[tuple[Phase, ...], _Step, Trainable]:
         encode, batch, prompts = self.encode(bucket)
         held = _held_bytes(batch, num_examples) + _encoded_bytes(prompts)
         before = self.tracker.bytes_now
@@ -178,7 +182,7 @@ class _Trace:
         parts = {"adapters": adapters, "optimizer": step.state, "pictures and captions": held}
         standing = {part: size for part, size in parts.items() if size}
         phases = [encode, self.train(step, standing), *self.look(trainable, optimizer, prompts, standing)]
-        return tuple(phases), step.flops * self.config.data.gradient_accumulation, trainable
+        return tuple(phases), step, trainable
 
     def _watched(self, name: str, layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a layer of a part that also notes what it keeps for backward beside its inputs and its output."""
@@ -224,7 +228,7 @@ class _Trace:
 
         It is the first one, in which the optimizer makes its state; in later ones that is there from the beginning.
         """
-        tracker, flops = self.tracker, self.tracker.flops
+        tracker, flops, operations = self.tracker, self.tracker.flops, self.tracker.operations
         gradients = 0
         if self.config.data.gradient_accumulation > 1:
             gradients = _put_gradients(trainable)
@@ -235,7 +239,7 @@ class _Trace:
             loss = objective(batch, partial(self.run.generator, "noise", 0))
             kept = tracker.bytes_now - before
             backward(loss)
-        flops = tracker.flops - flops
+        flops, operations = tracker.flops - flops, tracker.operations - operations
         del loss
         backward_moment = tracker.peak_bytes - before
         without_state = tracker.bytes_now
@@ -245,7 +249,7 @@ class _Trace:
         trainable.limit_norms(optimizer)
         moment = max(backward_moment, tracker.peak_bytes - before - state)
         optimizer.zero_grad(set_to_none=True)
-        return _Step(gradients, kept, moment - kept, state, flops)
+        return _Step(gradients, kept, moment - kept, state, flops, operations)
 
     def train(self, step: _Step, standing: Mapping[str, int]) -> Phase:
         """Return what a step holds at most."""

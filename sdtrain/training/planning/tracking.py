@@ -22,7 +22,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the storages that operations make, from where it begins until they are freed.
 
     bytes_now, peak_bytes: what is held, and the most that was since `begin_peak`. flops: as PyTorch's own counter has
-    them, two for a multiplication with an addition.
+    them, two for a multiplication with an addition. operations: how many there were, which a processor launches.
 
     on_gpu: whether convolutions are counted as cuDNN makes them there: tensor cores want the channels last, so what a
     convolution reads and what it makes are held a second time while it runs. Measured on an H100: a preview of SDXL at
@@ -32,7 +32,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, *, on_gpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._on_gpu = on_gpu
-        self.bytes_now = self.peak_bytes = self.flops = 0
+        self.bytes_now = self.peak_bytes = self.flops = self.operations = 0
         self._held: dict[int, int] = {}
         self._zeros: set[int] = set()
 
@@ -55,6 +55,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             with _disable_current_modes():
                 return func(*args, **kwargs)
         out = func(*args, **kwargs)
+        self.operations += 1
         if (count := flop_registry.get(func._overloadpacket)) is not None:
             self.flops += count(*args, **kwargs, out_val=out)
         for tensor in tree_leaves(out):

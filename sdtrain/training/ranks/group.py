@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,14 @@ once."""
 BUCKET_BYTES = 64 * 2**20
 """How many bytes of gradients are sent at once."""
 DIGEST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What each process of a run adds up with the others in one step: how often, and how many bytes."""
+
+    calls: int
+    num_bytes: int
 
 
 class LostRankError(UserError):
@@ -228,6 +237,13 @@ def joined(place: Place) -> Iterator[Ranks]:
         yield Ranks(place)
     finally:
         dist.destroy_process_group()
+
+
+def exchanged(parameters: Sequence[nn.Parameter]) -> Exchanged:
+    """Return what is added up in a step, of which all the parameters have gradients; see `agree` and `add_up`."""
+    buckets = sum(1 for _ in _buckets(parameters))
+    agreed, present, loss = 2 * 8, len(parameters), 4
+    return Exchanged(buckets + 3, agreed + present + 4 * sum(p.numel() for p in parameters) + loss)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
