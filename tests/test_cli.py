@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
+from tests.conftest import small_run
 
 SDTRAIN = [sys.executable, "-m", "sdtrain.cli"]
 
@@ -88,17 +89,31 @@ def test_bad_pictures_are_named_with_the_reason(tmp_path: Path, table: dict[str,
     assert "Traceback" not in result.stderr
 
 
-def test_a_finished_run_is_not_written_over(tmp_path: Path, table: dict[str, Any]) -> None:
-    path = write(tmp_path, table | {"steps": 1})
-    assert run("fit", path).returncode == 0
-    before = {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()}
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The config of a run of two steps, and what `sdtrain fit` said of it in a process of its own."""
+    folder = tmp_path_factory.mktemp("done")
+    path = write(folder, small_run(folder, pictures) | {"steps": 2})
+    return path, run("fit", path)
+
+
+Done = tuple[Path, subprocess.CompletedProcess[str]]
+
+
+def test_a_finished_run_is_not_written_over(done: Done) -> None:
+    path, first = done
+    assert first.returncode == 0, first.stderr
+    before = {file: file.read_bytes() for file in (path.parent / "runs").rglob("*") if file.is_file()}
     result = run("fit", path)
     assert result.returncode == 2
     assert "holds a finished run" in result.stderr
-    assert {file: file.read_bytes() for file in (tmp_path / "runs").rglob("*") if file.is_file()} == before
-    changed = run("fit", path, "--resume", "--set", "seed=5", "--set", "steps=2")
+    changed = run("fit", path, "--resume", "--set", "seed=5", "--set", "steps=3")
     assert changed.returncode == 2
     assert "seed" in changed.stderr and "was 0" in changed.stderr
+    now = {file: file.read_bytes() for file in (path.parent / "runs").rglob("*") if file.is_file()}
+    assert {file: content for file, content in now.items() if "samples" not in file.parts} == {
+        file: content for file, content in before.items() if "samples" not in file.parts
+    }
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, table: dict[str, Any]) -> None:
@@ -119,18 +134,18 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, table: dict[str, Any
     assert len(log.read_text().splitlines()) == step + 1
 
 
-def test_sample_draws_with_the_weights_of_a_run(tmp_path: Path, table: dict[str, Any]) -> None:
-    assert run("fit", write(tmp_path, table | {"steps": 2})).returncode == 0
-    result = run("sample", tmp_path / "runs" / "small", "--prompt", "a red circle", "--seed", "3")
+def test_sample_draws_with_the_weights_of_a_run(done: Done, tmp_path: Path) -> None:
+    path, _ = done
+    result = run("sample", path.parent / "runs" / "small", "--prompt", "a red circle", "--seed", "3")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "runs" / "small" / "samples" / "grid.png").exists()
+    assert (path.parent / "runs" / "small" / "samples" / "grid.png").exists()
     missing = run("sample", tmp_path / "nothing.safetensors", "--prompt", "a red circle")
     assert missing.returncode == 2
     assert "Traceback" not in missing.stderr
 
 
-def test_the_output_is_plain_where_there_is_no_terminal(tmp_path: Path, table: dict[str, Any]) -> None:
-    result = run("fit", write(tmp_path, table | {"steps": 2}))
+def test_the_output_is_plain_where_there_is_no_terminal(done: Done) -> None:
+    _, result = done
     assert "\x1b" not in result.stdout
     assert "step 2/2" in result.stdout
     assert result.stderr == ""

@@ -234,6 +234,7 @@ def test_a_step_of_a_lora_of_sdxl_is_at_most_300_launches(on_kernels: None, monk
     assert 10 < launches.num <= 300
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_triton, reason="there is no Triton here")
 def test_the_kernels_compile_for_cards_that_are_not_here() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

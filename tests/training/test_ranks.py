@@ -105,7 +105,7 @@ def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, An
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("targets", ["attention", "all"])
+@pytest.mark.parametrize("targets", [pytest.param("attention", marks=pytest.mark.slow), "all"])
 def test_ranks_exchange_what_the_plan_says(team: Team, base: dict[str, Any], targets: str) -> None:
     """Counted calls of torch.distributed between the beginnings of two steps, in which all layers have gradients."""
     from sdtrain.commands.front.plan import plan_config
@@ -248,6 +248,7 @@ def test_losses_that_stay_not_finite_end_all_ranks_alike(team: Team, base: dict[
     assert "not finite 5 times in a row" in told[0].text and told[1].text == ""
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_with_a_sentence_and_a_whole_state(
     base: dict[str, Any], alone: Path
 ) -> None:

@@ -8,6 +8,7 @@ HEEDED = {
     "CUDA_VISIBLE_DEVICES": "which cards are seen; empty: none",
     "OMP_NUM_THREADS": "threads of the CPU; with `--gpus` 1 for each process unless it is set",
     "PYTORCH_CUDA_ALLOC_CONF": "how torch shares out a card's memory",
+    "CUBLAS_WORKSPACE_CONFIG": "how cuBLAS repeats its bits; `:4096:8` with `deterministic = true` unless it is set",
     "HF_HOME": "where hub models are kept",
     "HF_HUB_OFFLINE": "1: hub models are only taken from there, nothing is fetched",
     "HF_TOKEN": "who you are to the hub, for `push` and for models that ask for it; never shown",

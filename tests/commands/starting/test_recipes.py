@@ -66,6 +66,7 @@ def test_the_package_brings_the_recipes_along() -> None:
         assert any(fnmatch(place, pattern.replace("**/*", "*")) for pattern in patterns), place
 
 
+@pytest.mark.slow  # the wheel's own test does it with what is installed
 def test_the_quickstart_runs_where_only_the_package_is(tmp_path: Path) -> None:
     """Away from the repository: nothing but the two packages is there."""
     for package in ("sdtrain", "optim"):
