@@ -128,10 +128,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, table: dict[str, Any
     assert process.returncode == 130
     assert "--resume" in output
     step = int((next((tmp_path / "runs" / "small" / "checkpoints").iterdir())).name.removeprefix("step-"))
-    assert step >= 2
-    resumed = run("fit", path, "--resume", "--set", f"steps={step + 1}")
-    assert resumed.returncode == 0, resumed.stderr
-    assert len(log.read_text().splitlines()) == step + 1
+    assert step == len(log.read_text().splitlines()) >= 2  # from where tests/faults go on
 
 
 def test_sample_draws_with_the_weights_of_a_run(done: Done, tmp_path: Path) -> None:

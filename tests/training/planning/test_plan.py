@@ -76,7 +76,9 @@ def counted(config: Config) -> dict[str, int]:
     "changes",
     [
         {"preview.every": 1, "preview.seeds": [0, 1, 2]},
-        {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]},
+        pytest.param(
+            {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]}, marks=pytest.mark.slow
+        ),
         {"memory.recompute": ["up_blocks.0", "down_blocks.1.attentions.0"], "data.batch_size": 2},
         {"method.kind": "full", "data.gradient_accumulation": 2},
         {"model.base_precision": "int8", "preview.every": 1},
