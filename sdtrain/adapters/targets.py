@@ -1,15 +1,16 @@
-"""Which layers of a network get adapters."""
+"""Which layers of a network get adapters. Without torch, which only the functions that are handed networks need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Literal, TypeVar, assert_never, cast
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal, TypeVar, assert_never, cast
 
 from sdtrain.errors import Problem, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Value = TypeVar("Value")
 TargetPreset = Literal["attention", "attention+ff", "all-linear", "all"]
@@ -35,27 +36,30 @@ def select_modules(
     for name, module in network.named_modules():
         if any(name == prefix or name.startswith(prefix + ".") for prefix in unused):
             continue
-        if _is_layer(module) and _is_target(name, module, targets):
+        if _is_layer(module) and is_target(name, targets, is_linear=_is_linear(module)):
             names.append(name)
     return names
 
 
-def _is_target(name: str, module: nn.Module, targets: TargetPreset | Sequence[str]) -> bool:
+def is_target(name: str, targets: TargetPreset | Sequence[str], *, is_linear: bool) -> bool:
+    """Return whether a linear or convolution layer of that name is meant."""
     if not isinstance(targets, str):
         return any(fnmatchcase(name, pattern) for pattern in targets)
     if name == "text_projection":
         return False  # no other tool has a name for an adapter there; a pattern can still ask for it
-    return _in_preset(name, module, cast(TargetPreset, targets))  # a plain str is a Sequence[str] to the type checker
+    return _in_preset(
+        name, cast(TargetPreset, targets), is_linear=is_linear
+    )  # a plain str is a Sequence[str] to the type checker
 
 
-def _in_preset(name: str, module: nn.Module, preset: TargetPreset) -> bool:
+def _in_preset(name: str, preset: TargetPreset, *, is_linear: bool) -> bool:
     match preset:
         case "attention":
             return any(fnmatchcase(name, pattern) for pattern in ATTENTION)
         case "attention+ff":
             return any(fnmatchcase(name, pattern) for pattern in ATTENTION + FEED_FORWARD)
         case "all-linear":
-            return isinstance(module, nn.Linear)
+            return is_linear
         case "all":
             return True
         case _:
@@ -136,7 +140,15 @@ def select_parameters(networks: Mapping[str, nn.Module], weights: Mapping[str, f
 
 
 def _is_layer(module: nn.Module) -> bool:
+    from torch import nn
+
     return isinstance(module, nn.Linear | nn.Conv2d)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+
+    return isinstance(module, nn.Linear)
 
 
 def _without_match(setting: str, patterns: Iterable[str], layers: Sequence[str]) -> list[Problem]:

@@ -7,7 +7,7 @@ the inverse of that mapping, so that the two can never disagree.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -76,6 +76,51 @@ def original_unet_names(layers: Iterable[str]) -> dict[str, str]:
     rule = _unet_names(names)
     found = {name: rule(name) for name in names}
     return {name.removesuffix(".weight"): key.removesuffix(".weight") for name, key in found.items() if key}
+
+
+def own_unet_names(originals: Iterable[str]) -> dict[str, str]:
+    """Return a U-Net layer's original name, without prefix -> its own name; the inverse of `original_unet_names`.
+
+    originals: all layers there are, from which the blocks are counted. Those that no rule knows are left out, which are
+    all where nothing tells how many layers a block has.
+    """
+    layers = list(originals)
+    samplers = [int(match[1]) for layer in layers if (match := re.fullmatch(r"input_blocks\.(\d+)\.0\.op", layer))]
+    if not samplers:
+        return {}
+    per_block = min(samplers) - 1
+    attends = {
+        str(int(match[1]) // (per_block + 1))
+        for layer in layers
+        if (match := re.match(r"output_blocks\.(\d+)\.1\.proj_in", layer))
+    }
+    own = {
+        key.removesuffix(".weight"): name
+        for name in _unet_names_there_may_be(per_block, len(samplers) + 1)
+        if (key := _unet_key(f"{name}.weight", per_block, attends))
+    }
+    found = {}
+    for layer in layers:
+        block = re.match(r"(?:input_blocks|output_blocks)\.\d+\.\d+|middle_block\.\d+", layer)
+        if layer in own:
+            found[layer] = own[layer]
+        elif block and f"{block[0]}.proj_in" in own:  # a transformer, below which all names are the same
+            found[layer] = own[f"{block[0]}.proj_in"].removesuffix("proj_in") + layer[block.end() + 1 :]
+    return found
+
+
+def _unet_names_there_may_be(per_block: int, num_blocks: int) -> Iterator[str]:
+    """Yield the own names of layers that a U-Net of such blocks can have; of a transformer the first one."""
+    yield from UNET_ENDS
+    for side, blocks in {"down_blocks": per_block, "up_blocks": per_block + 1}.items():
+        for block in range(num_blocks):
+            for index in range(blocks):
+                yield from (f"{side}.{block}.resnets.{index}.{layer}" for layer in RESNET)
+                yield f"{side}.{block}.attentions.{index}.proj_in"
+            yield f"{side}.{block}.{side.removesuffix('_blocks')}samplers.0.conv"
+    for index in range(2):
+        yield from (f"mid_block.resnets.{index}.{layer}" for layer in RESNET)
+    yield "mid_block.attentions.0.proj_in"
 
 
 def _unet_rule(names: list[str]) -> Callable[[str], Place]:

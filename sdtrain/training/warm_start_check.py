@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdtrain.adapters.formats.conventions import known_keys
 from sdtrain.adapters.formats.describe import FileDescription, describe_file
-from sdtrain.adapters.formats.startable import start_problems
+from sdtrain.adapters.formats.startable import split_key, start_problems
+from sdtrain.adapters.targets import is_target, last_match
 from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.errors import Problem, UserError
-from sdtrain.families.original_names import original_unet_names
+from sdtrain.families.original_names import original_unet_names, own_unet_names
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX
-from sdtrain.files.header import Entry, Header, explain, read_header
+from sdtrain.files.header import Header, explain, read_header
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.checkpoints.locate import DiffusersFolder
 from sdtrain.training.weights_files import NATIVE
 
 Shape = tuple[int, ...]
 WHERE = "method.init_from"
-WIDTHS = {"lora_down.weight": 1, "lora_A.weight": 1, "lora.down.weight": 1, "lora_up.weight": 0, "lora_B.weight": 0} | {
-    "lora.up.weight": 0
+SIDES: Mapping[str, Mapping[str, int]] = {
+    "outputs": {"lora_up.weight": 0, "lora_B.weight": 0, "lora.up.weight": 0, "hada_w1_a": 0},
+    "inputs": {"lora_down.weight": 1, "lora_A.weight": 1, "lora.down.weight": 1},
 }
-"""The parts of a LoRA whose own side is one of its layer's, and which side of the layer's weight that is."""
+"""The parts of an adapter of which one side is a side of its layer, and which side of the part that is."""
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of a U-Net: the shapes of their weights by their own names, and those by all their names in files."""
+
+    shapes: Mapping[str, Shape]
+    own_names: Mapping[str, str]
 
 
 def warm_start_problems(config: Config) -> list[Problem]:
@@ -59,8 +70,7 @@ def _parts(path: Path, method: LoraConfig) -> list[Problem]:
     told = start_problems(read_header(path), kind)
     if not told:
         return []
-    rest = f" (and {len(told) - 1} more like this)" if len(told) > 1 else ""
-    return [Problem(WHERE, f"{path.name}: {told[0]}{rest}; choose a whole file of {kind}")]
+    return [Problem(WHERE, f"{path.name}: {told[0]}{_more(told)}; choose a whole file of {kind}")]
 
 
 def _networks(path: Path, found: FileDescription, method: LoraConfig) -> list[Problem]:
@@ -87,71 +97,82 @@ def _rank(path: Path, found: FileDescription, method: LoraConfig) -> list[Proble
 
 
 def warm_start_misfits(config: Config, opened: OpenedModel) -> list[Problem]:
-    """Return the problem of a file that was made for another model: its U-Net layers by name and size."""
+    """Return the problems of a file that was made for another model or other targets: its U-Net layers by name and
+    size. Those of text encoders, which are of one size in a family, are left to the loading."""
     method = config.method
-    if not isinstance(method, LoraConfig) or not method.init_from:
+    if not isinstance(method, LoraConfig) or not method.init_from or DENOISER not in method.train:
         return []
     path = Path(method.init_from).expanduser()
     layers = unet_layers(opened)
-    is_whole = isinstance(opened.checkpoint, DiffusersFolder)
     try:
         header = read_header(path)
     except UserError:
         return []  # which was told already
-    misfits = [
-        what
-        for key, entry in _known(header).items()
-        for part, side in WIDTHS.items()
-        if key.endswith("." + part)
-        for what in _misfit(key.removesuffix("." + part), side, entry.shape, layers, is_whole=is_whole)
-    ]
-    if not misfits:
-        return []
-    rest = f" (and {len(misfits) - 1} more like this)" if len(misfits) > 1 else ""
-    what = f"{path.name} was made for another model: {misfits[0]}{rest}; choose a file made for {config.model.path}"
-    return [Problem(WHERE, what, (WHERE, "model.path"))]
+    parts = _parts_by_layer(header)
+    misfits = [what for name, there in parts.items() for what in _misfits(name, there, layers)]
+    if misfits:
+        made_for = f"choose a file made for {config.model.path}"
+        what = f"{path.name} was made for another model: {misfits[0]}{_more(misfits)}; {made_for}"
+        return [Problem(WHERE, what, (WHERE, "model.path"))]
+    wanted = {
+        name
+        for name, shape in layers.shapes.items()
+        if is_target(name, method.targets, is_linear=len(shape) == 2)
+        and last_match(method.layer_weights, name, 1.0) > 0
+    }
+    there = {layers.own_names[name] for name in parts}
+    problems = []
+    if lacking := sorted(wanted - there):
+        what = f"lacks {lacking[0]}{_more(lacking)}, which this run trains: narrow method.targets"
+        problems.append(Problem(WHERE, f"{path.name} {what}", (WHERE, "method.targets")))
+    if more := sorted(there - wanted):
+        what = f"has {more[0]}{_more(more)}, which this run does not train: widen method.targets"
+        problems.append(Problem(WHERE, f"{path.name} {what}", (WHERE, "method.targets")))
+    return problems
 
 
-def _known(header: Header) -> dict[str, Entry]:
-    keys = known_keys(header.entries)
-    return {keys[key]: entry for key, entry in header.entries.items() if key in keys}
+def _more(told: Sequence[str]) -> str:
+    return f" (and {len(told) - 1} more like this)" if len(told) > 1 else ""
 
 
-def _misfit(name: str, side: int, shape: Shape, layers: Mapping[str, Shape], *, is_whole: bool) -> list[str]:
-    """Return what is wrong with a factor of a layer. is_whole: whether `layers` knows every name there is."""
-    if not name.startswith((LORA_UNET_PREFIX, f"{DENOISER}.")):
-        return []
-    if name not in layers and not is_whole:
-        return []
-    if name not in layers:
-        return [f"its {name} is no layer of this one"]
-    size = shape[side] if len(shape) > side else 0
-    wanted = layers[name][side]
-    if size == wanted:
-        return []
-    return [f"its {name} has {size} {'inputs' if side else 'outputs'}, this one's {wanted}"]
+def _parts_by_layer(header: Header) -> dict[str, dict[str, Shape]]:
+    """Return the name in the file -> part -> shape, for its layers of the U-Net."""
+    found: dict[str, dict[str, Shape]] = {}
+    for key, known in known_keys(header.entries).items():
+        if known.startswith((LORA_UNET_PREFIX, f"{DENOISER}.")) and ".processor." not in known:
+            layer, part = split_key(known)
+            found.setdefault(layer, {})[part] = header.entries[key].shape
+    return found
 
 
-def unet_layers(opened: OpenedModel) -> dict[str, Shape]:
-    """Return the name in LoRA files -> shape of the weight, for the layers of a model's U-Net.
+def _misfits(name: str, parts: Mapping[str, Shape], layers: Layers) -> Iterator[str]:
+    """Yield what is wrong with a layer of the file."""
+    if name not in layers.own_names:
+        yield f"its {name} is no layer of this one"
+        return
+    outputs, inputs, *_ = layers.shapes[layers.own_names[name]]
+    for (word, sides), wanted in zip(SIDES.items(), (outputs, inputs), strict=True):
+        for part, side in sides.items():
+            shape = parts.get(part, ())
+            if part in parts and (shape[side] if len(shape) > side else 0) != wanted:
+                yield f"its {name} has {shape[side] if len(shape) > side else 0} {word}, this one's {wanted}"
 
-    For a folder these are the names in every naming; a single file tells those in its own, original layout.
-    """
-    shapes: dict[str, Shape] = {}
+
+def unet_layers(opened: OpenedModel) -> Layers:
+    """Return the layers of a model's U-Net, from the headers of its files."""
+    found: dict[str, Shape] = {}
     for header in opened.headers[DENOISER]:
-        shapes |= _weights(header, opened)
+        found |= _weights(header, opened)
     if isinstance(opened.checkpoint, DiffusersFolder):
-        original = original_unet_names(shapes) if opened.family.lora_in_original_layout else {}
-        return {
-            name: shape
-            for layer, shape in shapes.items()
-            for name in (
-                LORA_UNET_PREFIX + _flat(original.get(layer, layer)),
-                LORA_UNET_PREFIX + _flat(layer),
-                f"{DENOISER}.{layer}",
-            )
-        }
-    return {LORA_UNET_PREFIX + _flat(layer): shape for layer, shape in shapes.items()}
+        shapes, original = found, original_unet_names(found)
+    else:
+        own = own_unet_names(found)
+        shapes = {own[layer]: shape for layer, shape in found.items() if layer in own}
+        original = {name: layer for layer, name in own.items()}
+    names = {name: layer for layer in shapes for name in (LORA_UNET_PREFIX + _flat(layer), f"{DENOISER}.{layer}")}
+    if opened.family.lora_in_original_layout:
+        names |= {LORA_UNET_PREFIX + _flat(original[layer]): layer for layer in shapes if layer in original}
+    return Layers(shapes, names)
 
 
 def _weights(header: Header, opened: OpenedModel) -> dict[str, Shape]:

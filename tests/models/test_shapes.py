@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdtrain.families.family import Family
-from sdtrain.families.original_names import places_of
+from sdtrain.families.original_names import original_unet_names, own_unet_names, places_of
 from sdtrain.families.published_configs import CLIP_L_TEXT, OPEN_CLIP_G_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
 from sdtrain.families.sd import SD1
 from sdtrain.families.sdxl import SDXL
@@ -218,3 +218,13 @@ def test_any_pruned_unet_is_rebuilt_from_its_shapes(unet: dict[str, Any]) -> Non
     again = {name: tuple(value.shape) for name, value in empty_network(SDXL, "unet", derived).named_parameters()}
     assert again == shapes
     assert derived["addition_time_embed_dim"] == 8
+
+
+@pytest.mark.parametrize("config", [SDXL_UNET, SSD_1B, VEGA, SD1_UNET], ids=["SDXL", "SSD-1B", "Vega", "SD 1.5"])
+def test_the_names_of_a_single_files_unet_are_those_of_the_network(config: dict[str, Any]) -> None:
+    """There and back, each layer once."""
+    unet = empty_network(SDXL, "unet", config)
+    layers = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)]
+    originals = original_unet_names(layers)
+    assert set(originals) == set(layers) and len(set(originals.values())) == len(layers)
+    assert own_unet_names(originals.values()) == {original: own for own, original in originals.items()}

@@ -13,16 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
 from sdtrain.adapters.formats.layer_names import diffusers_names, sd_scripts_names
+from sdtrain.adapters.formats.lora_file import write_lora
+from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.layers import plain_modules
+from sdtrain.adapters.targets import select_modules
 from sdtrain.config.read import overridden
 from sdtrain.config.schema import ModelConfig
 from sdtrain.errors import UserError
 from sdtrain.families.modelspec import Description
+from sdtrain.families.original_names import own_unet_names
 from sdtrain.files.header import read_header
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.training.start import draft_run, inspect_run
-from sdtrain.training.warm_start_check import unet_layers
+from sdtrain.training.warm_start_check import Layers, unet_layers
 
 BASE = "builtin:tiny-sdxl"
 BUILTIN = Path(__file__).parents[2] / "sdtrain" / "builtin" / "tiny-sdxl"
@@ -31,7 +36,12 @@ Problems = Callable[[dict[str, Any]], list[tuple[str, str]]]
 
 @cache
 def layers() -> dict[str, tuple[int, ...]]:
-    return unet_layers(open_model(ModelConfig(path=BASE), BASE))
+    return shapes_by_name(unet_layers(open_model(ModelConfig(path=BASE), BASE)))
+
+
+def shapes_by_name(found: Layers) -> dict[str, tuple[int, ...]]:
+    """The shapes by all the names that files may have."""
+    return {name: found.shapes[layer] for name, layer in found.own_names.items()}
 
 
 def lora(path: Path, rank: int = 2, names: str = "lora_unet_", wrong_width: int = 0, **more: Tensor) -> Path:
@@ -50,7 +60,7 @@ def lora(path: Path, rank: int = 2, names: str = "lora_unet_", wrong_width: int 
 @pytest.fixture
 def problems(table: dict[str, Any], tmp_path: Path) -> Callable[..., list[str]]:
     def look(file: Path, **method: object) -> list[str]:
-        table["method"] |= {"init_from": str(file), **method}
+        table["method"] |= {"init_from": str(file), "targets": ["*.attn2.to_k"], **method}
         try:
             inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
         except UserError as error:
@@ -120,7 +130,10 @@ def test_the_layers_that_headers_tell_are_those_of_the_network(tmp_path: Path) -
     assert (wanted | also).items() <= layers().items()
     model.write_checkpoint(tmp_path / "whole.safetensors", Description("test", size), layout="single-file")
     opened = open_model(ModelConfig(path=str(tmp_path / "whole.safetensors"), components=str(BUILTIN)), "test")
-    assert {name: shape[:2] for name, shape in unet_layers(opened).items()} == {n: s[:2] for n, s in wanted.items()}
+    single = unet_layers(opened)
+    assert single.own_names == unet_layers(open_model(ModelConfig(path=BASE), BASE)).own_names
+    found = {name: shape[:2] for name, shape in shapes_by_name(single).items()}
+    assert {name: shape[:2] for name, shape in (wanted | also).items()}.items() <= found.items()
 
 
 def test_a_base_in_eight_bits_is_refused_by_check(table: dict[str, Any], tmp_path: Path) -> None:
@@ -171,3 +184,76 @@ def test_oft_on_convolutions_is_a_mistake_in_the_settings(table: dict[str, Any])
     table["method"] |= {"adapter": "oft", "targets": "all"}
     with pytest.raises(UserError, match='oft cannot rotate; use "all-linear"'):
         inspect_run(draft_run(overridden(table, "config.toml", ()), resume=False), decode=False)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """The embedded model as a folder and as one file in the original layout."""
+    from sdtrain.commands.files.merge import read_base
+
+    path = tmp_path_factory.mktemp("bases") / "whole.safetensors"
+    model, size = read_base(BASE)
+    model.write_checkpoint(path, Description("test", size), layout="single-file")
+    return {"folder": {"path": BASE}, "file": {"path": str(path), "components": str(BUILTIN)}}
+
+
+@pytest.mark.parametrize("base", ["folder", "file"])
+@pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("targets", ["attention+ff", "all"])
+def test_what_a_run_writes_a_run_of_the_same_targets_starts_from(
+    problems: Problems,
+    table: dict[str, Any],
+    tmp_path: Path,
+    bases: Any,
+    kind: str,
+    names: str,
+    base: str,
+    targets: str,
+) -> None:
+    """And one of other targets says which layers differ, before anything is loaded."""
+    if kind == "oft" and (names == "sd-scripts" or targets == "all"):
+        pytest.skip("no such file is written")
+    path = tmp_path / "a.safetensors"
+    write_adapters(path, kind, names, targets)
+    table["model"] = bases[base]
+    how = {"adapter": kind, "rank": 4, "alpha": 4.0, "train": ["unet"]}
+    assert problems(path, targets=targets, **how) == []
+    [less] = problems(path, targets="attention", **how)
+    assert "a.safetensors has " in less and "which this run does not train: widen method.targets" in less
+    if targets != "all" and kind != "oft":
+        [more] = problems(path, targets="all", **how)
+        assert "a.safetensors lacks add_embedding.linear_1 (and " in more and "narrow method.targets" in more
+    if kind != "oft":
+        weights = {"layer_weights": {"up_blocks.*": 0.0}}
+        [other] = problems(path, targets=targets, **how, **weights)
+        assert "has up_blocks.0." in other
+
+
+@cache
+def networks() -> Any:
+    from sdtrain.commands.files.merge import read_base
+
+    return read_base(BASE)[0].networks
+
+
+def write_adapters(path: Path, kind: Any, names: Any, targets: Any) -> None:
+    """Write fresh adapters of a kind on the embedded model's U-Net."""
+    import copy
+
+    unet = copy.deepcopy(networks()["unet"])
+    modules = select_modules(unet, targets)
+    attach_adapters(unet, modules, AdapterSettings(kind, 4), torch.Generator().manual_seed(1))
+    whole = {**networks(), "unet": unet}
+    facts = FileFacts(title="test", date="2026-11-22T15:00:00+00:00")
+    write_lora(path, {"unet": adapter_weights(unet)}, whole, names=names, facts=facts)
+
+
+def test_what_no_rule_knows_is_left_out() -> None:
+    assert own_unet_names([]) == {} and own_unet_names(["input_blocks.0.0", "time_embed.0"]) == {}
+    known = own_unet_names(["input_blocks.0.0", "input_blocks.3.0.op", "a.b", "middle_block.7.x", "out.2"])
+    assert known == {
+        "input_blocks.0.0": "conv_in",
+        "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+        "out.2": "conv_out",
+    }

@@ -62,14 +62,15 @@ def _layers(header: Header) -> dict[str, dict[str, Entry]]:
     for key, known in known_keys(header.entries).items():
         if ".processor." in known:  # the first diffusers' names, in which layer and part are one word
             continue
-        layer, part = _split(known)
+        layer, part = split_key(known)
         part = OTHER_SPELLINGS.get(part, part)
         roles = ROLES["sd-scripts" if layer.startswith("lora_") else "diffusers"] | OF_PEFT
         found.setdefault(layer, {})[roles.get(part, part)] = header.entries[key]
     return found
 
 
-def _split(key: str) -> tuple[str, str]:
+def split_key(key: str) -> tuple[str, str]:
+    """Return the layer and the part of a key as it is known here."""
     if key.startswith("lora_"):
         layer, _, part = key.partition(".")
         return layer, part
