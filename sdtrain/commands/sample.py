@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias, assert_never
@@ -164,7 +165,8 @@ def draw(
         if step is not None:
             raise user_error(str(source), "--step", "belongs to a run; a weights file holds one step")
         config = _config(source, prompts, overrides, base)
-        return _draw_file(source, config, seeds, loras, on_progress, partial=partial, strength=strength)
+        with _naming_base(config):
+            return _draw_file(source, config, seeds, loras, on_progress, partial=partial, strength=strength)
     weights = finished_weights(source) if step is None else None
     if weights is not None:
         config = _config(weights, prompts, overrides)
@@ -177,6 +179,18 @@ def draw(
         rows = _render(model, reached.run, seeds, on_progress)
     told = _told(config, reached.step, seeds, loras, strength)
     return Pictures(rows, f"{config.name}, step {reached.step}", told, left_out)
+
+
+@contextmanager
+def _naming_base(config: Config) -> Iterator[None]:
+    """Say of a file that lacks tokenizers or configs which option of `sample` names those of another model."""
+    try:
+        yield
+    except UserError as error:
+        if config.model.components or not any(problem.where == "model.components" for problem in error.problems):
+            raise
+        hint = Problem("--base", "names a model to take them from, a diffusers folder, a hub id or builtin:NAME")
+        raise UserError(error.source, [*error.problems, hint]) from error
 
 
 def _draw_file(
@@ -276,7 +290,9 @@ def load_with_weights(run: Run, weights: Path, strength: float = 1.0) -> Model:
         case FullConfig() if strength != 1:
             raise _without_strength()
         case FullConfig():
-            own = {"path": str(weights), "components": run.config.model.components or run.config.model.path, "vae": ""}
+            base = run.config.model
+            beside = base.components or ("" if base.path.endswith(".safetensors") else base.path)
+            own = {"path": str(weights), "components": beside, "vae": ""}
             config = run.config.model_copy(update={"model": run.config.model.model_copy(update=own)})
             return open_and_load(replace(run, config=config))
         case _:

@@ -255,6 +255,17 @@ def test_a_merged_model_is_drawn_and_a_whole_model_has_no_strength(train: Train,
         draw(merged, ["a red circle"], [0], None, SMALL, base="builtin:tiny-sdxl", strength=0.5)
 
 
+def test_a_whole_model_without_tokenizers_says_what_names_them(train: Train, tmp_path: Path) -> None:
+    run, _ = train({"steps": 1})
+    weights, merged = run / "weights" / "small.safetensors", tmp_path / "merged.safetensors"
+    assert CliRunner().invoke(app, ["merge", "builtin:tiny-sdxl", str(weights), "--out", str(merged)]).exit_code == 0
+    with pytest.raises(UserError) as told:
+        draw(merged, ["a red circle"], [0], None, SMALL)
+    said = " ".join(str(told.value).split())
+    assert "a single file holds none: name a folder" in said, "and not that the file is a folder without any"
+    assert "--base names a model to take them from" in said
+
+
 def test_strength_and_base_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     handed: dict[str, Any] = {}
     monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.update(how))
