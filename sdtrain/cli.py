@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
-from sdtrain.commands.front.answers import answer
+from sdtrain.commands.front.answers import answer, refusal, wants_answer
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
 from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
@@ -282,6 +282,8 @@ def main() -> None:
     except UserError as error:
         with contextlib.suppress(OSError):  # the terminal may be gone
             say(Console(stderr=True), *error.text().split("\n"))
+            if wants_answer(sys.argv[1:]):
+                answer(sys.argv[1], refusal(error))
         sys.exit(error.exit_code)
 
 

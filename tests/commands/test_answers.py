@@ -140,3 +140,71 @@ def test_recipes_and_first_configs_are_told(tmp_path: Path, pictures: Path) -> N
 def test_what_is_wrong_is_told_as_ever(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["info", str(tmp_path / "none.safetensors"), "--json"])
     assert result.exit_code != 0 and result.stdout == ""
+
+
+REFUSED: dict[str, list[str]] = {
+    "check": ["no.toml"],
+    "plan": ["no.toml"],
+    "view": ["no.toml"],
+    "cache": ["no.toml"],
+    "verify-resume": ["no.toml"],
+    "import-kohya": ["no.toml"],
+    "init": ["--yes", "--model", "nowhere", "--pictures", "nowhere"],
+    "explain": ["method.rnak"],
+    "configs copy": ["nothing"],
+    "info": ["no.safetensors"],
+    "sample": ["no.safetensors", "--prompt", "a"],
+    "compare": ["no-run"],
+    "export": ["no-run", "--format", "folder"],
+    "merge": ["no.safetensors", "no.safetensors", "--out", "a.safetensors"],
+    "resize": ["no.safetensors", "--base", "builtin:tiny-sdxl", "--rank", "2", "--out", "a.safetensors"],
+    "extract": ["no.safetensors", "no.safetensors", "--rank", "2", "--out", "a.safetensors"],
+    "report": ["no-run"],
+    "card": ["no-run"],
+    "push": ["no-run", "someone/something"],
+}
+"""Commands that are asked for what cannot be; the others can refuse nothing."""
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_what_is_refused_is_an_answer_too(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the exit code and the text that a person gets."""
+    from sdtrain.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sdtrain", *command.split(), *REFUSED[command], "--json"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    told = capsys.readouterr()
+    assert left.value.code == 2, told.err
+    assert told.out.count("\n") == 1, told.out
+    found = json.loads(told.out)
+    assert (found["version"], found["command"], found["ok"]) == (1, command.split()[0], False)
+    assert found["problems"] and all(problem["what"] for problem in found["problems"])
+    if command != "check":
+        assert all(problem["what"].split()[0] in told.err for problem in found["problems"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_json_what_is_refused_is_told_to_people_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sdtrain.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["sdtrain", "info", "no.safetensors", "--", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    monkeypatch.setattr("sys.argv", ["sdtrain", "info", "no.safetensors"])
+    with pytest.raises(SystemExit):
+        main()
+    assert not capsys.readouterr().out
+
+
+def test_all_commands_that_can_refuse_are_asked() -> None:
+    can = (
+        {name for name, _ in commands(get_command(app))} - set(WITHOUT) - {"presets", "doctor", "configs list", "runs"}
+    )
+    assert can == set(REFUSED)

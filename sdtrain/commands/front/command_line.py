@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from sdtrain.commands.front.answers import answer
+from sdtrain.commands.front.answers import answer, refusal
 from sdtrain.errors import UserError
 from sdtrain.training.watching.text import facts_table, say
 
@@ -140,8 +140,7 @@ def check_as_json(path: Path, overrides: list[str]) -> None:
     try:
         check_config(path, overrides, told)
     except UserError as error:
-        problems = [{"where": one.where, "what": one.what, "line": one.line} for one in error.problems]
-        answer("check", {"ok": False, "source": error.source, "problems": problems, "told": []})
+        answer("check", {**refusal(error), "told": []})
         raise typer.Exit(error.exit_code) from None
     lines = told.file.getvalue().splitlines() if isinstance(told.file, io.StringIO) else []
     answer("check", {"ok": True, "source": str(path), "problems": [], "told": lines})
