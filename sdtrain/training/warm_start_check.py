@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,14 @@ from sdtrain.training.weights_files import NATIVE
 
 Shape = tuple[int, ...]
 WHERE = "method.init_from"
-SIDES: Mapping[str, Mapping[str, int]] = {
-    "outputs": {"lora_up.weight": 0, "lora_B.weight": 0, "lora.up.weight": 0, "hada_w1_a": 0},
-    "inputs": {"lora_down.weight": 1, "lora_A.weight": 1, "lora.down.weight": 1},
-}
-"""The parts of an adapter of which one side is a side of its layer, and which side of the part that is."""
+EACH = "weights for each output"
+OUTPUTS = ("lora_up.weight", "lora_B.weight", "lora.up.weight", "hada_w1_a", "hada_w2_a")
+INPUTS = ("lora_down.weight", "lora_A.weight", "lora.down.weight")
+EACH_OUTPUT = ("hada_w1_b", "hada_w2_b")
+"""The parts of an adapter of which a side is a side of its layer: its outputs, its inputs, and what it has of weights
+for each output, which of a convolution are more than its inputs."""
+TUCKER = ("hada_t1", "hada_t2", "lokr_t1", "lokr_t2")
+"""The parts beside which the sides of the others mean something else."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +154,46 @@ def _misfits(name: str, parts: Mapping[str, Shape], layers: Layers) -> Iterator[
     if name not in layers.own_names:
         yield f"its {name} is no layer of this one"
         return
-    outputs, inputs, *_ = layers.shapes[layers.own_names[name]]
-    for (word, sides), wanted in zip(SIDES.items(), (outputs, inputs), strict=True):
-        for part, side in sides.items():
-            shape = parts.get(part, ())
-            if part in parts and (shape[side] if len(shape) > side else 0) != wanted:
-                yield f"its {name} has {shape[side] if len(shape) > side else 0} {word}, this one's {wanted}"
+    shape = layers.shapes[layers.own_names[name]]
+    each = math.prod(shape[1:])
+    wanted = {"outputs": shape[0], "inputs": shape[1], EACH: each}
+    for word, size in _sizes(parts):
+        if size != wanted[word]:
+            said = "inputs" if word == EACH and each == shape[1] else word
+            yield f"its {name} has {size} {said}, this one's {wanted[word]}"
+
+
+def _sizes(parts: Mapping[str, Shape]) -> Iterator[tuple[str, int]]:
+    """Yield the sizes of the layer that an adapter was made for, as far as the shapes of its parts tell."""
+    if any(part in parts for part in TUCKER):
+        return
+    for part, shape in parts.items():
+        if part in OUTPUTS:
+            yield "outputs", _side(shape, 0)
+        elif part in INPUTS:
+            yield "inputs", _side(shape, 1)
+        elif part in EACH_OUTPUT:
+            yield EACH, math.prod(shape[1:])
+        elif part == "oft_R.weight":
+            size = (1 + math.isqrt(1 + 8 * _side(shape, 1))) // 2  # a block is n (n - 1) / 2 numbers
+            yield EACH, _side(shape, 0) * size
+    first, second = _factor(parts, "lokr_w1"), _factor(parts, "lokr_w2")
+    if first and second:
+        yield "outputs", first[0] * second[0]
+        yield EACH, first[1] * second[1]
+
+
+def _factor(parts: Mapping[str, Shape], name: str) -> tuple[int, int] | None:
+    """Return rows and columns of a factor of LoKr, which stands there whole or as a product."""
+    if name in parts:
+        return _side(parts[name], 0), math.prod(parts[name][1:])
+    if {f"{name}_a", f"{name}_b"} <= set(parts):
+        return _side(parts[f"{name}_a"], 0), math.prod(parts[f"{name}_b"][1:])
+    return None
+
+
+def _side(shape: Shape, side: int) -> int:
+    return shape[side] if len(shape) > side else 0
 
 
 def unet_layers(opened: OpenedModel) -> Layers:

@@ -128,6 +128,10 @@ def test_lengths_for_inputs_and_other_rotations_are_told_before(attached: dict[K
     peft = tmp_path / "adapter_model.safetensors"
     save_file({f"base_model.model.{TO_Q}.oft_R.weight": torch.zeros(16, 6)}, peft)
     assert "by a series" in str(start_problems(read_header(peft), "oft")) and starts(peft, attached["oft"])
+    for setting in ("coft", "block_share"):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({setting: True}))
+        assert f"peft's `{setting}`" in str(start_problems(read_header(peft), "oft"))
+        assert f"peft's `{setting}`" in str(starts(peft, attached["oft"]))
     (tmp_path / "adapter_config.json").unlink()
     assert "adapter_config.json" in str(start_problems(read_header(peft), "oft"))
 

@@ -230,6 +230,40 @@ def test_what_a_run_writes_a_run_of_the_same_targets_starts_from(
         assert "has up_blocks.0." in other
 
 
+@pytest.mark.parametrize("base", ["folder", "file"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize(
+    "layer", ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"]
+)
+def test_a_layer_twice_as_large_is_told_of_every_kind(
+    problems: Problems, table: dict[str, Any], tmp_path: Path, bases: Any, kind: str, base: str, side: int, layer: str
+) -> None:
+    """Once for its outputs, once for its inputs: one part that has this side grows."""
+    if kind == "oft" and (side == 0 or "conv" in layer):
+        pytest.skip("turns the inputs of linear layers")
+    path = tmp_path / "a.safetensors"
+    targets = "all-linear" if kind == "oft" else "all"
+    write_adapters(path, kind, "diffusers", targets)
+    tensors, metadata = load_file(path), read_header(path).metadata
+    ends = {
+        "lora": ["lora_B.weight", "lora_A.weight"],
+        "loha": ["hada_w1_a", "hada_w1_b"],
+        "lokr": ["lokr_w1", "lokr_w1"],
+        "oft": ["oft_R.weight", "oft_R.weight"],
+    }
+    part = ends["lora" if kind == "dora" else kind][side]
+    [key] = [key for key in tensors if key == f"unet.{layer}.{part}"]
+    tensors[key] = torch.cat([tensors[key]] * 2, 0 if kind == "oft" else side)
+    if kind == "dora" and side == 0:
+        [key] = [key for key in tensors if key.startswith(f"unet.{layer}.") and "magnitude" in key]
+        tensors[key] = torch.cat([tensors[key]] * 2)
+    save_file(tensors, path, metadata)
+    table["model"] = bases[base]
+    said = problems(path, targets=targets, adapter=kind, rank=4, alpha=4.0, train=["unet"])
+    assert len(said) == 1 and f"was made for another model: its unet.{layer} has " in said[0], said
+
+
 @cache
 def networks() -> Any:
     from sdtrain.commands.files.merge import read_base

@@ -20,6 +20,8 @@ from sdtrain.files.numbers import is_number
 
 ALPHA_KEY = "sdtrain.alpha"
 DIFFUSERS_KEY = "lora_adapter_metadata"
+OTHER_ROTATIONS = {"block_share": "one rotation for all blocks", "coft": "rotations up to a limit"}
+"""Settings of peft's OFT under which a file means something that is not computed here."""
 OF_THE_FILE = (
     *("sshs_", "ss_network_", "ss_output_name", "modelspec.hash", "modelspec.title", "modelspec.date", "format"),
     *("modelspec.sai_model_spec", "modelspec.architecture", "modelspec.implementation", ALPHA_KEY, DIFFUSERS_KEY),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from sdtrain.adapters.formats.alphas import most_frequent
-from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, json_table, number_of
+from sdtrain.adapters.formats.metadata import DIFFUSERS_KEY, OTHER_ROTATIONS, json_table, number_of
 from sdtrain.adapters.formats.tensor_names import factor_shape
 from sdtrain.adapters.kinds import Adapters, AdapterWeights, LokrWeights, kind_of
 from sdtrain.errors import user_error
@@ -144,7 +144,7 @@ def series_terms(metadata: Mapping[str, str], component: str) -> int:
     """
     every = json_table(metadata, DIFFUSERS_KEY)
     settings = {key.removeprefix(f"{component}."): v for key, v in every.items() if key.startswith(f"{component}.")}
-    for setting, meaning in (("block_share", "one rotation for all blocks"), ("coft", "rotations up to a limit")):
+    for setting, meaning in OTHER_ROTATIONS.items():
         if settings.get(setting):
             raise ValueError(
                 f"is OFT with peft's `{setting}`, {meaning}, which is not computed here; merge it with peft"
