@@ -62,13 +62,14 @@ class Team:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, ranks: int, job: Job) -> list[Told]:
-        """Train a run on so many of the processes; a process that died tells the code -9"""
+    def run(self, ranks: int, job: Job, *, of: int | None = None) -> list[Told]:
+        """Train a run on so many of the processes; a process that died tells the code -9. of: how many of them are
+        asked what came of it, if not all."""
         port = free_port()
         for rank, pipe in enumerate(self._pipes[:ranks]):
             pipe.send((rank, ranks, port, job))
         told = []
-        for rank, pipe in enumerate(self._pipes[:ranks]):
+        for rank, pipe in enumerate(self._pipes[: of or ranks]):
             try:
                 assert pipe.poll(DAY_S), f"rank {rank} does not answer"
                 told.append(pipe.recv())
@@ -102,9 +103,12 @@ def _serve(pipe: Connection) -> None:
 def _train(rank: int, job: Job) -> Told:
     import sdtrain
     from sdtrain.errors import UserError
+    from sdtrain.training.ranks import pulse
     from sdtrain.training.ranks.group import ToldElsewhereError
     from tests.conftest import merged
 
+    if "freeze" in job.events:
+        pulse.BEAT_S, pulse.LOST_S = 0.5, 5.0
     told, screen = Told(rank, 0), io.StringIO()
     config = sdtrain.Config.model_validate(merged(job.table, job.changes.get(rank, {})))
     try:
@@ -158,6 +162,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
             signal.raise_signal(signal.SIGTERM)
         if events.get("kill") == (told.rank, step):
             os.kill(os.getpid(), signal.SIGKILL)
+        if events.get("freeze") == (told.rank, step):
+            os.kill(os.getpid(), signal.SIGSTOP)
         step += 1
         return found
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -267,6 +268,27 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence_and_a_whole_state
     finally:
         other.end()
     assert_same_run(Path(base["output"]) / "killed", alone)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_silent_is_lost_within_a_bounded_time(base: dict[str, Any], alone: Path) -> None:
+    """It is frozen, as by a machine that hangs: its connections stay, and nothing comes from it any more."""
+    team = Team(2)
+    team.run(2, job(base, {"name": "before", "steps": 1}))
+    began = time.monotonic()
+    try:
+        (told, *_) = team.run(2, job(base, {"name": "frozen", "checkpoint.every": 0}, events={"freeze": (1, 2)}), of=1)
+        assert time.monotonic() - began < 40
+        assert told.code == 1 and "rank 1 has not been heard of for 5 s" in told.text, told
+        assert "--resume" in told.text
+    finally:
+        team.end()
+    other = Team(1)
+    try:
+        assert codes(other.run(1, job(base, {"name": "frozen"}, resume=True))) == [0]
+    finally:
+        other.end()
+    assert_same_run(Path(base["output"]) / "frozen", alone)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ torch.distributed: gloo for what is decided on the CPU and for CPU tensors, NCCL
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from sdtrain.errors import Problem, UserError
 from sdtrain.training.ranks.place import Place
+from sdtrain.training.ranks.pulse import Pulse
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 PATIENCE = timedelta(hours=24)
 """How long ranks wait for the first one, which may encode pictures or write for long. A rank that dies is known at
-once."""
+once, and one that cannot be reached soon, see `pulse.py`."""
+LOOK = timedelta(seconds=1)
+"""How often who waits looks whether a rank was lost."""
 BUCKET_BYTES = 64 * 2**20
 """How many bytes of gradients are sent at once."""
 DIGEST_BYTES = 16
@@ -53,8 +56,8 @@ class ToldElsewhereError(Exception):
 class Ranks:
     """The processes of a run, seen from one of them. Alone it does nothing, and needs no torch."""
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, place: Place, pulse: Pulse | None = None) -> None:
+        self.place, self._pulse = place, pulse
 
     @property
     def is_first(self) -> bool:
@@ -101,8 +104,7 @@ class Ranks:
 
         mine = torch.tensor([list(digest[:DIGEST_BYTES]) for digest in facts.values()], dtype=torch.uint8)
         everybodys = [torch.empty_like(mine) for _ in range(self.place.size)]
-        with _told_if_lost():
-            dist.all_gather(everybodys, mine)
+        self._wait_for(lambda: dist.all_gather(everybodys, mine, async_op=True))
         problems = [
             Problem(f"rank {rank}", f"has another {name} than rank 0; all ranks must be started alike")
             for rank, theirs in enumerate(everybodys)
@@ -122,8 +124,7 @@ class Ranks:
         import torch.distributed as dist
 
         both = torch.tensor([number, int(is_finished)])
-        with _told_if_lost():
-            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+        self._wait_for(lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True))
         return int(both[0]), bool(both[1])
 
     def merge(
@@ -143,9 +144,8 @@ class Ranks:
         numbers = torch.tensor(
             [[mine.get(name, 0.0) for name in names], [float(name in mine) for name in names]], dtype=torch.float64
         )
-        with _told_if_lost():
-            dist.all_reduce(lacking, op=dist.ReduceOp.MAX)
-            dist.all_reduce(numbers)
+        self._wait_for(lambda: dist.all_reduce(lacking, op=dist.ReduceOp.MAX, async_op=True))
+        self._wait_for(lambda: dist.all_reduce(numbers, async_op=True))
         if lacking[0] or not numbers[1].all():
             return None, bool(lacking[1])
         return dict(zip(names, (numbers[0] / numbers[1]).tolist(), strict=True)), bool(lacking[1])
@@ -166,36 +166,66 @@ class Ranks:
 
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
-        with _told_if_lost():
-            dist.all_reduce(present, op=dist.ReduceOp.MAX)
-            here = [p for p, is_there in zip(trained, present.tolist(), strict=True) if is_there]
-            for parameter in here:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-            for bucket in _buckets(here):
-                flat = torch.cat([_gradient(parameter).reshape(-1).float() for parameter in bucket])
-                dist.all_reduce(flat)
-                parts = torch.split(flat, [parameter.numel() for parameter in bucket])
-                for parameter, part in zip(bucket, parts, strict=True):
-                    _gradient(parameter).copy_(part.view_as(parameter))
-            total = loss.clone()
-            dist.all_reduce(total)
+        self._wait_for(lambda: dist.all_reduce(present, op=dist.ReduceOp.MAX, async_op=True))
+        here = [p for p, is_there in zip(trained, present.tolist(), strict=True) if is_there]
+        for parameter in here:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for bucket in _buckets(here):
+            flat = torch.cat([_gradient(parameter).reshape(-1).float() for parameter in bucket])
+            self._sum(flat)
+            parts = torch.split(flat, [parameter.numel() for parameter in bucket])
+            for parameter, part in zip(bucket, parts, strict=True):
+                _gradient(parameter).copy_(part.view_as(parameter))
+        total = loss.clone()
+        self._sum(total)
         return total
+
+    def _sum(self, tensor: Tensor) -> None:
+        """Replace a tensor by its sum over all ranks; on a card once its turn comes there."""
+        import torch.distributed as dist
+
+        if tensor.is_cuda:
+            with _told_if_lost():
+                dist.all_reduce(tensor)
+            return
+        self._wait_for(lambda: dist.all_reduce(tensor, async_op=True))
+
+    def _wait_for(self, begin: Callable[[], Any]) -> None:
+        """Begin a collective on the CPU and wait until it is done.
+
+        Raises LostRankError where it fails, and where a rank is lost before it is done.
+        """
+        with _told_if_lost():
+            work = begin()
+            while not self._is_done(work):
+                if self._pulse and self._pulse.lost:
+                    raise RuntimeError(self._pulse.lost)
+
+    @staticmethod
+    def _is_done(work: Any) -> bool:
+        """Wait a moment for a collective; return whether it is done. Raises RuntimeError where it failed."""
+        try:
+            work.wait(LOOK)
+        except RuntimeError:
+            if work.is_completed():
+                raise
+            return False
+        return True
 
     def _tell(self, flag: int) -> None:
         import torch
         import torch.distributed as dist
 
-        with _told_if_lost():
-            dist.broadcast(torch.tensor([flag]), src=0)
+        told = torch.tensor([flag])
+        self._wait_for(lambda: dist.broadcast(told, src=0, async_op=True))
 
     def _hear(self) -> bool:
         import torch
         import torch.distributed as dist
 
         flag = torch.zeros(1, dtype=torch.int64)
-        with _told_if_lost():
-            dist.broadcast(flag, src=0)
+        self._wait_for(lambda: dist.broadcast(flag, src=0, async_op=True))
         return bool(flag)
 
     def wait_for_the_first(self) -> None:
@@ -233,10 +263,28 @@ def joined(place: Place) -> Iterator[Ranks]:
     except (RuntimeError, ValueError) as error:
         what = f"cannot reach the others: {str(error).splitlines()[0]}; are MASTER_ADDR and MASTER_PORT right?"
         raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)]) from error
+    pulse = Pulse(_store_of_its_own(), place.rank, place.size, _end_what_cards_wait_for if has_cards else lambda: None)
     try:
-        yield Ranks(place)
+        yield Ranks(place, pulse)
     finally:
-        dist.destroy_process_group()
+        if not pulse.lost:  # else it would wait for what is lost
+            dist.destroy_process_group()
+        pulse.stop()
+
+
+def _store_of_its_own() -> Any:
+    """Return another connection to the store that the ranks met at."""
+    from torch.distributed import distributed_c10d
+
+    store: Any = distributed_c10d._get_default_store()
+    return store.clone()
+
+
+def _end_what_cards_wait_for() -> None:
+    """End the collectives of NCCL, which wait on the card, where no call on the CPU could leave them."""
+    from torch.distributed import distributed_c10d
+
+    distributed_c10d._abort_process_group()
 
 
 def exchanged(parameters: Sequence[nn.Parameter]) -> Exchanged:
