@@ -72,6 +72,17 @@ def with_all_seeds(results: Sequence[Result], seeds: Sequence[int]) -> list[Resu
     return [one for one in kept if num[one.task, one.steps, one.contestant] == len(set(seeds))]
 
 
+def whole_sweeps(results: Sequence[Result], num: int = 15) -> list[Result]:
+    """Return the results of tasks and lengths in which so many AdamW settings have the first seed.
+
+    Without settings that lack it, which were run beside the sweep.
+    """
+    first = {(one.task, one.steps, one.contestant) for one in results if one.seed == 0}
+    kept = [one for one in results if (one.task, one.steps, one.contestant) in first]
+    swept = Counter((task, steps) for task, steps, name in first if name.startswith("adamw"))
+    return [one for one in kept if swept[one.task, one.steps] >= num]
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Return the mean of values and its standard error, s / sqrt(n) with n - 1 in s; NaN for a single value."""
     if any(not math.isfinite(value) for value in values):

@@ -264,9 +264,13 @@ def step_sizes(found: Sequence[results.Result]) -> str:
     return page(panels, 4, legend, "d over the steps of a run, of the U-Net, every seed and length") if panels else ""
 
 
-def draw_all(found: Sequence[results.Result], folder: Path) -> list[Path]:
-    """Write the drawings that there are results for, and return their paths."""
-    drawings = {"lr": learning_rates(found), "regret": regret(found), "d": step_sizes(found)}
+def draw_all(found: Sequence[results.Result], folder: Path, *, settings: int = 15) -> list[Path]:
+    """Write the drawings that there are results for, and return their paths.
+
+    What a sweep is needed for is drawn where so many of its settings are there.
+    """
+    whole = results.whole_sweeps(found, settings)
+    drawings = {"lr": learning_rates(whole), "regret": regret(whole), "d": step_sizes(found)}
     paths = []
     for name, svg in drawings.items():
         if svg:

@@ -280,10 +280,11 @@ def main() -> None:
     try:
         app()
     except UserError as error:
+        if wants_answer(sys.argv[1:]):
+            with contextlib.suppress(OSError):
+                answer(sys.argv[1], refusal(error))
         with contextlib.suppress(OSError):  # the terminal may be gone
             say(Console(stderr=True), *error.text().split("\n"))
-            if wants_answer(sys.argv[1:]):
-                answer(sys.argv[1], refusal(error))
         sys.exit(error.exit_code)
 
 

@@ -217,7 +217,7 @@ def test_a_drawing_is_made_of_what_there_is(tmp_path: Path) -> None:
         for seed in (0, 1)
     ]
     assert plot_defaults.draw_all(found, tmp_path) == []
-    paths = plot_defaults.draw_all([*found, result("ours", 0.22), result("ours", 0.24, 1)], tmp_path)
+    paths = plot_defaults.draw_all([*found, result("ours", 0.22), result("ours", 0.24, 1)], tmp_path, settings=2)
     assert [path.name for path in paths] == ["defaults-lr.svg", "defaults-regret.svg", "defaults-d.svg"]
     assert all(path.read_text().startswith("<svg") and "nan" not in path.read_text() for path in paths)
 

@@ -137,11 +137,6 @@ def test_recipes_and_first_configs_are_told(tmp_path: Path, pictures: Path) -> N
     assert Path(begun["written"][0]).is_file()
 
 
-def test_what_is_wrong_is_told_as_ever(tmp_path: Path) -> None:
-    result = CliRunner().invoke(app, ["info", str(tmp_path / "none.safetensors"), "--json"])
-    assert result.exit_code != 0 and result.stdout == ""
-
-
 REFUSED: dict[str, list[str]] = {
     "check": ["no.toml"],
     "plan": ["no.toml"],
