@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdtrain.adapters.attach import AdapterSettings, adapter_weights, attach_adapters
 from sdtrain.adapters.formats.conventions import Names
+from sdtrain.adapters.formats.describe import describe_file
 from sdtrain.adapters.formats.lora_file import read_lora, write_lora
 from sdtrain.adapters.formats.metadata import FileFacts
 from sdtrain.adapters.formats.startable import Kind, start_problems
@@ -132,6 +133,7 @@ def test_lengths_for_inputs_and_other_rotations_are_told_before(attached: dict[K
         (tmp_path / "adapter_config.json").write_text(json.dumps({setting: True}))
         assert f"peft's `{setting}`" in str(start_problems(read_header(peft), "oft"))
         assert f"peft's `{setting}`" in str(starts(peft, attached["oft"]))
+        assert describe_file(peft).not_computed == (setting,)
     (tmp_path / "adapter_config.json").unlink()
     assert "adapter_config.json" in str(start_problems(read_header(peft), "oft"))
 

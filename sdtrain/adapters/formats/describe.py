@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sdtrain.adapters.formats.conventions import embeddings, known_keys
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, json_table
+from sdtrain.adapters.formats.conventions import embeddings, known_keys, known_metadata
+from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, json_table, other_rotations
+from sdtrain.errors import UserError
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.metadata import BUCKETS_KEY, CONFIG_KEY, D_KEY, FOLDERS_KEY, TAGS_KEY, steps_of
 from sdtrain.families.words import DENOISER, LORA_UNET_PREFIX, TRAINABLE_NETWORKS
@@ -44,6 +46,8 @@ class FileDescription:
     kind: str
     names: str
     """`sd-scripts`, `diffusers`, or empty for a file that holds no adapters."""
+    not_computed: tuple[str, ...]
+    """The settings of peft under which it means something that is not computed here."""
     num_norms: int
     """Number of normalisations that it changes, too."""
     embeddings: tuple[str, ...]
@@ -83,6 +87,7 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
     return FileDescription(
         kind=_kind(header) if layers else "",
         names=("sd-scripts" if first.startswith("lora_") else "diffusers") if layers else "",
+        not_computed=_not_computed(stored),
         num_norms=len({key.rpartition(".")[0] for key in header.entries if key.endswith((".w_norm", ".b_norm"))}),
         embeddings=tuple(embeddings(stored.entries)),
         num_modules=Counter(component for _, component in layers),
@@ -103,6 +108,15 @@ def describe_file(path: Path, *, num_tags: int = 20) -> FileDescription:
         config_toml=metadata.get(CONFIG_KEY, ""),
         metadata=metadata,
     )
+
+
+def _not_computed(header: Header) -> tuple[str, ...]:
+    """Those of OFT in the header or in peft's file beside; none where these cannot be read, which others tell."""
+    if not any(".oft_" in key for key in header.entries):
+        return ()
+    with suppress(UserError, ValueError):
+        return tuple(other_rotations(known_metadata(header)))
+    return ()
 
 
 def _layers(header: Header) -> list[tuple[str, str]]:

@@ -148,3 +148,13 @@ def json_table(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"cannot be read: `{key}` in the header is no JSON table, fetch the file again")
     return found
+
+
+def other_rotations(metadata: Mapping[str, str]) -> list[str]:
+    """Return the settings of peft's OFT under which a file means something that is not computed here.
+
+    Raises ValueError where its settings are no table.
+    """
+    table = json_table(metadata, DIFFUSERS_KEY)
+    asked = {name.split(".")[-1] for name, value in table.items() if value}
+    return [setting for setting in OTHER_ROTATIONS if setting in asked]

@@ -14,7 +14,14 @@ from sdtrain.adapters.formats.conventions import (
     known_keys,
     known_metadata,
 )
-from sdtrain.adapters.formats.metadata import ALPHA_KEY, DIFFUSERS_KEY, OTHER_ROTATIONS, json_table, number_of
+from sdtrain.adapters.formats.metadata import (
+    ALPHA_KEY,
+    DIFFUSERS_KEY,
+    OTHER_ROTATIONS,
+    json_table,
+    number_of,
+    other_rotations,
+)
 from sdtrain.errors import UserError
 from sdtrain.families.metadata import D_KEY
 from sdtrain.files.header import FRACTIONS, Entry, Header, explain
@@ -143,7 +150,8 @@ def _metadata_problems(metadata: Mapping[str, str], kind: Kind) -> list[str]:
         if kind == "oft" and key == DIFFUSERS_KEY and series:
             found.append("turns inputs by a series, and what is trained here turns them exactly")
         if kind == "oft" and key == DIFFUSERS_KEY:
-            for setting, meaning in OTHER_ROTATIONS.items():
-                if any(name.endswith(f".{setting}") and value for name, value in table.items()):
-                    found.append(f"is OFT with peft's `{setting}`, {meaning}, which is not computed here")
+            found += [
+                f"is OFT with peft's `{setting}`, {OTHER_ROTATIONS[setting]}, which is not computed here"
+                for setting in other_rotations(metadata)
+            ]
     return found

@@ -113,7 +113,7 @@ def _rows(found: FileDescription) -> dict[str, str]:
     layers = ", ".join(f"{network} {number}" for network, number in found.num_modules.items())
     norms = [f"{found.num_norms} normalisations"] if found.num_norms else []
     return {
-        "kind": f"{found.kind} in {found.names} names" if found.kind else "no adapters; tensors of a model",
+        "kind": _kind(found),
         "layers": layers,
         "also": ", ".join([*norms, *(f"text embedding {name}" for name in found.embeddings)]),
         "ranks": _counted(found.ranks),
@@ -134,6 +134,14 @@ def _rows(found: FileDescription) -> dict[str, str]:
         "config": "in the header" if found.config_toml else "",
         "hash": found.metadata.get("modelspec.hash_sha256", "") or found.metadata.get("sshs_model_hash", ""),
     }
+
+
+def _kind(found: FileDescription) -> str:
+    if not found.kind:
+        return "no adapters; tensors of a model"
+    told = f"{found.kind} in {found.names} names"
+    others = " and ".join(found.not_computed)
+    return f"{told}, with peft's {others}, which is not computed here" if others else told
 
 
 def _author_rows(metadata: Mapping[str, str]) -> dict[str, str]:
