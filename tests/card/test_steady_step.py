@@ -139,6 +139,7 @@ def test_the_unet_makes_room_for_the_decoder_where_both_do_not_fit(
     assert {parameter.device.type for parameter in model[0].unet.parameters()} == {NAME}
 
 
+@pytest.mark.slow  # what a plan says of it is in the default suite
 def test_recomputed_activations_need_fewer_bytes(on_card: Callable[..., Card], tmp_path: Any) -> None:
     changes = {**settings_of(("unet",), "lora", "bfloat16", "plain"), "data.resolution_px": 128}
     plain = on_card({**changes, "name": "plain"})

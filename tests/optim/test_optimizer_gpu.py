@@ -119,7 +119,11 @@ def test_tensors_of_several_units_follow_the_plain_path(shape: tuple[int, ...]) 
 @interpreted
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("atan2", torch.bfloat16), ("eps, decay apart", torch.float32), ("not factored", torch.float32)],
+    [
+        ("atan2", torch.bfloat16),
+        pytest.param("eps, decay apart", torch.float32, marks=pytest.mark.slow),
+        pytest.param("not factored", torch.float32, marks=pytest.mark.slow),
+    ],
 )
 def test_the_trial_on_copies_notices_a_coefficient_that_is_10_percent_off(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -85,7 +85,7 @@ def gradients(config: Config, state: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(
     "adapter",
-    ["lora", "oft", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "loha", "lokr"))],
+    ["lora", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dora", "oft", "loha", "lokr"))],
 )
 def test_the_gradients_on_a_packed_base_are_nearly_those_on_the_unpacked_one(
     train: Train, table: dict[str, Any], adapter: str

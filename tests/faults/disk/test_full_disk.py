@@ -77,7 +77,9 @@ def go_on(run: Run, disk: Disk, straight: Ran, changes: dict[str, Any]) -> Ran:
 
 
 @pytest.mark.parametrize("room_at", [3, 0], ids=["room comes back", "it stays full"])
-@pytest.mark.parametrize("writer", NOTES)
+@pytest.mark.parametrize(
+    "writer", [writer if writer == "state" else pytest.param(writer, marks=pytest.mark.slow) for writer in NOTES]
+)
 def test_a_disk_that_is_full_while_the_training_can_do_without_is_a_note(
     run: Run, straight: Ran, disk: Disk, monkeypatch: pytest.MonkeyPatch, writer: str, room_at: int
 ) -> None:
