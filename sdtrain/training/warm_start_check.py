@@ -112,6 +112,8 @@ def warm_start_misfits(config: Config, opened: OpenedModel) -> list[Problem]:
         header = read_header(path)
     except UserError:
         return []  # which was told already
+    if not layers.shapes:
+        return []  # a layout of which no rule knows the names; only loading can tell
     parts = _parts_by_layer(header)
     misfits = [what for name, there in parts.items() for what in _misfits(name, there, layers)]
     if misfits:
@@ -143,7 +145,7 @@ def _parts_by_layer(header: Header) -> dict[str, dict[str, Shape]]:
     """Return the name in the file -> part -> shape, for its layers of the U-Net."""
     found: dict[str, dict[str, Shape]] = {}
     for key, known in known_keys(header.entries).items():
-        if known.startswith((LORA_UNET_PREFIX, f"{DENOISER}.")) and ".processor." not in known:
+        if known.startswith((LORA_UNET_PREFIX, f"{DENOISER}.")):
             layer, part = split_key(known)
             found.setdefault(layer, {})[part] = header.entries[key].shape
     return found

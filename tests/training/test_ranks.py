@@ -75,6 +75,16 @@ def assert_same_run(some: Path, other: Path) -> None:
     assert apart < 1e-8 * size, (apart / size) ** 0.5
 
 
+def assert_goes_on_alone(base: dict[str, Any], name: str, alone: Path) -> None:
+    """One rank goes on with a run that several began, and it becomes the run that one alone made."""
+    team = Team(1)
+    try:
+        assert codes(team.run(1, job(base, {"name": name}, resume=True))) == [0]
+    finally:
+        team.end()
+    assert_same_run(Path(base["output"]) / name, alone)
+
+
 @pytest.fixture(scope="module")
 def base(folder: Path, pictures: Path) -> dict[str, Any]:
     from tests.conftest import small_run
@@ -262,12 +272,7 @@ def test_a_rank_that_is_killed_ends_the_others_with_a_sentence_and_a_whole_state
     finally:
         team.end()
     # what was kept is the last step that all ranks had done
-    other = Team(1)
-    try:
-        assert codes(other.run(1, job(base, {"name": "killed"}, resume=True))) == [0]
-    finally:
-        other.end()
-    assert_same_run(Path(base["output"]) / "killed", alone)
+    assert_goes_on_alone(base, "killed", alone)
 
 
 @pytest.mark.slow
@@ -283,12 +288,7 @@ def test_a_rank_that_is_silent_is_lost_within_a_bounded_time(base: dict[str, Any
         assert "--resume" in told.text
     finally:
         team.end()
-    other = Team(1)
-    try:
-        assert codes(other.run(1, job(base, {"name": "frozen"}, resume=True))) == [0]
-    finally:
-        other.end()
-    assert_same_run(Path(base["output"]) / "frozen", alone)
+    assert_goes_on_alone(base, "frozen", alone)
 
 
 @pytest.mark.slow

@@ -264,6 +264,36 @@ def test_a_layer_twice_as_large_is_told_of_every_kind(
     assert len(said) == 1 and f"was made for another model: its unet.{layer} has " in said[0], said
 
 
+@pytest.mark.parametrize("base", ["folder", "file"])
+def test_the_first_names_of_diffusers_are_those_of_its_layers(
+    problems: Problems, table: dict[str, Any], tmp_path: Path, bases: Any, base: str
+) -> None:
+    """`attn1.processor.to_out_lora.down`, in which layer and part are one word: what loading accepts, check does."""
+    path = tmp_path / "a.safetensors"
+    write_adapters(path, "lora", "diffusers", "attention")
+    first = {}
+    for key, tensor in load_file(path).items():
+        layer, part = key.split(".lora_")
+        block, name = layer.replace("to_out.0", "to_out").rsplit(".", 1)
+        word = {"A": "down", "B": "up"}[part[0]]
+        first[f"{block}.processor.{name}_lora.{word}.weight"] = tensor
+    save_file(first, path)
+    table["model"] = bases[base]
+    how = {"rank": 4, "alpha": 4.0, "train": ["unet"]}
+    assert problems(path, targets="attention", **how) == []
+    [more] = problems(path, targets="attention+ff", **how)
+    assert "a.safetensors lacks " in more
+    half = _saved(path, {key: tensor for key, tensor in first.items() if ".to_q_lora.up" not in key})
+    assert "lacks its up matrix" in problems(half, targets="attention", **how)[0]
+
+
+def test_a_base_of_names_that_no_rule_knows_is_left_to_the_loading(
+    problems: Problems, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdtrain.training.warm_start_check.unet_layers", lambda _: Layers({}, {}))
+    assert problems(lora(tmp_path / "a.safetensors")) == []
+
+
 @cache
 def networks() -> Any:
     from sdtrain.commands.files.merge import read_base

@@ -12,6 +12,7 @@ OneTrainer's and ai-toolkit's `lora_unet_` names in the layout of diffusers are 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal
@@ -60,7 +61,7 @@ OTHER_SPELLINGS = {
 
 def known_key(key: str) -> str:
     """Return a key in the names of sd-scripts or of diffusers; one of no known convention comes back as it is."""
-    key = key.removeprefix(PEFT_PREFIX)
+    key = _modern(key.removeprefix(PEFT_PREFIX))
     for prefix, ours in FLAT_PREFIXES.items():
         if key.startswith(prefix):
             layer, part = _split(key.removeprefix(prefix))
@@ -72,6 +73,18 @@ def known_key(key: str) -> str:
         layer, part = _split(key)
         return f"text_encoder.{layer}.{TO_DIFFUSERS.get(part, part)}" if part else key
     return key
+
+
+def _modern(key: str) -> str:
+    """Return a key in today's names: the first diffusers wrote `attn1.processor.to_out_lora.down` for one of them.
+
+    It is now `attn1.to_out.0.lora.down`.
+    """
+    layer = {"to_out": "to_out.0"}
+    key = key.replace(".processor.", ".")
+    return re.sub(
+        r"\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.", lambda m: f".{layer.get(m[1], m[1])}.lora.{m[2]}.", key
+    )
 
 
 def _split(key: str) -> tuple[str, str]:

@@ -18,7 +18,6 @@ peft read it exactly, transformers wants `.weight` after its name in text encode
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -291,8 +290,7 @@ def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dic
     Names of diffusers contain dots, so the longest known layer name that a key begins with counts.
     """
     found: dict[str, dict[str, Tensor]] = {}
-    for written, tensor in tensors.items():
-        key = _modern(written)
+    for key, tensor in tensors.items():
         pieces = key.split(".")
         cuts = (".".join(pieces[:cut]) for cut in range(len(pieces) - 1, 0, -1))
         layer = next((name for name in cuts if name in layers), None)
@@ -300,18 +298,6 @@ def _grouped(tensors: Mapping[str, Tensor], layers: Mapping[str, object]) -> dic
             layer = key.split(".lora")[0] if not key.startswith("lora_") else pieces[0]
         found.setdefault(layer, {})[key.removeprefix(layer + ".")] = tensor
     return found
-
-
-def _modern(key: str) -> str:
-    """Return a key in today's names: the first diffusers wrote `attn1.processor.to_out_lora.down` for one of them.
-
-    It is now `attn1.to_out.0.lora.down`.
-    """
-    layer = {"to_out": "to_out.0"}
-    key = key.replace(".processor.", ".")
-    return re.sub(
-        r"\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.", lambda m: f".{layer.get(m[1], m[1])}.lora.{m[2]}.", key
-    )
 
 
 def _decoded(

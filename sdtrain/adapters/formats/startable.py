@@ -67,8 +67,6 @@ def _layers(header: Header) -> dict[str, dict[str, Entry]]:
     """Return layer -> part -> entry, each part under today's name."""
     found: dict[str, dict[str, Entry]] = {}
     for key, known in known_keys(header.entries).items():
-        if ".processor." in known:  # the first diffusers' names, in which layer and part are one word
-            continue
         layer, part = split_key(known)
         part = OTHER_SPELLINGS.get(part, part)
         roles = ROLES["sd-scripts" if layer.startswith("lora_") else "diffusers"] | OF_PEFT
