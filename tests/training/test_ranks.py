@@ -20,6 +20,7 @@ import sdtrain
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.order import deal
 from sdtrain.errors import UserError
+from sdtrain.training.ranks.group import Ranks
 from sdtrain.training.ranks.place import Place, place_of
 from tests.conftest import merged
 from tests.training.rank_team import Job, Team, Told
@@ -289,6 +290,29 @@ def test_a_rank_that_is_silent_is_lost_within_a_bounded_time(base: dict[str, Any
     finally:
         team.end()
     assert_goes_on_alone(base, "frozen", alone)
+
+
+class Work:
+    """A collective that is not done in time, and is once somebody has looked."""
+
+    def __init__(self, *, fails: bool, completes: bool) -> None:
+        self._fails, self._completes = fails, completes
+
+    def is_completed(self) -> bool:
+        return self._completes
+
+    def wait(self, timeout: object = None) -> None:
+        if timeout is not None:
+            raise RuntimeError("Operation timed out!")
+        if self._fails:
+            raise RuntimeError("Connection closed by peer")
+
+
+def test_a_collective_that_is_done_just_after_the_look_has_not_failed() -> None:
+    assert not Ranks._is_done(Work(fails=False, completes=False))
+    assert Ranks._is_done(Work(fails=False, completes=True))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        Ranks._is_done(Work(fails=True, completes=True))
 
 
 @pytest.mark.slow

@@ -207,10 +207,10 @@ class Ranks:
         """Wait a moment for a collective; return whether it is done. Raises RuntimeError where it failed."""
         try:
             work.wait(LOOK)
-        except RuntimeError:
-            if work.is_completed():
-                raise
-            return False
+        except RuntimeError:  # it failed, or it was not done in this moment; it may be by now
+            if not work.is_completed():
+                return False
+            work.wait()
         return True
 
     def _tell(self, flag: int) -> None:
