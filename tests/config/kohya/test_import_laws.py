@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sdtrain.config.kohya.importing.convert import convert
@@ -74,6 +74,12 @@ def comments(text: str) -> str:
     return " ".join(" ".join(line.partition("#")[2] for line in text.splitlines()).split())
 
 
+BAD_FOLDER = {
+    "datasets": [{"subsets": [{"image_dir": "a"}, {"image_dir": "\x00", "num_repeats": 3}, {"image_dir": "b"}]}]
+}
+
+
+@example(BAD_FOLDER, None)
 @given(tables, st.none() | st.integers(1, 500))
 @settings(max_examples=150, deadline=None)
 def test_any_options_become_a_config_with_an_answer_to_each(table: dict[str, Any], pictures: int | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sdtrain.config.draft import Written, draft_of
@@ -31,6 +31,7 @@ from sdtrain.config.paths import begins_with, location_of
 from sdtrain.errors import Problem, UserError
 
 _OTHER_NETWORKS = re.compile(r"flux|sd3|lumina|hunyuan|anima|chroma|lllite|control_net", re.IGNORECASE)
+_FOLDER = re.compile(r"data\.folder\[\d+\]\.path")
 _NAME = re.compile(r"[^A-Za-z0-9._-]+")
 _ORDER = ("name", "output", "steps", "seed")
 
@@ -119,8 +120,9 @@ def _sound(
         problem = problems[0]
         wrong = _responsible(kept, problem)
         kept.remove(wrong)
-        if wrong.options and wrong.setting in stand_ins:
-            kept.append(stand_ins[wrong.setting])
+        stand_in = stand_ins.get(_FOLDER.sub("data.folder[0].path", wrong.setting))  # every folder must have a path
+        if wrong.options and stand_in:
+            kept.append(replace(stand_in, setting=wrong.setting))
         refused += [Lost(option, f"{problem.where} {problem.what}") for option in wrong.options]
 
 
