@@ -41,7 +41,9 @@ _PARTS = {
 """What `sdtrain plan --fit-to` chose to recompute of a LoRA with four pictures."""
 RUNS: dict[str, list[str]] = {
     "LoRA, batch 1": [],
+    "LoRA, batch 1, single launches": ['memory.cuda_graphs="off"'],
     "LoRA, batch 4": ["data.batch_size=4"],
+    "LoRA, batch 4, single launches": ["data.batch_size=4", 'memory.cuda_graphs="off"'],
     **{
         f"LoRA, batch 4, fit to {budget}": ["data.batch_size=4", f"memory.recompute={parts.split()!r}"]
         for budget, parts in _PARTS.items()

@@ -35,7 +35,7 @@ import typer
 
 from optim import averaged
 from sdtrain.config.schema import Config
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import generator_of

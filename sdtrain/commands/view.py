@@ -15,7 +15,7 @@ from sdtrain.data.report.names import counted, shown_text
 from sdtrain.data.report.steps import Planned, Steps
 from sdtrain.errors import user_error
 from sdtrain.families.words import LATENT_FACTOR_PX
-from sdtrain.training.objective import draw_inputs
+from sdtrain.training.computing.objective import draw_inputs
 from sdtrain.training.run import generator_of
 from sdtrain.training.start import inspect_run, trains_text
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from sdtrain.config.paths import path_text
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import Problem
+from sdtrain.families.words import DENOISER
 
 NO_PRODUCT = ("dora", "oft")
 """The kinds whose change dW is not a multiple of one product of their tensors."""
@@ -88,6 +89,29 @@ def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
     if used := [f"method.{name}" for name, rate in rates.items() if rate]:
         what = f"compiles each block once, but {' and '.join(used)} would change it every step: choose one"
         yield Problem("memory.compile", what)
+
+
+def nothing_against_graphs(config: Config) -> Iterator[Problem]:
+    """What was captured once is replayed as it is."""
+    if config.memory.cuda_graphs == "on" and (found := list(against_graphs(config))):
+        yield Problem("memory.cuda_graphs", f"on, but {'; '.join(found)}; use auto or off")
+
+
+def against_graphs(config: Config) -> Iterator[str]:
+    """Yield the settings because of which gradients cannot come from CUDA graphs, each with the reason."""
+    method, memory = config.method, config.memory
+    if set(method.train) != {DENOISER}:
+        yield "method.train names text encoders, for which the host reads the captions of every step"
+    if isinstance(method, LoraConfig):
+        for name in ("dropout", "rank_dropout", "module_dropout"):
+            if getattr(method, name):
+                yield f"method.{name} leaves out something else in every step"
+    if isinstance(method, LoraConfig) and method.adapter == "oft":
+        yield "method.adapter = oft solves equations, which a card may stop for"
+    if memory.compile:
+        yield "memory.compile compiles what would be captured"
+    if memory.fused_back_pass:
+        yield "memory.fused_back_pass moves weights within backward"
 
 
 def only_adapters_have_a_base(config: Config) -> Iterator[Problem]:

@@ -260,6 +260,10 @@ STOPPING = (
     *("method.stop", "method.train", "method.init_from", "optimizer.d0", "optimizer.preset"),
     *("optimizer.prodigy_steps", "optimizer.d_limiter", "steps"),
 )
+GRAPHS = (
+    *("memory.cuda_graphs", "memory.compile", "memory.fused_back_pass", "method.train", "method.adapter"),
+    *("method.dropout", "method.rank_dropout", "method.module_dropout"),
+)
 RULES = (
     Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
@@ -284,6 +288,7 @@ RULES = (
     Rule(("memory.fused_back_pass", "method.kind"), _fused_is_for_full),
     Rule(("memory.fused_back_pass", "data.gradient_accumulation"), _fused_or_accumulated),
     Rule(("memory.recompute", "memory.gradient_checkpointing"), _all_or_parts),
+    Rule(GRAPHS, method_rules.nothing_against_graphs),
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),
     Rule(("data.folder",), _tags_that_stay),

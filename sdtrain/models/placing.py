@@ -15,6 +15,9 @@ def sent(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     tensor = tensor.to(dtype or tensor.dtype)
     if tensor.device == device:
         return tensor
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=tensor.device.type == "cpu")
+    return pinned(tensor, device).to(device, non_blocking=tensor.device.type == "cpu")
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor where `device` fetches it from without a wait: pinned, if it lies on the CPU for a CUDA card."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.device.type == "cpu" else tensor

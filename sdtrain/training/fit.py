@@ -15,6 +15,8 @@ from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import NotFiniteError
 from sdtrain.models.checkpoints.inspect import OpenedModel
+from sdtrain.training.computing.graphs import Graphs, uses_graphs
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.guard import backward
 from sdtrain.training.ending.memory import Room, explained_while
 from sdtrain.training.ending.rescue import kept_on_errors
@@ -25,7 +27,6 @@ from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.keeping.room import require_room
 from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
-from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.outputs import (
     Training,
@@ -119,6 +120,7 @@ def prepare(
 ) -> Training:
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config, ranks)
+    graphs = uses_graphs(config, run.device, num_ranks=ranks.place.size)
     if ranks.is_first and chose_float16(config, run.device):
         say(console, "this card does not compute in bfloat16, so the run computes in float16, with a scaled loss")
     with explained_while(lambda: stop.doing, run):
@@ -142,7 +144,7 @@ def prepare(
     scale = LossScale(is_used=computes_in_float16(config, run.device))
     if config.memory.fused_back_pass:
         scale.unscale_within(trainable.parameters())
-    training = Training(run, model, trainable, optimizer, data, background, validator, scale)
+    training = Training(run, model, trainable, optimizer, data, background, validator, scale, graphs)
     _go_on_from(standing, training, console)
     write_resolved_config(run)
     return training
@@ -151,7 +153,7 @@ def prepare(
 def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, ranks, room = run.config, run.ranks, Room(training.model, run.config, optimizer)
+    config, ranks, room = run.config, run.ranks, Room(training.model, run.config, optimizer, training.make_room)
     settling = Settling(training, watchers)
     objective = Objective(training.model, config, run.device, training.data.preservation)
 
@@ -159,6 +161,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         settling.settle()
         watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}"))
 
+    if training.uses_graphs:
+        training.graphs = Graphs(objective, trainable.parameters(), told)
     if training.step == 0:
         preview(training, watchers, stop)
     if due(training.step, config.validation.every, config.steps) and training.validator.lacks(training.step):
@@ -208,8 +212,12 @@ def gradients(training: Training, objective: Objective, batch_size: int) -> Tens
     run, place = training.run, training.run.ranks.place
     total = torch.zeros((), device=run.device)
     for batch, share in training.data.batches.at(training.step, batch_size, hand=place.rank, hands=place.size):
+        noise = partial(run.generator, "noise", training.step)
+        if training.graphs is not None:
+            total += training.graphs.add(batch, noise, share, training.scale.value)
+            continue
         with training.trainable.dropout.drawn(run.generator("dropout", training.step, batch.index)):
-            loss = share * objective(batch, partial(run.generator, "noise", training.step))
+            loss = share * objective(batch, noise)
             backward(loss, training.scale.value)
         total += loss.detach()
     return total

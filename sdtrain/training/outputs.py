@@ -16,6 +16,8 @@ from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.errors import NotFiniteError, UserError
 from sdtrain.models.model import Model
 from sdtrain.models.tiles import TOLD
+from sdtrain.training.computing.graphs import Graphs
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.memory import explained, is_out_of_memory, release
 from sdtrain.training.ending.rescue import Saving, keep, sentence
 from sdtrain.training.ending.scaling import LossScale
@@ -23,7 +25,6 @@ from sdtrain.training.ending.signals import GivenUpError, StopRequests
 from sdtrain.training.export import export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Background, UnusableNumbersError, save_state
-from sdtrain.training.objective import Objective
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.run import Run, autocast
@@ -51,6 +52,7 @@ class Training:
     background: Background
     validator: Validator
     scale: LossScale
+    uses_graphs: bool = False
     step: int = 0
     """The number of steps that are done."""
     saved_step: int | None = None
@@ -65,6 +67,8 @@ class Training:
     """The step before which saving is not tried again, after it failed."""
     settle: Callable[[], None] = field(default=lambda: None)
     """Tells of the last step, where that was not done yet; for those who end a run."""
+    graphs: Graphs | None = None
+    """What launches the gradients of a micro-batch at once, on a card where that pays."""
     first_is_finished: bool = False
     """Whether the ranks agreed that the run is finished; the first one alone validates."""
 
@@ -74,6 +78,11 @@ class Training:
         if number:
             stop.ask(number)
         return bool(number) or self.first_is_finished
+
+    def make_room(self) -> None:
+        """Free what is kept on the card from step to step only to be faster."""
+        if self.graphs is not None:
+            self.graphs.forget()
 
     @property
     def is_finished(self) -> bool:
@@ -99,6 +108,7 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     folder = training.run.folder / "previews"
     path = folder / f"step-{step:06d}.png"
     whole = "decoded" not in training.model.tiled
+    training.make_room()
     try:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             settings, seeds = sampling_settings(config), config.preview.seeds
@@ -196,6 +206,7 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     if validator.held_out is None:
         return
     training.doing = f"giving up the validation of step {step}"
+    training.make_room()
     mine, failure = None, ""
     try:
         mine = validator.measure(objective, training.optimizer, lambda: stop.asked, ranks.place)

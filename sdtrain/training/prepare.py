@@ -26,8 +26,8 @@ from sdtrain.models.checkpoints.inspect import OpenedModel, open_model
 from sdtrain.models.load import load_model, model_of
 from sdtrain.models.model import Model
 from sdtrain.models.tiles import TOLD
+from sdtrain.training.computing.preservation import Preservation, prepare_preservation
 from sdtrain.training.keeping.standing import Standing, cache_folder
-from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run
 from sdtrain.training.start import trains_text
 from sdtrain.training.validating.held_out import HeldOut

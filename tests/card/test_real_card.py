@@ -118,8 +118,9 @@ def test_a_card_makes_the_steps_that_a_cpu_makes(on_cuda: Fit, kind: str, memory
         {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
         settings_of(("text_encoder",), "full", "float32", "fused"),
         {**settings_of(("unet",), "lora", "bfloat16", "plain"), "model.base_precision": "int8"},
+        {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "memory.cuda_graphs": "off"},
     ],
-    ids=["lora", "dora", "text encoder", "full", "packed"],
+    ids=["lora", "dora", "text encoder", "full", "packed", "single launches"],
 )
 def test_a_steady_step_waits_for_nothing_on_a_real_card(on_cuda: Fit, changes: dict[str, Any]) -> None:
     """CUDA itself raises where something waits, but for the read of the step before, which waits for an event."""
@@ -132,6 +133,35 @@ def test_a_steady_step_waits_for_nothing_on_a_real_card(on_cuda: Fit, changes: d
         on_cuda({**changes, "steps": 8}, watchers=[watch])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+GRAPHED: dict[str, dict[str, Any]] = {
+    **{
+        f"{kind} {dtype}": settings_of(("unet",), kind, dtype, "plain")
+        for kind in ADAPTERS
+        if kind != "oft"
+        for dtype in ("bfloat16", "float32")
+    },
+    "recomputed": settings_of(("unet",), "lora", "bfloat16", "checkpointing"),
+    "accumulated, preserved": {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "preserve.weight": 0.5},
+    "sizes that differ": {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "data.batch_size": 3},
+    "float16": settings_of(("unet",), "lora", "float16", "plain"),
+    "looked at": {**settings_of(("unet",), "lora", "bfloat16", "plain"), **WATCHED, "preview.every": 2},
+    **{
+        packing: {**settings_of(("unet",), "lora", "bfloat16", "plain"), "model.base_precision": packing}
+        for packing in ("int8", "fp8", "nf4")
+    },
+    "full": settings_of(("unet",), "full", "float32", "plain"),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHED)
+def test_graphs_make_the_training_that_single_launches_make_on_a_real_card(on_cuda: Fit, name: str) -> None:
+    changes = {**GRAPHED[name], "steps": 6, "deterministic": True, "checkpoint.every": 6}
+    alone = on_cuda({**changes, "name": "alone", "memory.cuda_graphs": "off"})
+    graphs = on_cuda({**changes, "name": "graphs", "memory.cuda_graphs": "on"})
+    assert alone.losses == graphs.losses
+    assert state_bits(alone.folder, 6) == state_bits(graphs.folder, 6)
 
 
 @pytest.mark.parametrize("method", METHODS)

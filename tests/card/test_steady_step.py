@@ -22,13 +22,14 @@ they are in pinned memory by then."""
     [
         {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "preserve.weight": 0.5},
         {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
+        settings_of(("unet",), "oft", "bfloat16", "plain"),
         {
             **settings_of(("text_encoder",), "full", "float32", "fused"),
             "loss.kind": "huber",
             "loss.huber_schedule": "snr",
         },
     ],
-    ids=["lora", "text encoder", "full"],
+    ids=["lora", "text encoder", "oft", "full"],
 )
 def test_a_steady_step_waits_only_for_what_the_step_before_came_to(
     on_card: Callable[..., Card], changes: dict[str, Any]
@@ -39,8 +40,8 @@ def test_a_steady_step_waits_only_for_what_the_step_before_came_to(
         if isinstance(record, StepRecord):
             waits[record.step] = len(found.waits)
 
-    found = on_card({"steps": 3, **changes}, watch)
-    steady = found.waits[waits[2] : waits[3]]
+    found = on_card({"steps": 4, **changes}, watch)
+    steady = found.waits[waits[2] : waits[3]]  # step 3 is told in step 4, when its gradients are computed
     assert {(wait.what, wait.where) for wait in steady} == LISTED
 
 

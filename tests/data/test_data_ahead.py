@@ -126,7 +126,7 @@ def test_a_run_that_reads_ahead_is_the_run_that_holds_all_also_when_it_goes_on_a
 def test_the_thread_ends_with_a_run_that_fails(
     train: Callable[..., tuple[Path, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sdtrain.training.objective import Objective
+    from sdtrain.training.computing.objective import Objective
 
     def fail(*_: Any) -> None:
         raise RuntimeError("the card fell out")

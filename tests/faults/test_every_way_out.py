@@ -18,8 +18,8 @@ from sdtrain import NoteRecord, Record, StepRecord
 from sdtrain.errors import Interrupted, OutOfMemoryError
 from sdtrain.models import sampling
 from sdtrain.training import outputs
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.signals import StopRequests
-from sdtrain.training.objective import Objective
 from sdtrain.training.watching.log import Log
 from sdtrain.training.watching.screen import Screen
 from tests.faults.conftest import Ran, Run

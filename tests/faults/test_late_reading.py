@@ -73,7 +73,7 @@ def test_too_many_steps_that_are_left_out_end_a_run_that_reads_late_where_they_e
 
 @pytest.mark.usefixtures("late")
 def test_the_last_step_is_told_when_the_next_one_fails(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sdtrain.training.objective import Objective
+    from sdtrain.training.computing.objective import Objective
 
     original, calls = Objective.__call__, 0
 

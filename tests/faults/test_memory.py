@@ -14,8 +14,8 @@ from safetensors.torch import load
 from sdtrain.config.overrides import read_override
 from sdtrain.data.batches import Batch
 from sdtrain.errors import OutOfMemoryError, Problem
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.memory import is_out_of_memory
-from sdtrain.training.objective import Objective
 from tests.faults.conftest import Ran, Run
 
 CPU = RuntimeError(

@@ -12,8 +12,8 @@ from safetensors.torch import load
 
 from sdtrain.errors import NotFiniteError
 from sdtrain.training import fit
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.guard import backward
-from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from tests.faults.conftest import Ran, Run
 

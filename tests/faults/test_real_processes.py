@@ -58,7 +58,7 @@ main()
 PLACES = {
     "load": ("sdtrain.models.load:load_model", 1),
     "encoding": ("sdtrain.models.sdxl:SDXL.encode_pixels", 3),
-    "step": ("sdtrain.training.objective:Objective.__call__", 3),
+    "step": ("sdtrain.training.computing.objective:Objective.__call__", 3),
     "update": ("optim.stepper:Stepper.step", 3),
     "preview": ("sdtrain.models.sampling:guided", 7),
     "save": ("sdtrain.training.keeping.states:write_safetensors", 2),

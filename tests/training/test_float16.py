@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config
 from sdtrain.errors import NotFiniteError, UserError
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending import scaling
 from sdtrain.training.ending.guard import backward
 from sdtrain.training.ending.scaling import FIRST, HIGHEST, LossScale
-from sdtrain.training.objective import Objective
 from sdtrain.training.run import autocast_dtype, chose_float16, computes_in_float16, pick_dtype
 from sdtrain.training.watching.records import StepRecord
 from tests.conftest import merged

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.keeping.pictures import Changes, Picture, left_now
-from sdtrain.training.objective import Objective
 
 Train = Callable[..., tuple[Path, str]]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from sdtrain.errors import UserError
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 
 BUILTIN = Path(__file__).parent.parent.parent / "sdtrain" / "builtin" / "tiny-sdxl"
 Train = Callable[..., tuple[Path, str]]

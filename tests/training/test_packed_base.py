@@ -26,7 +26,7 @@ from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import weights_of
 from sdtrain.models.model import Model
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.parameters import train_parameters
 from sdtrain.training.prepare import load, load_as_it_is, make_batches
 from sdtrain.training.run import open_run

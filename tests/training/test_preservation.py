@@ -15,7 +15,7 @@ from sdtrain import Record, StepRecord
 from sdtrain.adapters.base import without_adapters
 from sdtrain.errors import UserError
 from sdtrain.training import fit as loop
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 
 Train = Callable[..., tuple[Path, str]]
 PRESERVE = {"preserve.weight": 2.0, "preserve.captions": ["a blue square", "a green circle", ""]}
@@ -28,7 +28,7 @@ def losses(run: Path) -> list[float]:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each call of the preservation was given, what it returned, and what it should have by the definition."""
-    from sdtrain.training.preservation import Preservation
+    from sdtrain.training.computing.preservation import Preservation
 
     found: list[dict[str, Any]] = []
     original = Preservation.errors

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdtrain.data.batches import Batch, Batches
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 
 Train = Callable[..., tuple[Path, str]]
 Seen = list[tuple[str, str, int, bytes]]

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from sdtrain.data.identity.held_out import identity, is_held_out
 from sdtrain.diffusion.timesteps import draw_timesteps, stratified_timesteps
 from sdtrain.errors import UserError
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.validating.history import History, Validation, is_better, read_history, write_history
 from sdtrain.training.watching.records import NoteRecord, Record, StepRecord, ValidationRecord

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.watching import advice
 from sdtrain.training.watching.advice import Adviser, stuck_at_d0, stuck_at_stored_d
 from sdtrain.training.watching.log import log_line, log_to

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.tuners import loha, lokr, lora
+from peft.tuners.oft.layer import OFTRotationModule
 from torch import Tensor, nn
 
 from sdtrain.adapters.lean.dora import Dora
@@ -15,6 +16,7 @@ from sdtrain.adapters.lean.loha import Hadamard
 from sdtrain.adapters.lean.lokr import Kronecker
 from sdtrain.adapters.lean.lora import LowRank
 from sdtrain.adapters.lean.marking import mark_what_is_remade
+from sdtrain.adapters.lean.oft import Rotation, never_ask
 from sdtrain.adapters.lean.products import POINT, Product, Window
 from sdtrain.adapters.quantised.layer import QuantisedLinear, frozen_weight
 from sdtrain.families.adapter_names import ADAPTER as NAME
@@ -23,7 +25,7 @@ from sdtrain.families.adapter_names import ADAPTER as NAME
 def make_lean(network: nn.Module) -> None:
     """Let the adapters of a network compute with our forward, where there is one, and norms and gates help them.
 
-    Their parameters and names, and everything else of peft's layers, stay. OFT has no forward here.
+    Their parameters and names, and everything else of peft's layers, stay. Of OFT only the rotation is ours.
     """
     for module in network.modules():
         if type(module) not in LEAN or not _is_plain(module.get_submodule("base_layer")):
@@ -32,12 +34,14 @@ def make_lean(network: nn.Module) -> None:
         if isinstance(module, lora.LoraLayer):
             down = module.get_submodule(f"lora_A.{NAME}")
             down.__class__ = Down if isinstance(down, nn.Linear) else DownOfPixels
+    never_ask(network)
     mark_what_is_remade(network)
 
 
 def make_plain(network: nn.Module) -> None:
     """Give the adapters of a network peft's own forward again, which ours is measured against."""
-    theirs = {ours: plain for plain, ours in LEAN.items()} | {Down: nn.Linear, DownOfPixels: nn.Conv2d}
+    theirs = {ours: plain for plain, ours in LEAN.items()}
+    theirs |= {Down: nn.Linear, DownOfPixels: nn.Conv2d, Rotation: OFTRotationModule}
     for module in network.modules():
         module.__class__ = theirs.get(type(module), type(module))
 

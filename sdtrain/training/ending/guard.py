@@ -23,13 +23,15 @@ NAMED = 3
 """The number of parameters that a message names."""
 
 
-def backward(loss: Tensor, scale: float = 1.0) -> None:
-    """Add the gradients of a loss () times a scale. Those of a loss that is not finite are not finite either.
+def backward(loss: Tensor, scale: float | Tensor = 1.0) -> None:
+    """Add the gradients of a loss () times a scale, a number or a tensor (). Those of a loss that
+    is not finite are not finite either.
 
     An infinite loss may have finite gradients; with these the step would be taken. So the optimizer, which leaves out
     a step whose gradients are not finite, leaves out this one too, and no device has to be asked.
     """
-    seed = torch.where(loss.detach().isfinite(), torch.full_like(loss, scale), math.nan)
+    seed = scale if isinstance(scale, Tensor) else torch.full_like(loss, scale)
+    seed = torch.where(loss.detach().isfinite(), seed, torch.full_like(loss, math.nan))
     loss.backward(seed)  # type: ignore[no-untyped-call]
 
 

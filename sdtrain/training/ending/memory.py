@@ -48,8 +48,11 @@ def release(error: BaseException) -> None:
 class Room:
     """How a step is computed within the memory there is; with `memory.on_oom = "adapt"` it gives up more and more."""
 
-    def __init__(self, model: Model, config: Config, optimizer: ProdigyPlusScheduleFree) -> None:
-        self._model, self._config, self._optimizer = model, config, optimizer
+    def __init__(
+        self, model: Model, config: Config, optimizer: ProdigyPlusScheduleFree, free: Callable[[], None]
+    ) -> None:
+        """free: lets go what is kept from step to step only to be faster."""
+        self._model, self._config, self._optimizer, self._free = model, config, optimizer, free
         self._recomputes = config.memory.gradient_checkpointing
         self.batch_size = config.data.batch_size
         """The most pictures that are computed at once; a step has the same pictures, however few."""
@@ -68,6 +71,7 @@ class Room:
                 used = memory_used(self._model.device)
                 release(error)
             self._optimizer.zero_grad(set_to_none=True)
+            self._free()
             tell(f"out of memory{used}; {self._give_up_more()}. The step is done again.")
 
     def _may_adapt(self) -> bool:

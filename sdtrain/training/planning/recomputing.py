@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from diffusers import ModelMixin
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from sdtrain.adapters.attach import keep_quiet
@@ -14,12 +16,16 @@ from sdtrain.config.schema import Config
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
 
+AGAIN = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+"""Computes a part again in backward. Nothing in a U-Net draws from the global generator, whose state on a card would be
+asked for each time."""
+
 
 def recompute(network: Any) -> None:
     """Let a network keep few activations for backward, and compute the others again there."""
     match network:
         case ModelMixin():
-            network.enable_gradient_checkpointing()
+            network.enable_gradient_checkpointing(AGAIN)
         case PreTrainedModel():  # which recomputes in training mode only; CLIP has no dropout that would notice
             network.activation_checkpointing_enable()
             network.train()
@@ -48,7 +54,7 @@ def recompute_parts(unet: Any, names: Collection[str]) -> None:
     parts = parts_of(unet)
     if unknown := sorted(set(names) - set(parts)):
         raise ValueError(f"has no {', '.join(unknown)}; it has {', '.join(parts)}")
-    unet.enable_gradient_checkpointing()
+    unet.enable_gradient_checkpointing(AGAIN)
     for name, part in parts.items():
         part.gradient_checkpointing = name in names  # type: ignore[assignment]
 

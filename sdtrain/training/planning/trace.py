@@ -24,14 +24,15 @@ from sdtrain.models.checkpoints.fill import fill_with_shapes
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.load import model_of
 from sdtrain.models.model import Model
+from sdtrain.training.computing.graphs import wants_graphs
+from sdtrain.training.computing.objective import Objective
+from sdtrain.training.computing.preservation import Preservation, prepare_preservation
 from sdtrain.training.ending.guard import backward
-from sdtrain.training.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.recomputing import watch_parts
 from sdtrain.training.planning.tracking import Tracker, movable_modules
 from sdtrain.training.prepare import pack_base
-from sdtrain.training.preservation import Preservation, prepare_preservation
 from sdtrain.training.run import Run, autocast
 from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
@@ -230,7 +231,7 @@ class _Trace:
         """
         tracker, flops, operations = self.tracker, self.tracker.flops, self.tracker.operations
         gradients = 0
-        if self.config.data.gradient_accumulation > 1:
+        if self.config.data.gradient_accumulation > 1 or (self.tracker.on_gpu and wants_graphs(self.config)):
             gradients = _put_gradients(trainable)
         before = tracker.bytes_now
         tracker.begin_peak()
@@ -253,10 +254,11 @@ class _Trace:
 
     def train(self, step: _Step, standing: Mapping[str, int]) -> Phase:
         """Return what a step holds at most."""
+        others = " of other micro-batches" if self.config.data.gradient_accumulation > 1 else ""
         parts = {
             "weights": self.weights.training,
             **standing,
-            "gradients of other micro-batches": step.gradients,
+            f"gradients{others}": step.gradients,
             "kept for backward": step.kept,
             "largest moment, with gradients": step.moment,
         }

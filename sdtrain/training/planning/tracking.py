@@ -31,7 +31,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, *, on_gpu: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._on_gpu = on_gpu
+        self.on_gpu = on_gpu
         self.bytes_now = self.peak_bytes = self.flops = self.operations = 0
         self._held: dict[int, int] = {}
         self._zeros: set[int] = set()
@@ -63,7 +63,7 @@ class Tracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._hold(tensor, None)
                 if func is aten.zeros.default:
                     self._zeros.add(_key(tensor))
-        if self._on_gpu and func in CONVOLUTIONS:
+        if self.on_gpu and func in CONVOLUTIONS:
             copied = args[0].nbytes + max(tensor.nbytes for tensor in tree_leaves(out) if isinstance(tensor, Tensor))
             self.peak_bytes = max(self.peak_bytes, self.bytes_now + copied)
         return out

@@ -13,7 +13,7 @@ from torch import Tensor
 from sdtrain.data.batches import Batch, Batches
 from sdtrain.diffusion.noise import draw_noise
 from sdtrain.diffusion.timesteps import stratified_timesteps
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.run import generator_of
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.errors import UserError
 from sdtrain.files.header import explain
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ranks.place import Place
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.validating.history import History, Validation, read_history, write_history

@@ -131,7 +131,7 @@ def _train(table: Mapping[str, Any], kill: Kill | None, broken: str, with_data: 
 @contextmanager
 def _steps(kill: Kill | None, seconds: list[float]) -> Iterator[None]:
     """Note how long each step takes, and kill in the middle of the one that is meant."""
-    from sdtrain.training.objective import Objective
+    from sdtrain.training.computing.objective import Objective
     from sdtrain.training.outputs import Training, checkpoint
 
     begin, began = Objective.__call__, 0.0

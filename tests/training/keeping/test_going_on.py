@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from sdtrain.data.batches import Batch
 from sdtrain.errors import UserError
-from sdtrain.training.objective import Objective
+from sdtrain.training.computing.objective import Objective
 
 Fit = Callable[..., tuple[Path, str]]
 BUILTIN = Path(__file__).parents[3] / "sdtrain" / "builtin" / "tiny-sdxl"
