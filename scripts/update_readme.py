@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from sdtrain.commands.front import environment
 from sdtrain.commands.front.words import allowed_text, default_text
 from sdtrain.config import schema
-from sdtrain.config.settings import export, memory, objective
+from sdtrain.config.settings import export, memory, objective, parallel
 from sdtrain.families.readers import table_text
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -40,6 +40,7 @@ TABLES: list[tuple[str, type[BaseModel]]] = [
     ("export", export.ExportConfig),
     ("export.about", export.AboutConfig),
     ("memory", memory.MemoryConfig),
+    ("parallel", parallel.ParallelConfig),
     ("tracking", schema.TrackingConfig),
 ]
 

@@ -114,6 +114,28 @@ def against_graphs(config: Config) -> Iterator[str]:
         yield "memory.fused_back_pass moves weights within backward"
 
 
+def only_full_weights_are_sharded(config: Config) -> Iterator[Problem]:
+    """Adapters are small, and what is frozen beside them needs no gradients."""
+    parallel = config.parallel
+    if parallel.kind == "fsdp" and (found := list(against_shards(config))):
+        yield Problem("parallel.kind", f"fsdp, but {'; '.join(found)}; use auto or ddp")
+    if parallel.replicas > 1 and (parallel.kind == "ddp" or not isinstance(config.method, FullConfig)):
+        what = f"{parallel.replicas}, but only fsdp has any, which is for full fine-tunes; leave it at 1"
+        yield Problem("parallel.replicas", what)
+
+
+def against_shards(config: Config) -> Iterator[str]:
+    """Yield the settings because of which weights cannot be split over processes, each with the reason."""
+    if isinstance(config.method, LoraConfig):
+        yield "method.kind = lora trains adapters, which are small enough for every process"
+    if config.memory.fused_back_pass:
+        yield "memory.fused_back_pass moves weights before the gradients of all are there"
+    if config.memory.compile:
+        yield "memory.compile was not tried with it"
+    if config.method.stop:
+        yield "method.stop would leave the processes with gradients that nobody asked for"
+
+
 def only_adapters_have_a_base(config: Config) -> Iterator[Problem]:
     """A full fine-tune changes the base itself, so that nothing is left to be asked."""
     if config.preserve.weight and isinstance(config.method, FullConfig):

@@ -264,6 +264,10 @@ GRAPHS = (
     *("memory.cuda_graphs", "memory.compile", "memory.fused_back_pass", "method.train", "method.adapter"),
     *("method.dropout", "method.rank_dropout", "method.module_dropout"),
 )
+SHARDS = (
+    *("parallel.kind", "parallel.replicas", "method.kind", "method.stop"),
+    *("memory.fused_back_pass", "memory.compile"),
+)
 RULES = (
     Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),
     Rule(("timesteps.first", "timesteps.last"), _timesteps),
@@ -288,6 +292,7 @@ RULES = (
     Rule(("memory.fused_back_pass", "method.kind"), _fused_is_for_full),
     Rule(("memory.fused_back_pass", "data.gradient_accumulation"), _fused_or_accumulated),
     Rule(("memory.recompute", "memory.gradient_checkpointing"), _all_or_parts),
+    Rule(SHARDS, method_rules.only_full_weights_are_sharded),
     Rule(GRAPHS, method_rules.nothing_against_graphs),
     Rule(("data.bucket_step_px",), _bucket_step),
     Rule(("data.bucket_step_px", "data.resolution_px"), _bucket_step_fits),

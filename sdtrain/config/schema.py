@@ -9,6 +9,7 @@ from pydantic import Field
 from sdtrain.config.settings.export import ExportConfig
 from sdtrain.config.settings.memory import MemoryConfig
 from sdtrain.config.settings.objective import LossConfig, NoiseConfig, PreserveConfig, TimestepConfig
+from sdtrain.config.settings.parallel import ParallelConfig
 from sdtrain.config.settings.values import Count, PathText, Rate, Settings, Share, Times, Whole
 from sdtrain.diffusion.words import Prediction, Sampler
 from sdtrain.families.words import DENOISER, LATENT_FACTOR_PX, NoCaption, TrainableNetwork
@@ -387,4 +388,5 @@ class Config(Settings):
     validation: ValidationConfig = ValidationConfig()
     export: ExportConfig = ExportConfig()
     memory: MemoryConfig = MemoryConfig()
+    parallel: ParallelConfig = ParallelConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -116,22 +117,23 @@ class Batches:
         return [self._rows[number].example for numbers in self._order.step(step) for number in numbers]
 
     def at(
-        self, step: int, batch_size: int | None = None, *, hand: int = 0, hands: int = 1
+        self, step: int, batch_size: int | None = None, *, hand: int = 0, hands: int = 1, in_step: bool = False
     ) -> Iterator[tuple[Batch, float]]:
         """Return the micro-batches of a step, each with its share of the step's pictures; the shares sum to 1.
 
         Steps are counted from 0. batch_size: the most pictures in a micro-batch, None for the run's setting. Whatever
         it is, a step has the same pictures with the same captions, and each the same draws; only the sum of their
         losses is rounded elsewhere. hand, hands: only what the process with this number computes, of so many that
-        share the step, by the number of pixels; it may be nothing. Raises UserError if a cache entry was damaged or
+        share the step, by the number of pixels; it may be nothing. in_step: whether all of them get as many, where one
+        has fewer some that count nothing. Raises UserError if a cache entry was damaged or
         removed during the run.
         """
-        parts = self._parts(step, batch_size, hand, hands)
+        parts = self._parts(step, batch_size, hand, hands, in_step)
         for number, part in enumerate(parts):
             if self._ahead is None:
                 yield self._batch(part), part.share
             else:
-                following = chain(parts[number + 1 :], self._lazily(step + 1, batch_size, hand, hands))
+                following = chain(parts[number + 1 :], self._lazily(step + 1, batch_size, hand, hands, in_step))
                 yield self._ahead.get(part, following), part.share
 
     def close(self) -> None:
@@ -139,10 +141,10 @@ class Batches:
         if self._ahead is not None:
             self._ahead.close()
 
-    def _lazily(self, step: int, batch_size: int | None, hand: int, hands: int) -> Iterator[_Part]:
-        yield from self._parts(step, batch_size, hand, hands)
+    def _lazily(self, *which: Any) -> Iterator[_Part]:
+        yield from self._parts(*which)
 
-    def _parts(self, step: int, batch_size: int | None, hand: int, hands: int) -> list[_Part]:
+    def _parts(self, step: int, batch_size: int | None, hand: int, hands: int, in_step: bool) -> list[_Part]:
         """Return what the micro-batches of a step are made of; nothing is read for it."""
         planned = self._order.step(step)
         captions = [
@@ -151,11 +153,15 @@ class Batches:
         ]
         parts, _, dealt = self._order.dealt(step, batch_size or self._batch_size, hands)
         num, found = sum(map(len, planned)), []
-        for index in dealt[hand]:
+        mine = dealt[hand] or (max(dealt, key=len)[:1] if in_step else [])
+        for index in mine:
             places = [(piece.index, place) for piece in parts[index] for place in range(piece.start, piece.stop)]
             views = tuple(self._view(step, batch, place, planned[batch][place]) for batch, place in places)
             drawn = tuple(captions[batch][place] for batch, place in places)
-            found.append(_Part(index, tuple(parts[index]), views, drawn, len(views) / num))
+            share = len(views) / num if dealt[hand] else 0.0
+            found.append(_Part(index, tuple(parts[index]), views, drawn, share))
+        if in_step:
+            found += [replace(found[-1], share=0.0)] * (max(map(len, dealt)) - len(found))
         return found
 
     def _view(self, step: int, index: int, place: int, number: int) -> _View:

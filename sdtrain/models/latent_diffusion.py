@@ -132,7 +132,7 @@ def _decoded(vae: Any, unscaled: Tensor, beside: nn.Module, tiled: set[InTiles])
     except torch.OutOfMemoryError as error:
         traceback.clear_frames(error.__traceback__)
     place = next(beside.parameters()).device
-    if place.type == "cpu":
+    if place.type == "cpu" or hasattr(beside, "reshard"):  # it is split over processes, which move it together
         with in_tiles(vae):
             whole = vae.decode(unscaled).sample
         tiled.add("decoded")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
@@ -27,6 +27,8 @@ from sdtrain.training.describing.facts import description_of, file_facts
 from sdtrain.training.weights_files import weights_files
 
 Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
+Weights = Mapping[str, Mapping[str, Tensor]]
+"""Parameters by network and name."""
 TOLD_ERROR, LARGE_ERROR = 1e-3, 0.05
 """The shares of the change whose loss is told, and that are worth advice."""
 
@@ -43,12 +45,14 @@ def export_weights(
     folder: Path,
     form: Form = "native",
     strength: float = 1.0,
+    whole: Weights | None = None,
 ) -> float:
     """Write the weights that the networks hold now to `path`, whole or not at all.
 
     Call it inside `averaged(optimizer)`. A whole checkpoint of a LoRA run has the adapters merged in. folder: that of
     the run. form: of adapters. strength: how often the change is counted, written into the file. Returns the share of
-    the change that is lost in the form, |dW - written| / |dW|. Raises UserError for a full disk, for weights that are
+    the change that is lost in the form, |dW - written| / |dW|. whole: the weights of networks that are split over
+    processes, put together; None: none is. Raises UserError for a full disk, for weights that are
     not finite, and for adapter names of a run that has no adapters.
     """
     adapters = trained_adapters(model, config)
@@ -69,7 +73,8 @@ def export_weights(
                 raise user_error(str(path), "--strength", what)
             dtype = None if adapters else stored_dtype(config.export)
             description = description_of(config, step, examples, groups, folder)
-            model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=merging(adapters, strength))
+            change = merging(adapters, strength) if whole is None else taken_from(whole)
+            model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=change)
             return 0.0
         case _:
             assert_never(kind)
@@ -104,15 +109,23 @@ def export_files(
     examples: Sequence[Example],
     groups: Sequence[GroupMetrics],
     folder: Path,
+    whole: Weights | None = None,
 ) -> list[Written]:
     """Write the files that a run leaves, the main one to `path`; return them, the main one last. folder: the run's.
+    whole: see `export_weights`.
 
     Call it inside `averaged(optimizer)`. Raises UserError as `export_weights` does.
     """
     files = weights_files(config)
     if not files:
         export_weights(
-            model, config, path, kind="single-file", step=step, examples=examples, groups=groups, folder=folder
+            *(model, config, path),
+            kind="single-file",
+            step=step,
+            examples=examples,
+            groups=groups,
+            folder=folder,
+            whole=whole,
         )
         return [Written(path, 0.0, 0)]
     found = []
@@ -159,6 +172,15 @@ def merging(adapters: Adapters, strength: float = 1.0) -> Change:
         if adapter is None or not name.endswith(".weight"):
             return weight
         return weight.float() + strength * delta(adapter, weight).to(weight.device)
+
+    return change
+
+
+def taken_from(whole: Weights) -> Change:
+    """Return a change that takes the values of weights that are split over processes from whole ones."""
+
+    def change(component: Component, name: str, weight: Tensor) -> Tensor:
+        return whole[component][name] if component in whole else weight
 
     return change
 

@@ -29,7 +29,6 @@ from sdtrain.training.keeping.standing import Standing, clear_the_way
 from sdtrain.training.keeping.states import Background, load_state
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.outputs import (
-    Training,
     checkpoint,
     export,
     export_along,
@@ -44,6 +43,7 @@ from sdtrain.training.planning.budget import Expected
 from sdtrain.training.prepare import encode_a_share, encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
 from sdtrain.training.run import Run, chose_float16, computes_in_float16, open_run, write_resolved_config
+from sdtrain.training.training import Training
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, Watcher
 from sdtrain.training.watching.report.about import NOTHING, Told
@@ -171,7 +171,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         training.doing = f"finishing step {training.step + 1}"
         settling.begin()
         trainable.require_gradients(training.step)
-        loss = room.enough_for(lambda: gradients(training, objective, room.batch_size), told)
+        with ranks.together():
+            loss = room.enough_for(lambda: gradients(training, objective, room.batch_size), told)
         if not config.memory.fused_back_pass:
             training.scale.unscale(trainable.parameters())
         settling.settle()  # the step before: what it came to is there by now
@@ -211,7 +212,8 @@ def gradients(training: Training, objective: Objective, batch_size: int) -> Tens
     """
     run, place = training.run, training.run.ranks.place
     total = torch.zeros((), device=run.device)
-    for batch, share in training.data.batches.at(training.step, batch_size, hand=place.rank, hands=place.size):
+    batches, in_step = training.data.batches, training.is_sharded
+    for batch, share in batches.at(training.step, batch_size, hand=place.rank, hands=place.size, in_step=in_step):
         noise = partial(run.generator, "noise", training.step)
         if training.graphs is not None:
             total += training.graphs.add(batch, noise, share, training.scale.value)

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from optim import ProdigyPlusScheduleFree, averaged
+from optim import averaged
 from sdtrain.errors import NotFiniteError, UserError
 from sdtrain.models.model import Model
 from sdtrain.models.tiles import TOLD
-from sdtrain.training.computing.graphs import Graphs
 from sdtrain.training.computing.objective import Objective
-from sdtrain.training.ending.memory import explained, is_out_of_memory, release
-from sdtrain.training.ending.rescue import Saving, keep, sentence
-from sdtrain.training.ending.scaling import LossScale
+from sdtrain.training.ending.memory import release
+from sdtrain.training.ending.rescue import Kept, Saving, keep, sentence
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
-from sdtrain.training.export import export_files
+from sdtrain.training.export import Written, export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
-from sdtrain.training.keeping.states import Background, UnusableNumbersError, save_state
-from sdtrain.training.parameters import Trainable
-from sdtrain.training.prepare import Prepared
-from sdtrain.training.run import Run, autocast
-from sdtrain.training.validating.validator import Validator
+from sdtrain.training.keeping.states import UnusableNumbersError, Whole, save_state, whole_of
+from sdtrain.training.ranks.group import ToldElsewhereError
+from sdtrain.training.ranks.place import Place
+from sdtrain.training.ranks.shards import is_sharded, whole_tensors
+from sdtrain.training.run import autocast
+from sdtrain.training.training import Training
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.preview import drawn_from, preview_grid, render, sampling_settings
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
@@ -36,74 +36,23 @@ from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
 from sdtrain.training.weights_files import NATIVE
 
+ALONE_NOW = "the weights are split over processes, and not all of them could put them together any more"
 TRY_AGAIN_STEPS = 25
 """After how many steps a training state that could not be written is tried again."""
-
-
-@dataclass
-class Training:
-    """Everything that a run holds while it trains."""
-
-    run: Run
-    model: Model
-    trainable: Trainable
-    optimizer: ProdigyPlusScheduleFree
-    data: Prepared
-    background: Background
-    validator: Validator
-    scale: LossScale
-    uses_graphs: bool = False
-    step: int = 0
-    """The number of steps that are done."""
-    saved_step: int | None = None
-    """The step whose state is on disk as it is in memory."""
-    is_sound: bool = True
-    """Whether the last step was taken: its loss and gradients were finite."""
-    state_is_owed: bool = False
-    """Whether a training state is due that could not be saved yet."""
-    doing: str = "starting"
-    """What is done now, for the person who stops it."""
-    try_again_at: int = 0
-    """The step before which saving is not tried again, after it failed."""
-    settle: Callable[[], None] = field(default=lambda: None)
-    """Tells of the last step, where that was not done yet; for those who end a run."""
-    graphs: Graphs | None = None
-    """What launches the gradients of a micro-batch at once, on a card where that pays."""
-    first_is_finished: bool = False
-    """Whether the ranks agreed that the run is finished; the first one alone validates."""
-
-    def all_agree_to_end(self, stop: StopRequests) -> bool:
-        """Return whether the run ends here, finished or stopped: the same on all ranks, whoever was asked to stop."""
-        number, self.first_is_finished = self.run.ranks.agree(stop.number, self.is_finished)
-        if number:
-            stop.ask(number)
-        return bool(number) or self.first_is_finished
-
-    def make_room(self) -> None:
-        """Free what is kept on the card from step to step only to be faster."""
-        if self.graphs is not None:
-            self.graphs.forget()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether all planned steps are done, or as many as the validation found enough."""
-        return self.first_is_finished or self.step >= self.run.config.steps or self.validator.is_enough
-
-    def explain(self, error: Exception) -> UserError | None:
-        """Return what a person is told instead of an error, where more can be said than the error does."""
-        if not is_out_of_memory(error):
-            return None
-        return explained(self.model, self.run, self.trainable, self.step + 1)
 
 
 def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before.
 
-    They are given up when the run is asked to end, and left out where they fail.
+    They are given up when the run is asked to end, and left out where they fail. Where weights are split over processes
+    all draw them, and none leaves the others.
     """
     step, config, prompts = training.step, training.run.config, training.data.prompts
-    if not training.run.ranks.is_first or not prompts.texts or not config.preview.every or stop.asked:
+    if not training.takes_part or not prompts.texts or not config.preview.every:
         return
+    if stop.asked and not training.is_sharded:
+        return
+    give_up = nothing if training.is_sharded else stop.give_up
     training.doing = f"giving up the preview of step {step}"
     folder = training.run.folder / "previews"
     path = folder / f"step-{step:06d}.png"
@@ -113,7 +62,9 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         with _vae_on(training.run.device, training.model), averaged(training.optimizer):
             settings, seeds = sampling_settings(config), config.preview.seeds
             computing = partial(autocast, config, training.run.device)
-            rows = render(training.model, prompts, seeds, settings, stop.give_up, computing)
+            rows = render(training.model, prompts, seeds, settings, give_up, computing)
+        if not training.run.ranks.is_first:
+            return
         grid = preview_grid(rows, prompts, config, step, folder / "base.png")
         save_picture(grid, path, drawn_from(config, step).words())
     except GivenUpError:
@@ -125,6 +76,10 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     if whole and "decoded" in training.model.tiled:
         watchers.tell(NoteRecord(step, f"note: {TOLD['decoded']}"))
     watchers.tell(PictureRecord(step, path))
+
+
+def nothing() -> None:
+    """Do nothing."""
 
 
 @contextmanager
@@ -142,7 +97,7 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
     A state of steps that were left out is not worth the place of one before them. Either way the run goes on, for to
     end it would lose what is in memory only.
     """
-    if not training.run.ranks.is_first:
+    if not training.takes_part:
         return
     training.state_is_owed = True
     if not training.is_sound or training.step < training.try_again_at:
@@ -150,7 +105,7 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
     try:
         save(training, watchers)
         training.state_is_owed = False
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, ToldElsewhereError) as error:
         release(error)
         training.try_again_at = training.step + TRY_AGAIN_STEPS
         watchers.tell(
@@ -170,15 +125,33 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
     """
     training.doing = f"finishing step {training.step}"
     step = training.step
-    if step == training.saved_step or not training.run.ranks.is_first:
+    if step == training.saved_step or not training.takes_part:
         return
+    unusable = False
+    is_first, is_sharded = training.run.ranks.is_first, training.is_sharded
+    whole = whole_of(training.trainable, training.optimizer, is_sharded=is_sharded, keep=is_first)
+    with training.first_writes():
+        if whole is not None:
+            unusable = not _write_state(training, whole, watchers, keep_all=keep_all)
+    if is_sharded:
+        _, unusable = training.run.ranks.agree(0, unusable)
+    if unusable:
+        return
+    training.saved_step = step
+    if not training.is_sound:
+        text = f"step {step} was saved while losses or gradients were not finite: no good state went for it"
+        watchers.tell(NoteRecord(step, text))
+
+
+def _write_state(training: Training, whole: Whole, watchers: Watchers, *, keep_all: bool) -> bool:
+    """Write a state; return whether its numbers were worth it."""
+    step = training.step
     watchers.keep_log()
     try:
         path = save_state(
             training.run.folder / "checkpoints",
             step,
-            training.trainable,
-            training.optimizer,
+            whole,
             training.background,
             training.run.config.checkpoint,
             loss_is_finite=training.is_sound,
@@ -187,12 +160,9 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> N
         )
     except UnusableNumbersError as error:
         watchers.tell(NoteRecord(step, f"step {step} is not saved: {error}; the states of before stay as they are"))
-        return
-    training.saved_step = step
+        return False
     watchers.tell(SavedRecord(step, path, "state"))
-    if not training.is_sound:
-        text = f"step {step} was saved while losses or gradients were not finite: no good state went for it"
-        watchers.tell(NoteRecord(step, text))
+    return True
 
 
 def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:
@@ -209,15 +179,24 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     training.make_room()
     mine, failure = None, ""
     try:
-        mine = validator.measure(objective, training.optimizer, lambda: stop.asked, ranks.place)
+        if training.is_sharded:  # all compute all of it, in step
+            mine = validator.measure(objective, training.optimizer, lambda: False, Place())
+        else:
+            mine = validator.measure(objective, training.optimizer, lambda: stop.asked, ranks.place)
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
         failure = sentence(error)
     losses, any_failed = ranks.merge(validator.pictures, mine, failed=bool(failure))
-    if not ranks.is_first:
-        return
+    is_best = False
     try:
-        if losses is not None and validator.take(losses, step, watchers.tell):
+        is_best = losses is not None and ranks.is_first and validator.take(losses, step, watchers.tell)
+    except Exception as error:  # noqa: BLE001 - nor must who judges it
+        release(error)
+        failure = sentence(error)
+    if training.is_sharded:
+        _, is_best = ranks.agree(0, is_best)
+    try:
+        if is_best:
             export(training, watchers, training.run.best_weights_path)
             if training.run.config.checkpoint.every:
                 save(training, watchers)
@@ -232,22 +211,34 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
 def export(training: Training, watchers: Watchers, path: Path) -> None:
     """Write the averaged weights to `path`."""
     run, optimizer, step = training.run, training.optimizer, training.step
-    if not run.ranks.is_first:
+    if not training.takes_part:
         return
+    written: list[Written] = []
     with averaged(optimizer):
-        written = export_files(
-            training.model,
-            run.config,
-            path,
-            step=step,
-            examples=training.data.examples,
-            groups=optimizer.metrics(),
-            folder=run.folder,
-        )
+        whole = _whole_weights(training) if training.is_sharded else None
+        with training.first_writes():
+            if run.ranks.is_first:
+                written = export_files(
+                    training.model,
+                    run.config,
+                    path,
+                    step=step,
+                    examples=training.data.examples,
+                    groups=optimizer.metrics(),
+                    folder=run.folder,
+                    whole=whole,
+                )
     for file in written:
         watchers.tell(SavedRecord(step, file.path, "weights"))
         if file.note:
             watchers.tell(NoteRecord(step, f"note: {file.note}"))
+
+
+def _whole_weights(training: Training) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of networks that are split over processes, on the first one; all put them together."""
+    networks = {name: network for name, network in training.model.networks.items() if is_sharded(network)}
+    keep = training.run.ranks.is_first
+    return {name: whole_tensors(dict(net.named_parameters()), keep=keep) for name, net in networks.items()}
 
 
 def leave(training: Training, watchers: Watchers, cause: str | Exception) -> list[str]:
@@ -256,15 +247,20 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> lis
     cause: the error that ends it, or the name of the signal.
     """
     training.settle()
-    if not training.run.ranks.is_first:
+    if not training.takes_part:
         return []
     failed = isinstance(cause, Exception)
+    if training.is_sharded and failed and not isinstance(cause, NotFiniteError):
+        kept = Kept(_newest(training), None, (ALONE_NOW,))  # others are elsewhere, or gone
+        return farewell(training.run, training.step, "an error", kept) if training.run.ranks.is_first else []
     saving = Saving(
         state=lambda: save(training, watchers, keep_all=failed),
         weights=lambda: _export_early(training, watchers),
         newest=lambda: _newest(training),
     )
     kept = keep(saving, training.optimizer)
+    if not training.run.ranks.is_first:
+        return []
     before = [state.folder for state in _states(training) if state.step < training.step]
     if isinstance(cause, NotFiniteError) and before and kept.state is not None:
         kept = replace(
@@ -280,6 +276,8 @@ def _export_early(training: Training, watchers: Watchers) -> Path | None:
     run = training.run
     path = run.weights_path.with_name(f"{run.config.name}-step-{training.step:06d}.safetensors")
     export(training, watchers, path)
+    if not run.ranks.is_first:
+        return None
     settings = run.config
     _keep_newest(
         path.parent, settings.name, settings.export.keep if settings.export.every else settings.checkpoint.keep
@@ -300,12 +298,12 @@ def export_along(training: Training, watchers: Watchers) -> None:
 
     Where that fails it is told, and the training goes on: they can be had from a training state, too.
     """
-    if training.is_finished or not training.is_sound or not training.run.ranks.is_first:
+    if training.is_finished or not training.is_sound or not training.takes_part:
         return
     training.doing = f"finishing step {training.step}"
     try:
         _export_early(training, watchers)
-    except (UserError, OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError, ToldElsewhereError) as error:
         release(error)
         text = f"note: no weights of step {training.step} were written: {sentence(error)}; the training goes on"
         watchers.tell(NoteRecord(training.step, text))

@@ -16,11 +16,13 @@ from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
 from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
-from sdtrain.config.schema import FullConfig, LoraConfig
+from sdtrain.config.method_rules import against_shards
+from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
 from sdtrain.training.planning.recomputing import recompute_activations, recompute_parts
+from sdtrain.training.ranks.shards import mesh_of, shard
 from sdtrain.training.run import Run
 
 
@@ -110,6 +112,8 @@ def train_parameters(model: Model, run: Run) -> Trainable:
         case FullConfig():
             kept = select_parameters(networks, method.layer_weights)
             found, d = {name: _unfreeze(model, name, kept[name]) for name in networks}, {}
+            if shards(run.config, run.ranks.place.size):
+                found = _sharded(networks, found, run)
         case _:
             assert_never(method)
     if run.config.memory.compile:
@@ -183,6 +187,22 @@ def compile_blocks(unet: Any, **options: Any) -> None:
     With sizes that may change they serve all buckets, too. options: of `torch.compile`.
     """
     unet.compile_repeated_blocks(dynamic=True, **options)
+
+
+def shards(config: Config, num_ranks: int) -> bool:
+    """Return whether what is trained is split over the processes of a run."""
+    return num_ranks > 1 and config.parallel.kind != "ddp" and not any(against_shards(config))
+
+
+def _sharded(
+    networks: Mapping[str, nn.Module], found: Mapping[str, Mapping[str, nn.Parameter]], run: Run
+) -> dict[str, dict[str, nn.Parameter]]:
+    """Split networks over the processes; return the parameters of those names, which are others now."""
+    mesh = mesh_of(run.ranks.place, run.config.parallel.replicas, run.device)
+    for network in networks.values():
+        shard(network, mesh)
+    named = {name: dict(network.named_parameters()) for name, network in networks.items()}
+    return {name: {key: named[name][key] for key in found[name]} for name in networks}
 
 
 def _unfreeze(model: Model, name: str, kept: Collection[str]) -> dict[str, nn.Parameter]:

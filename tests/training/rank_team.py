@@ -34,6 +34,8 @@ class Told:
     encoded: list[str] = field(default_factory=list)
     validated: list[list[str]] = field(default_factory=list)
     added_up: list[tuple[int, int]] = field(default_factory=list)
+    held: int = 0
+    """The numbers of trained parameters that lie here."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +126,32 @@ def _train(rank: int, job: Job) -> Told:
     return told
 
 
+def _numbers(parameter: Any) -> Any:
+    """What all ranks hold of a parameter together."""
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
+def _here(parameter: Any) -> Any:
+    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
+
+
 @contextmanager
 def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     """Note what a rank does, and let something happen to it after a step."""
+    import errno
     import hashlib
 
     import torch.distributed as dist
 
     from sdtrain.data import encoding
-    from sdtrain.training import fit
+    from sdtrain.training import fit, outputs
+    from sdtrain.training.computing.objective import Objective
     from sdtrain.training.ending import settling
     from sdtrain.training.validating.held_out import HeldOut
 
     records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
     store, losses, step = encoding._store, HeldOut.losses, 0
+    loss, save_state = Objective.loss, outputs.save_state
     all_reduce, calls, num_bytes = dist.all_reduce, 0, 0
 
     def seen_all_reduce(tensor: Any, *arguments: Any, **options: Any) -> Any:
@@ -155,7 +169,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     def seen_records(optimizer: Any) -> Any:
         nonlocal step
         found = records(optimizer)
-        values = [p.detach().numpy().tobytes() for group in optimizer.param_groups for p in group["params"]]
+        values = [_numbers(p).numpy().tobytes() for group in optimizer.param_groups for p in group["params"]]
+        told.held = sum(_here(p).numel() for group in optimizer.param_groups for p in group["params"])
         told.d.append([group.applied_d for group in found])
         told.weights.append(hashlib.sha256(b"".join(values)).hexdigest())
         if events.get("stop") == (told.rank, step):
@@ -178,6 +193,16 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         told.encoded.append(path.name)
         store(path, *arguments)
 
+    def seen_loss(*arguments: Any) -> Any:
+        found = loss(*arguments)
+        is_due = "nan" in events and told.rank == events["nan"][0] and step >= events["nan"][1]
+        return found * float("nan") if is_due else found
+
+    def seen_save(folder: Any, number: int, *arguments: Any, **options: Any) -> Any:
+        if events.get("full disk") == (told.rank, number):
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        return save_state(folder, number, *arguments, **options)
+
     def seen_later(optimizer: Any) -> Any:
         found = seen_records(optimizer)
         return lambda: found
@@ -185,10 +210,10 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     settling.group_records, settling.group_records_later = seen_records, seen_later
     fit.gradients, encoding._store = seen_gradients, seen_store
     HeldOut.losses = seen_losses  # type: ignore[method-assign]
-    dist.all_reduce = seen_all_reduce
+    dist.all_reduce, Objective.loss, outputs.save_state = seen_all_reduce, seen_loss, seen_save  # type: ignore[method-assign]
     try:
         yield
     finally:
-        dist.all_reduce = all_reduce
+        dist.all_reduce, Objective.loss, outputs.save_state = all_reduce, loss, save_state  # type: ignore[method-assign]
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
         encoding._store, HeldOut.losses = store, losses  # type: ignore[method-assign]

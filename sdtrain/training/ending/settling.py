@@ -18,7 +18,7 @@ from sdtrain.data.examples import Example
 from sdtrain.training.ending.guard import NonFiniteGuard, bad_gradients, files_of
 from sdtrain.training.ending.memory import peak_memory_gib
 from sdtrain.training.optimizers import group_records, group_records_later
-from sdtrain.training.outputs import Training
+from sdtrain.training.training import Training
 from sdtrain.training.watching.pace import Pace
 from sdtrain.training.watching.records import GroupRecord, NoteRecord, StepRecord
 from sdtrain.training.watching.watchers import Watchers

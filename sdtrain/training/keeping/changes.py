@@ -21,6 +21,7 @@ CHANGEABLE = (
         "checkpoint.",
         "export.",
         "memory.",
+        "parallel.",
         "tracking.",
         "data.cache",
     ),

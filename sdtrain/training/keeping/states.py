@@ -30,6 +30,7 @@ from sdtrain.training.keeping.manifest import (
 )
 from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.parameters import Trainable
+from sdtrain.training.ranks.shards import put, whole_tensors
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,26 @@ class Background:
     base: str
 
 
+@dataclass(frozen=True)
+class Whole:
+    """The numbers of a state. parameters: by name. optimizer: what its `state_dict` returns."""
+
+    parameters: Mapping[str, Tensor]
+    optimizer: Mapping[str, Any]
+
+
+def whole_of(trainable: Trainable, optimizer: ProdigyPlusScheduleFree, *, is_sharded: bool, keep: bool) -> Whole | None:
+    """Return the numbers of a state, where `keep`.
+
+    is_sharded: whether they are split over processes, all of which put them together.
+    """
+    named = {name: value.detach() for name, value in trainable.named_parameters().items()}
+    if not is_sharded:
+        return Whole(named, optimizer.state_dict()) if keep else None
+    parameters, state = whole_tensors(named, keep=keep), optimizer.whole_state_dict(keep=keep)
+    return None if state is None else Whole(parameters, state)
+
+
 class UnusableNumbersError(Exception):
     """Numbers of a state are not finite, so that nothing could go on from it; the text says which."""
 
@@ -53,8 +74,7 @@ class UnusableNumbersError(Exception):
 def save_state(
     folder: Path,
     step: int,
-    trainable: Trainable,
-    optimizer: ProdigyPlusScheduleFree,
+    whole: Whole,
     background: Background,
     settings: CheckpointConfig,
     *,
@@ -72,10 +92,9 @@ def save_state(
     anything is written, when there is no use in it.
     """
     target = folder / f"step-{step:06d}"
-    state, metadata = flatten_state(optimizer.state_dict())
-    parameters = {name: value.detach() for name, value in trainable.named_parameters().items()}
-    _require_finite(parameters, state)
-    tensors = {PARAMETERS: (planned(parameters), {}), OPTIMIZER: (planned(state), metadata)}
+    state, metadata = flatten_state(whole.optimizer)
+    _require_finite(whole.parameters, state)
+    tensors = {PARAMETERS: (planned(whole.parameters), {}), OPTIMIZER: (planned(state), metadata)}
     num_bytes = sum(tensor.num_bytes for plans, _ in tensors.values() for tensor in plans.values())
     with atomic_folder(target, num_bytes + len(background.pictures)) as partial:
         files = {name: _write_tensors(partial / name, *content) for name, content in tensors.items()}
@@ -145,9 +164,8 @@ def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusSc
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
     for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
         group["d_coef"] = d_coef
-    with torch.no_grad():
-        for name, parameter in wanted.items():
-            parameter.copy_(parameters[name])
+    for name, parameter in wanted.items():
+        put(parameter, parameters[name])
     return state.step
 
 

@@ -16,6 +16,7 @@ from sdtrain.data.identity.held_out import training_examples
 from sdtrain.data.order import Order
 from sdtrain.data.placing import placements_of
 from sdtrain.training.keeping.disk import size
+from sdtrain.training.parameters import shards
 from sdtrain.training.planning.plan import Plan
 from sdtrain.training.ranks.group import Exchanged
 
@@ -153,6 +154,11 @@ def scaling_lines(config: Config, plan: Plan, runs: Sequence[Scaled]) -> dict[st
             rows[f"{run.cards} cards"] += f" over InfiniBand; over Ethernet {run.step_s(ETHERNET.name):.3g} s, {slow}"
     rows["pays"] = _paying(runs)
     last = runs[-1]
+    if shards(config, last.cards):
+        rows["fsdp"] = (
+            f"each card holds a share of what is trained, of its gradients and of the optimizer's state, 1/{last.cards}"
+            " on all of them; what travels for that is not reckoned: the rows above are those of ddp"
+        )
     if last.cards > 1:
         seconds = alone.compute_s + last.exchange_s[INFINIBAND.name]
         gain = last.cards * alone.compute_s / seconds

@@ -29,6 +29,8 @@ LOOK = timedelta(seconds=1)
 BUCKET_BYTES = 64 * 2**20
 """How many bytes of gradients are sent at once."""
 DIGEST_BYTES = 16
+OF_RANKS = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
+"""What a RuntimeError says that comes from the other ranks and not from what is computed here."""
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,16 @@ class Ranks:
     def add_up(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Replace the gradients by their sums over all ranks, and return the sum of the losses, ().
 
-        A parameter that has a gradient on no rank keeps none; on a rank without pictures it counts as zero.
+        A parameter that has a gradient on no rank keeps none; on a rank without pictures it counts as zero. Gradients
+        of parameters that are split over the ranks were added up in backward.
         """
         if not self.are_several:
             return loss
         import torch
         import torch.distributed as dist
 
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        whole = [parameter for parameter in parameters if not hasattr(parameter, "full_tensor")]
+        trained = [parameter for parameter in whole if parameter.requires_grad]
         present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
         self._wait_for(lambda: dist.all_reduce(present, op=dist.ReduceOp.MAX, async_op=True))
         here = [p for p, is_there in zip(trained, present.tolist(), strict=True) if is_there]
@@ -180,6 +184,17 @@ class Ranks:
         total = loss.clone()
         self._sum(total)
         return total
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise LostRankError where the block, in which all ranks compute one network, fails for a lost one."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in OF_RANKS):
+                raise
+            with _told_if_lost():
+                raise
 
     def _sum(self, tensor: Tensor) -> None:
         """Replace a tensor by its sum over all ranks; on a card once its turn comes there."""

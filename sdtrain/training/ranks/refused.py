@@ -29,6 +29,10 @@ def rank_problems(draft: Draft, ranks: int) -> Iterator[Problem]:
     if draft.knows("memory.fused_back_pass") and draft.config.memory.fused_back_pass:
         what = "moves each weight within backward, before the gradients of the other ranks are there; set it to false"
         yield Problem("memory.fused_back_pass", f"true {what}")
+    if draft.knows("parallel.replicas") and ranks % draft.config.parallel.replicas:
+        replicas = draft.config.parallel.replicas
+        what = f"{replicas}, but {ranks} ranks cannot be dealt out to so many groups; make it a divisor of {ranks}"
+        yield Problem("parallel.replicas", what)
     if draft.knows("memory.on_oom") and draft.config.memory.on_oom == "adapt":
         what = "adapt would let one rank compute otherwise than the others; use stop, and a smaller data.batch_size"
         yield Problem("memory.on_oom", what)

@@ -1,0 +1,199 @@
+"""Full fine-tunes whose weights are split over processes (FSDP2): the run that one process makes, in the same files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import merged, small_run
+from tests.training.rank_team import Job, Team
+from tests.training.test_ranks import RAGGED, assert_same_run, codes, log, validations
+
+FULL = {
+    **RAGGED,
+    "method": {"kind": "full", "train": ["unet", "text_encoder"]},
+    "optimizer.d0": 1e-5,
+    "preview.every": 2,
+    "validation.share": 0.3,
+    "validation.every": 2,
+}
+ALONE = {"preview.every": 0, "validation.every": 0, "validation.share": 0.0}
+
+
+@pytest.fixture(scope="module")
+def team() -> Iterator[Team]:
+    team = Team(3)
+    yield team
+    team.end()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> dict[str, Any]:
+    return small_run(tmp_path_factory.mktemp("shards"), pictures)
+
+
+def job(base: dict[str, Any], settings: dict[str, Any], **more: Any) -> Job:
+    return Job(merged(base, deepcopy(FULL | settings)), **more)
+
+
+@pytest.fixture(scope="module")
+def alone(team: Team, base: dict[str, Any]) -> Path:
+    """The run on one rank."""
+    (told,) = team.run(1, job(base, {"name": "alone"}))
+    assert told.code == 0, told
+    return Path(base["output"]) / "alone"
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    return load_file(folder / "parameters.safetensors") | load_file(folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any], alone: Path, ranks: int) -> None:
+    told = team.run(ranks, job(base, {"name": f"on-{ranks}"}))
+    assert codes(told) == [0] * ranks, told
+    run = Path(base["output"]) / f"on-{ranks}"
+    assert_same_run(run, alone)
+    for other in told[1:]:
+        assert other.d == told[0].d and other.weights == told[0].weights
+        assert other.text == "", "one rank speaks"
+    assert {name: tensor.shape for name, tensor in state(run, 4).items()} == {
+        name: tensor.shape for name, tensor in state(alone, 4).items()
+    }
+    for one, other in zip(validations(run), validations(alone), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    previews = [sorted(path.name for path in (one / "previews").iterdir()) for one in (run, alone)]
+    assert previews[0] == previews[1] != []
+
+
+def test_each_process_holds_its_share_alone(team: Team, base: dict[str, Any], alone: Path) -> None:
+    told = team.run(2, job(base, ALONE | {"name": "shares", "steps": 1}))
+    assert codes(told) == [0, 0], told
+    whole = sum(tensor.numel() for tensor in load_file(_parameters(alone)).values())
+    for one in told:
+        assert one.held == pytest.approx(whole / 2, rel=0.02)
+
+
+def _parameters(run: Path) -> Path:
+    return run / "checkpoints" / "step-000004" / "parameters.safetensors"
+
+
+def test_a_run_goes_on_sharded_or_whole_on_any_number_of_ranks(team: Team, base: dict[str, Any], alone: Path) -> None:
+    for steps, ranks, kind in ((1, 2, "auto"), (2, 1, "auto"), (3, 3, "fsdp"), (4, 2, "ddp")):
+        told = team.run(ranks, job(base, {"name": "changing", "steps": steps, "parallel.kind": kind}, resume=steps > 1))
+        assert codes(told) == [0] * ranks, told
+    assert_same_run(Path(base["output"]) / "changing", alone)
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_bit_for_bit_on_as_many_ranks(team: Team, base: dict[str, Any]) -> None:
+    assert codes(team.run(2, job(base, {"name": "straight"}))) == [0, 0]
+    assert codes(team.run(2, job(base, {"name": "two", "steps": 2}))) == [0, 0]
+    assert codes(team.run(2, job(base, {"name": "two"}, resume=True))) == [0, 0]
+    straight, two = (state(Path(base["output"]) / name, 4) for name in ("straight", "two"))
+    assert straight.keys() == two.keys()
+    assert all(torch.equal(straight[name], two[name]) for name in straight)
+
+
+def test_what_only_looks_does_not_change_a_sharded_training(team: Team, base: dict[str, Any]) -> None:
+    assert codes(team.run(2, job(base, ALONE | {"name": "unseen"}))) == [0, 0]
+    assert codes(team.run(2, job(base, ALONE | {"name": "seen", "preview.every": 1}))) == [0, 0]
+    unseen, seen = (state(Path(base["output"]) / name, 4) for name in ("unseen", "seen"))
+    assert all(torch.equal(unseen[name], seen[name]) for name in unseen)
+
+
+@pytest.mark.slow
+def test_whoever_is_asked_to_stop_all_save_what_they_reached(team: Team, base: dict[str, Any], alone: Path) -> None:
+    told = team.run(2, job(base, {"name": "stopped"}, events={"stop": (1, 1)}))
+    assert codes(told) == [143, 143], told
+    run = Path(base["output"]) / "stopped"
+    assert "--resume" in told[0].text and told[1].text == ""
+    assert (run / "weights" / "stopped-step-000001.safetensors").exists()
+    assert codes(team.run(2, job(base, {"name": "stopped"}, resume=True))) == [0, 0]
+    assert_same_run(run, alone)
+
+
+@pytest.mark.slow
+def test_a_rank_without_pictures_computes_with_the_others(team: Team, base: dict[str, Any]) -> None:
+    """Three pictures of three sizes and three processes, or of one size and two micro-batches."""
+    settings = ALONE | {"data.batch_size": 3, "data.gradient_accumulation": 1, "steps": 3}
+    assert codes(team.run(1, job(base, settings | {"name": "few-1"}))) == [0]
+    told = team.run(3, job(base, settings | {"name": "few-3"}))
+    assert codes(told) == [0, 0, 0], told
+    assert_same_run(Path(base["output"]) / "few-3", Path(base["output"]) / "few-1")
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_end_all_ranks_with_what_was_reached(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, ALONE | {"name": "broken", "steps": 20}, events={"nan": (1, 2)}))
+    assert codes(told) == [4, 4], told
+    assert "not finite 5 times in a row" in told[0].text
+    assert "--resume" in told[0].text
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, ALONE | {"name": "full"}, events={"full disk": (0, 2)}))
+    assert codes(told) == [0, 0], told
+    assert "could not be saved" in told[0].text
+    assert [line["step"] for line in log(Path(base["output"]) / "full")] == [1, 2, 3, 4]
+    assert json.loads((_parameters(Path(base["output"]) / "full").parent / "state.json").read_text())["step"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "what"),
+    [
+        ({"method": {"kind": "lora"}, "parallel.kind": "fsdp"}, "parallel.kind", "adapters, which are small enough"),
+        ({"parallel.kind": "fsdp", "memory.compile": True}, "parallel.kind", "memory.compile was not tried"),
+        ({"parallel.kind": "fsdp", "method.stop": {"unet": 3}}, "parallel.kind", "method.stop would leave"),
+        ({"parallel.replicas": 3}, "parallel.replicas", "2 ranks cannot be dealt out to so many groups"),
+        ({"parallel.kind": "ddp", "parallel.replicas": 2}, "parallel.replicas", "only fsdp has any"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    team: Team, base: dict[str, Any], changes: dict[str, Any], where: str, what: str
+) -> None:
+    told = team.run(2, job(base, {"name": "refused"} | changes))
+    assert codes(told) == [2, 2]
+    assert where in told[0].text and what in " ".join(told[0].text.split()), told[0].text
+
+
+@pytest.mark.slow
+def test_groups_that_hold_the_weights_between_them_train_the_same_run(base: dict[str, Any], alone: Path) -> None:
+    """Two groups of two processes (HSDP)."""
+    team = Team(4)
+    try:
+        settings = {"name": "groups", "data.gradient_accumulation": 4, "data.batch_size": 2}
+        one = team.run(1, job(base, ALONE | settings | {"name": "no-groups"}))
+        told = team.run(4, job(base, ALONE | settings | {"parallel.replicas": 2}))
+    finally:
+        team.end()
+    assert codes(one) == [0] and codes(told) == [0] * 4, told
+    assert_same_run(Path(base["output"]) / "groups", Path(base["output"]) / "no-groups")
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_ends_the_others_and_the_newest_state_goes_on(base: dict[str, Any], alone: Path) -> None:
+    """Nobody has the whole weights any more: what was not saved before is lost, which is said."""
+    team = Team(2)
+    try:
+        told = team.run(2, job(base, {"name": "killed"}, events={"kill": (1, 2)}))
+        assert told[0].code == 1, told[0]
+        assert "another rank" in told[0].text or "another process" in told[0].text, told[0].text
+        assert "not all of them could put them together any more" in " ".join(told[0].text.split())
+    finally:
+        team.end()
+    team = Team(2)
+    try:
+        assert codes(team.run(2, job(base, {"name": "killed"}, resume=True))) == [0, 0]
+    finally:
+        team.end()
+    assert_same_run(Path(base["output"]) / "killed", alone)
