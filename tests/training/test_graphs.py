@@ -43,7 +43,12 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+QUICK = ("lora", "sizes that differ", "looked at")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
+)
 def test_graphs_make_the_training_that_single_launches_make(train: Train, recorded: Recorded, name: str) -> None:
     plain, _ = train({**RUNS[name], "name": "plain", "steps": 5})
     assert not recorded.num_made
@@ -73,12 +78,11 @@ def test_pictures_of_as_many_sizes_as_steps_are_not_captured(
     assert state_bits(plain, 6) == state_bits(many, 6)
 
 
-@pytest.mark.parametrize("first", [1, 2])
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("first", "error", "told"),
     [
-        ("CUDA out of memory. Tried to allocate 2.00 GiB", "too little memory for CUDA graphs"),
-        ("CUDA error: operation not permitted when stream is capturing", "this card refuses CUDA graphs"),
+        (1, "CUDA out of memory. Tried to allocate 2.00 GiB", "too little memory for CUDA graphs"),
+        (2, "CUDA error: operation not permitted when stream is capturing", "this card refuses CUDA graphs"),
     ],
 )
 def test_graphs_that_cannot_be_made_are_given_up_and_the_run_goes_on(

@@ -12,6 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sdtrain.config.draft import Written, draft_of
+from sdtrain.config.read import resolve
+from sdtrain.errors import UserError
+from sdtrain.training.ranks.refused import rank_problems
 from tests.conftest import merged, small_run
 from tests.training.rank_team import Job, Team
 from tests.training.test_ranks import RAGGED, assert_same_run, codes, log, validations
@@ -65,6 +69,8 @@ def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any
     for other in told[1:]:
         assert other.d == told[0].d and other.weights == told[0].weights
         assert other.text == "", "one rank speaks"
+    whole = sum(tensor.numel() for tensor in load_file(_parameters(alone)).values())
+    assert [one.held for one in told] == pytest.approx([whole / ranks] * ranks, rel=0.02), "each holds its share"
     assert {name: tensor.shape for name, tensor in state(run, 4).items()} == {
         name: tensor.shape for name, tensor in state(alone, 4).items()
     }
@@ -74,18 +80,11 @@ def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any
     assert previews[0] == previews[1] != []
 
 
-def test_each_process_holds_its_share_alone(team: Team, base: dict[str, Any], alone: Path) -> None:
-    told = team.run(2, job(base, ALONE | {"name": "shares", "steps": 1}))
-    assert codes(told) == [0, 0], told
-    whole = sum(tensor.numel() for tensor in load_file(_parameters(alone)).values())
-    for one in told:
-        assert one.held == pytest.approx(whole / 2, rel=0.02)
-
-
 def _parameters(run: Path) -> Path:
     return run / "checkpoints" / "step-000004" / "parameters.safetensors"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_sharded_or_whole_on_any_number_of_ranks(team: Team, base: dict[str, Any], alone: Path) -> None:
     for steps, ranks, kind in ((1, 2, "auto"), (2, 1, "auto"), (3, 3, "fsdp"), (4, 2, "ddp")):
         told = team.run(ranks, job(base, {"name": "changing", "steps": steps, "parallel.kind": kind}, resume=steps > 1))
@@ -103,6 +102,7 @@ def test_a_sharded_run_goes_on_bit_for_bit_on_as_many_ranks(team: Team, base: di
     assert all(torch.equal(straight[name], two[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_what_only_looks_does_not_change_a_sharded_training(team: Team, base: dict[str, Any]) -> None:
     assert codes(team.run(2, job(base, ALONE | {"name": "unseen"}))) == [0, 0]
     assert codes(team.run(2, job(base, ALONE | {"name": "seen", "preview.every": 1}))) == [0, 0]
@@ -154,16 +154,22 @@ def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(team: Team, bas
         ({"method": {"kind": "lora"}, "parallel.kind": "fsdp"}, "parallel.kind", "adapters, which are small enough"),
         ({"parallel.kind": "fsdp", "memory.compile": True}, "parallel.kind", "memory.compile was not tried"),
         ({"parallel.kind": "fsdp", "method.stop": {"unet": 3}}, "parallel.kind", "method.stop would leave"),
-        ({"parallel.replicas": 3}, "parallel.replicas", "2 ranks cannot be dealt out to so many groups"),
         ({"parallel.kind": "ddp", "parallel.replicas": 2}, "parallel.replicas", "only fsdp has any"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(
-    team: Team, base: dict[str, Any], changes: dict[str, Any], where: str, what: str
+    base: dict[str, Any], changes: dict[str, Any], where: str, what: str
 ) -> None:
-    told = team.run(2, job(base, {"name": "refused"} | changes))
-    assert codes(told) == [2, 2]
-    assert where in told[0].text and what in " ".join(told[0].text.split()), told[0].text
+    with pytest.raises(UserError) as error:
+        resolve(job(base, {"name": "refused", "steps": 400} | changes).table, "test config")
+    assert where in str(error.value) and what in " ".join(str(error.value).split())
+
+
+def test_ranks_that_make_no_even_groups_are_refused(base: dict[str, Any]) -> None:
+    table = job(base, {"name": "refused", "parallel.replicas": 3}).table
+    written = Written("test config", table, table)
+    (problem,) = rank_problems(draft_of(written), 2)
+    assert problem.where == "parallel.replicas" and "2 ranks cannot be dealt out to so many groups" in problem.what
 
 
 @pytest.mark.slow
