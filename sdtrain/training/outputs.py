@@ -10,7 +10,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from optim import averaged
@@ -30,7 +32,15 @@ from sdtrain.training.ranks.shards import is_sharded, whole_tensors
 from sdtrain.training.run import autocast
 from sdtrain.training.training import Training
 from sdtrain.training.watching.grid import save_picture
-from sdtrain.training.watching.preview import drawn_from, preview_grid, render, sampling_settings
+from sdtrain.training.watching.preview import (
+    drawn_from,
+    in_rows,
+    preview_grid,
+    render,
+    render_share,
+    sampling_settings,
+    share_of,
+)
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
 from sdtrain.training.watching.watchers import Watchers
@@ -44,38 +54,82 @@ TRY_AGAIN_STEPS = 25
 def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Draw the previews with the averaged weights and write them into `previews/`; the training is as it was before.
 
-    They are given up when the run is asked to end, and left out where they fail. Where weights are split over processes
-    all draw them, and none leaves the others.
+    Processes share them. They are given up when the run is asked to end, and left out where they fail.
     """
-    step, config, prompts = training.step, training.run.config, training.data.prompts
-    if not training.takes_part or not prompts.texts or not config.preview.every:
+    step, config, ranks = training.step, training.run.config, training.run.ranks
+    if not training.data.prompts.texts or not config.preview.every:
         return
-    if stop.asked and not training.is_sharded:
-        return
-    give_up = nothing if training.is_sharded else stop.give_up
     training.doing = f"giving up the preview of step {step}"
-    folder = training.run.folder / "previews"
-    path = folder / f"step-{step:06d}.png"
+    path = training.run.folder / "previews" / f"step-{step:06d}.png"
     whole = "decoded" not in training.model.tiled
     training.make_room()
+    rows, failure = None, ""
     try:
-        with _vae_on(training.run.device, training.model), averaged(training.optimizer):
-            settings, seeds = sampling_settings(config), config.preview.seeds
-            computing = partial(autocast, config, training.run.device)
-            rows = render(training.model, prompts, seeds, settings, give_up, computing)
-        if not training.run.ranks.is_first:
-            return
-        grid = preview_grid(rows, prompts, config, step, folder / "base.png")
-        save_picture(grid, path, drawn_from(config, step).words())
+        rows = _drawn(training, stop)
     except GivenUpError:
-        return
+        pass
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
-        watchers.tell(NoteRecord(step, f"note: no preview of step {step}: {sentence(error)}; the training goes on"))
+        failure = sentence(error)
+    if ranks.are_several and not training.is_sharded:
+        rows, failure = _put_together(training, rows, failure)
+    if not ranks.is_first:
         return
-    if whole and "decoded" in training.model.tiled:
-        watchers.tell(NoteRecord(step, f"note: {TOLD['decoded']}"))
-    watchers.tell(PictureRecord(step, path))
+    try:
+        if rows is not None:
+            grid = preview_grid(rows, training.data.prompts, config, step, path.with_name("base.png"))
+            save_picture(grid, path, drawn_from(config, step).words())
+    except Exception as error:  # noqa: BLE001 - nor must who keeps what was drawn
+        release(error)
+        failure = sentence(error)
+    if failure:
+        watchers.tell(NoteRecord(step, f"note: no preview of step {step}: {failure}; the training goes on"))
+    elif rows is not None:
+        if whole and "decoded" in training.model.tiled:
+            watchers.tell(NoteRecord(step, f"note: {TOLD['decoded']}"))
+        watchers.tell(PictureRecord(step, path))
+
+
+def _drawn(training: Training, stop: StopRequests) -> list[list[Image.Image]]:
+    """Draw the previews, or this process's share, which is one row. Raises GivenUpError when the run is asked to end.
+
+    Where weights are split over processes all draw all of them, and none leaves the others.
+    """
+    config, prompts, place = training.run.config, training.data.prompts, training.run.ranks.place
+    settings, seeds = sampling_settings(config), config.preview.seeds
+    computing = partial(autocast, config, training.run.device)
+    if not training.is_sharded:
+        stop.give_up()
+    with _vae_on(training.run.device, training.model), averaged(training.optimizer):
+        if training.is_sharded:
+            return render(training.model, prompts, seeds, settings, nothing, computing)
+        if place.size == 1:
+            return render(training.model, prompts, seeds, settings, stop.give_up, computing)
+        share = {"hand": place.rank, "hands": place.size}
+        mine = render_share(training.model, prompts, seeds, settings, stop.give_up, computing, **share)
+    return [list(mine.values())]
+
+
+def _put_together(
+    training: Training, mine: list[list[Image.Image]] | None, failure: str
+) -> tuple[list[list[Image.Image]] | None, str]:
+    """Return the rows of all previews, None where a process has given up or failed, and why that was."""
+    preview, place = training.run.config.preview, training.run.ranks.place
+    num = len(training.data.prompts.texts) * len(preview.seeds)
+    numbers = share_of(num, place.rank, place.size)
+    settings = sampling_settings(training.run.config)
+    pixels = None
+    if mine is not None:
+        found = [torch.from_numpy(np.array(picture)) for picture in mine[0]]
+        pixels = dict(zip(numbers, found, strict=True))
+    whole, any_failed = training.run.ranks.put_together(
+        pixels, (num, settings.height_px, settings.width_px, 3), failed=bool(failure)
+    )
+    if any_failed:
+        return None, failure or "it failed on another process"
+    if whole is None:
+        return None, ""
+    return in_rows([Image.fromarray(one.numpy()) for one in whole], len(preview.seeds)), ""
 
 
 def nothing() -> None:

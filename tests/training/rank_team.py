@@ -34,6 +34,7 @@ class Told:
     encoded: list[str] = field(default_factory=list)
     validated: list[list[str]] = field(default_factory=list)
     added_up: list[tuple[int, int]] = field(default_factory=list)
+    drawn: list[int] = field(default_factory=list)
     held: int = 0
     """The numbers of trained parameters that lie here."""
 
@@ -151,7 +152,7 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
 
     records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
     store, losses, step = encoding._store, HeldOut.losses, 0
-    loss, save_state = Objective.loss, outputs.save_state
+    loss, save_state, drawing = Objective.loss, outputs.save_state, outputs._drawn
     all_reduce, calls, num_bytes = dist.all_reduce, 0, 0
 
     def seen_all_reduce(tensor: Any, *arguments: Any, **options: Any) -> Any:
@@ -193,6 +194,13 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         told.encoded.append(path.name)
         store(path, *arguments)
 
+    def seen_drawing(*arguments: Any) -> Any:
+        if events.get("fail to draw") == (told.rank, step - 1):
+            raise RuntimeError("out of memory")
+        rows = drawing(*arguments)
+        told.drawn.append(sum(map(len, rows)))
+        return rows
+
     def seen_loss(*arguments: Any) -> Any:
         found = loss(*arguments)
         is_due = "nan" in events and told.rank == events["nan"][0] and step >= events["nan"][1]
@@ -209,6 +217,7 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
 
     settling.group_records, settling.group_records_later = seen_records, seen_later
     fit.gradients, encoding._store = seen_gradients, seen_store
+    outputs._drawn = seen_drawing
     HeldOut.losses = seen_losses  # type: ignore[method-assign]
     dist.all_reduce, Objective.loss, outputs.save_state = seen_all_reduce, seen_loss, seen_save  # type: ignore[method-assign]
     try:
@@ -216,4 +225,5 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     finally:
         dist.all_reduce, Objective.loss, outputs.save_state = all_reduce, loss, save_state  # type: ignore[method-assign]
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
+        outputs._drawn = drawing
         encoding._store, HeldOut.losses = store, losses  # type: ignore[method-assign]

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
@@ -186,11 +188,66 @@ def test_ranks_share_the_validation_and_know_what_one_would(team: Team, base: di
         assert len(numbers[0]) >= 2 and numbers[0] == pytest.approx(numbers[1], rel=1e-5)
 
 
+PREVIEWS = {"preview.every": 2, "preview.prompts": [f"a circle {number}" for number in range(7)]}
+
+
+def test_ranks_share_the_previews_and_draw_what_one_would(team: Team, base: dict[str, Any]) -> None:
+    drawn = {}
+    for ranks in (1, 2):
+        name = f"drawn-{ranks}"
+        told = team.run(ranks, job(base, PREVIEWS | {"name": name, "steps": 2}))
+        assert codes(told) == [0] * ranks, told
+        assert [one.drawn for one in told] == ([[7] * 2] if ranks == 1 else [[4] * 2, [3] * 2]), "each picture once"
+        folder = Path(base["output"]) / name / "previews"
+        drawn[ranks] = [np.asarray(Image.open(path)) for path in sorted(folder.glob("step-*.png"))]
+    assert len(drawn[1]) == 2 and np.array_equal(drawn[1][0][40:], drawn[2][0][40:]), (
+        "before the first step: bit for bit"
+    )
+    apart = np.abs(drawn[1][1][40:].astype(int) - drawn[2][1][40:].astype(int))
+    assert apart.max() <= 2, "after it, as far as sums are rounded"
+
+
+def test_a_preview_that_fails_on_any_rank_is_a_note_and_the_run_goes_on(team: Team, base: dict[str, Any]) -> None:
+    told = team.run(2, job(base, PREVIEWS | {"name": "not-drawn", "steps": 2}, events={"fail to draw": (1, 0)}))
+    assert codes(told) == [0, 0], told
+    assert "no preview of step 0: it failed on another process; the training goes on" in " ".join(told[0].text.split())
+    folder = Path(base["output"]) / "not-drawn" / "previews"
+    assert [path.name for path in sorted(folder.glob("step-*.png"))] == ["step-000002.png"]
+
+
 def test_a_validation_that_fails_on_any_rank_is_a_note_and_the_run_goes_on(team: Team, base: dict[str, Any]) -> None:
     told = team.run(2, job(base, HELD_OUT | {"name": "failed"}, events={"fail to validate": (1, 3)}))
     assert codes(told) == [0, 0], told
     assert "the validation of step 2 failed: on another process; the training goes on" in " ".join(told[0].text.split())
     assert [line["step"] for line in validations(Path(base["output"]) / "failed")] == [0, 4]
+
+
+LEVERS: dict[str, dict[str, Any]] = {
+    "int8": {"model.base_precision": "int8"},
+    "nf4": {"model.base_precision": "nf4"},
+    "recomputed": {"memory.gradient_checkpointing": True},
+    "compiled": {"memory.compile": True},
+    "dora": {"method.adapter": "dora"},
+    "lokr": {"method.adapter": "lokr"},
+    "oft": {"method.adapter": "oft", "method.rank": 4, "export.names": "diffusers"},
+    "text encoders": {"method.train": ["unet", "text_encoder", "text_encoder_2"]},
+    "norm limit": {"method.scale_weight_norms": 0.01},
+    "preserved": {"preserve.weight": 0.5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lever", LEVERS)
+def test_every_lever_that_works_alone_works_on_ranks(team: Team, base: dict[str, Any], lever: str) -> None:
+    runs = []
+    for ranks in (1, 2):
+        name = f"{lever.replace(' ', '-')}-{ranks}"
+        told = team.run(ranks, job(base, LEVERS[lever] | {"name": name}))
+        assert codes(told) == [0] * ranks, told
+        assert all(other.d == told[0].d and other.weights == told[0].weights for other in told)
+        runs.append(Path(base["output"]) / name)
+    losses = [[line["loss"] for line in log(run)] for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_ranks_that_compute_in_float16_have_one_scale(team: Team, base: dict[str, Any]) -> None:

@@ -152,6 +152,26 @@ class Ranks:
             return None, bool(lacking[1])
         return dict(zip(names, (numbers[0] / numbers[1]).tolist(), strict=True)), bool(lacking[1])
 
+    def put_together(
+        self, mine: Mapping[int, Tensor] | None, shape: Sequence[int], *, failed: bool
+    ) -> tuple[Tensor | None, bool]:
+        """Return bytes of a shape of whose rows each rank has some, None where one has none, and whether one failed.
+
+        mine: rows of this rank by number, None where it gave up or failed.
+        """
+        import torch
+        import torch.distributed as dist
+
+        lacking = torch.tensor([int(mine is None), int(failed)])
+        self._wait_for(lambda: dist.all_reduce(lacking, op=dist.ReduceOp.MAX, async_op=True))
+        if lacking[0]:
+            return None, bool(lacking[1])
+        whole = torch.zeros(*shape, dtype=torch.uint8)
+        for number, row in (mine or {}).items():
+            whole[number] = row
+        self._sum(whole)
+        return whole, False
+
     def wait_for_all(self) -> None:
         """Wait until all ranks are here."""
         self.agree(0, False)

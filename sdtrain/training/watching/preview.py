@@ -88,10 +88,40 @@ def render(
 
     A seed means the same noise in every row and at every step. between and autocast: see `sample`.
     """
+    pictures = render_share(model, prompts, seeds, settings, between, autocast)
+    return in_rows([pictures[number] for number in range(len(pictures))], len(seeds))
+
+
+def in_rows(pictures: Sequence[Image.Image], columns: int) -> list[list[Image.Image]]:
+    """Return pictures in rows of so many."""
+    return [list(pictures[index : index + columns]) for index in range(0, len(pictures), columns)]
+
+
+def share_of(num: int, hand: int, hands: int) -> list[int]:
+    """Return the numbers of the pictures that the process `hand` draws, of so many that share `num` of them."""
+    starts = range(hand * PICTURES_AT_ONCE, num, hands * PICTURES_AT_ONCE)
+    return [number for start in starts for number in range(start, min(start + PICTURES_AT_ONCE, num))]
+
+
+def render_share(
+    model: Model,
+    prompts: Prompts,
+    seeds: Sequence[int],
+    settings: SamplingSettings,
+    between: Callable[[], None] = lambda: None,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    *,
+    hand: int = 0,
+    hands: int = 1,
+) -> dict[int, Image.Image]:
+    """Draw what the process `hand` does of the pictures of `render`, which so many share; return them by number.
+
+    What is drawn at once stays together, so that it is the same whoever draws it.
+    """
     positive, negative = prompts.conditioning(model)
     cells = [(row, seed) for row in range(len(prompts.texts)) for seed in seeds]
-    pictures: list[Image.Image] = []
-    for start in range(0, len(cells), PICTURES_AT_ONCE):
+    pictures: dict[int, Image.Image] = {}
+    for start in share_of(len(cells), hand, hands)[::PICTURES_AT_ONCE]:
         chunk = cells[start : start + PICTURES_AT_ONCE]
         rows = [row for row, _ in chunk]
         pixels = sample(
@@ -103,9 +133,8 @@ def render(
             between,
             autocast,
         )
-        pictures += [to_picture(one) for one in pixels]
-    columns = len(seeds)
-    return [pictures[index : index + columns] for index in range(0, len(pictures), columns)]
+        pictures |= {start + number: to_picture(one) for number, one in enumerate(pixels)}
+    return pictures
 
 
 def to_picture(pixels: Tensor) -> Image.Image:
