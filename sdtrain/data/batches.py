@@ -42,6 +42,11 @@ class Batch:
     weights: Tensor | None = None  # (n,) float32, factors on the pictures' errors in training; None: 1
     counts: Tensor | None = None  # (n, h, w) float32, how much each place counts in the loss; None: everywhere 1
 
+    @property
+    def rows(self) -> list[tuple[int, int]]:
+        """Where each picture stands in the plan of the step: its planned micro-batch, and which row of it."""
+        return _rows_of(self.pieces)
+
 
 @dataclass(frozen=True)
 class _View:
@@ -155,7 +160,7 @@ class Batches:
         num, found = sum(map(len, planned)), []
         mine = dealt[hand] or (max(dealt, key=len)[:1] if in_step else [])
         for index in mine:
-            places = [(piece.index, place) for piece in parts[index] for place in range(piece.start, piece.stop)]
+            places = _rows_of(parts[index])
             views = tuple(self._view(step, batch, place, planned[batch][place]) for batch, place in places)
             drawn = tuple(captions[batch][place] for batch, place in places)
             share = len(views) / num if dealt[hand] else 0.0
@@ -207,6 +212,10 @@ class Batches:
             return None
         encoded = [self._entries.get(self._captions[caption]) for caption in captions]
         return {name: torch.stack([one[name] for one in encoded]).to(torch.float32) for name in sorted(encoded[0])}
+
+
+def _rows_of(pieces: Sequence[Piece]) -> list[tuple[int, int]]:
+    return [(piece.index, row) for piece in pieces for row in range(piece.start, piece.stop)]
 
 
 def _weights(weights: Sequence[float]) -> Tensor | None:

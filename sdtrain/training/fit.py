@@ -218,7 +218,7 @@ def gradients(training: Training, objective: Objective, batch_size: int) -> Tens
         if training.graphs is not None:
             total += training.graphs.add(batch, noise, share, training.scale.value)
             continue
-        with training.trainable.dropout.drawn(run.generator("dropout", training.step, batch.index)):
+        with training.trainable.dropout.drawn(partial(run.generator, "dropout", training.step), batch.rows):
             loss = share * objective(batch, noise)
             backward(loss, training.scale.value)
         total += loss.detach()

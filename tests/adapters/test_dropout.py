@@ -28,6 +28,7 @@ class Layers(nn.Module):
 
 
 PIXELS = torch.randn(3, 8, 5, 5, generator=torch.Generator().manual_seed(3))
+ROWS = [(0, 0), (0, 1), (0, 2)]
 NAMES = ["convolution", "tokens", "vectors"]
 Attach = Callable[..., tuple[Layers, AdapterDropout]]
 
@@ -44,8 +45,12 @@ def attached(rates: DropoutRates, kind: AdapterKind = "lora") -> tuple[Layers, A
     return network, AdapterDropout([network], rates)
 
 
+def seeded(seed: int) -> Callable[[int], torch.Generator]:
+    return lambda index: torch.Generator().manual_seed(1000 * seed + index)
+
+
 def outputs(network: Layers, dropout: AdapterDropout, seed: int) -> tuple[Tensor, ...]:
-    with torch.no_grad(), dropout.drawn(torch.Generator().manual_seed(seed)):
+    with torch.no_grad(), dropout.drawn(seeded(seed), ROWS):
         found: tuple[Tensor, ...] = network(PIXELS)
     return found
 
@@ -89,7 +94,7 @@ def test_nothing_is_dropped_outside_nor_after_an_error(rates: DropoutRates, kind
     network, dropout = attached(rates, kind)
     plain, _ = attached(DropoutRates(), kind)
     scales = [layer.scaling["default"] for layer in live_layers(network)]  # type: ignore[index, operator]
-    with pytest.raises(ZeroDivisionError), dropout.drawn(torch.Generator().manual_seed(0)):
+    with pytest.raises(ZeroDivisionError), dropout.drawn(seeded(0), ROWS):
         raise ZeroDivisionError
     assert scales == [layer.scaling["default"] for layer in live_layers(network)]  # type: ignore[index, operator]
     with torch.no_grad():
@@ -124,7 +129,7 @@ def test_a_module_that_is_left_out_gets_gradients_of_zero_and_the_others_larger_
     network, dropout = attached(DropoutRates(modules=0.5))
     plain, _ = attached(DropoutRates())
     sum(output.sum() for output in plain(PIXELS)).backward()  # type: ignore[union-attr]
-    with dropout.drawn(torch.Generator().manual_seed(0)):
+    with dropout.drawn(seeded(0), ROWS):
         sum(output.sum() for output in network(PIXELS)).backward()  # type: ignore[union-attr]
     ratios = set()
     for name in NAMES:
@@ -134,3 +139,33 @@ def test_a_module_that_is_left_out_gets_gradients_of_zero_and_the_others_larger_
         torch.testing.assert_close(found, wanted * ratio)
         ratios.add(ratio)
     assert ratios == {0.0, 2.0}, "three layers of which seed 0 leaves out some"
+
+
+@pytest.mark.parametrize(("rates", "kind"), CASES)
+def test_a_picture_meets_the_same_masks_however_many_are_computed_at_once(
+    rates: DropoutRates, kind: AdapterKind
+) -> None:
+    network, dropout = attached(rates, kind)
+    whole = outputs(network, dropout, 7)
+    for taken in ([0], [1, 2], [2]):
+        with torch.no_grad(), dropout.drawn(seeded(7), [ROWS[number] for number in taken]):
+            found = network(PIXELS[taken])
+        for some, all_of_them in zip(found, whole, strict=True):
+            assert torch.allclose(some, all_of_them[taken], atol=1e-5)
+
+
+def test_rows_of_other_planned_micro_batches_meet_other_masks() -> None:
+    network, dropout = attached(DropoutRates(neurons=0.4))
+    same = PIXELS[:1].expand(4, -1, -1, -1)
+    with torch.no_grad(), dropout.drawn(seeded(7), [(0, 0), (0, 1), (1, 0), (1, 1)]):
+        found = network(same)[1]
+    assert all(not torch.equal(found[one], found[other]) for one in range(4) for other in range(one))
+
+
+@pytest.mark.parametrize("num", [6, 2])
+def test_texts_in_chunks_or_fewer_than_pictures_are_dropped_row_by_row(num: int) -> None:
+    network, dropout = attached(DropoutRates(neurons=0.4))
+    same = PIXELS[:1].expand(num, -1, -1, -1)
+    with torch.no_grad(), dropout.drawn(seeded(7), ROWS):
+        found = network(same)[1]
+    assert all(not torch.equal(found[one], found[other]) for one in range(num) for other in range(one))

@@ -19,6 +19,7 @@ from sdtrain.commands.notes import setting_notes
 from sdtrain.config.read import resolve
 from sdtrain.errors import UserError
 from sdtrain.models.checkpoints.inspect import open_model
+from sdtrain.training.computing.objective import Objective
 from sdtrain.training.watching.preview import sampling_settings
 
 SLOW = pytest.mark.slow
@@ -72,13 +73,37 @@ def test_each_micro_batch_of_each_step_draws_its_own_masks(train: Train, monkeyp
     seeds: list[int] = []
     original = AdapterDropout.drawn
 
-    def watched(self: AdapterDropout, generator: torch.Generator) -> Any:
-        seeds.append(generator.initial_seed())
-        return original(self, generator)
+    def watched(self: AdapterDropout, generator: Callable[[int], torch.Generator], rows: list[tuple[int, int]]) -> Any:
+        ((index, _),) = rows
+        seeds.append(generator(index).initial_seed())
+        return original(self, generator, rows)
 
     monkeypatch.setattr(AdapterDropout, "drawn", watched)
     train(SMALL | {"method.dropout": 0.1, "steps": 3, "data.batch_size": 1, "data.gradient_accumulation": 2})
     assert len(seeds) == len(set(seeds)) == 6
+
+
+def test_a_picture_meets_the_same_masks_however_many_are_computed_at_once(train: Train) -> None:
+    """A step that ran out of memory is done again with fewer pictures at once, and ranks share a step."""
+    settings = SMALL | {"method.dropout": 0.3, "method.rank_dropout": 0.2, "method.module_dropout": 0.2, "steps": 3}
+    settings |= {"data.batch_size": 4, "data.gradient_accumulation": 1, "optimizer.eps": 1e-4, "memory.on_oom": "adapt"}
+    whole, _ = train(settings | {"name": "whole"})
+    inputs, calls = Objective.inputs, 0
+
+    def full(self: Objective, batch: Any, generator: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if len(batch.examples) > 1 and calls > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inputs(self, batch, generator)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "inputs", full)
+        split, said = train(settings | {"name": "split"})
+    assert "at most 1" in said or "one picture is computed at once" in said
+    expected, found = weights(whole), weights(split)
+    for name, tensor in expected.items():
+        assert torch.allclose(found[name], tensor, atol=1e-4), name
 
 
 @pytest.mark.parametrize("method", ["with text encoders", "norms", pytest.param("modules of loha", marks=SLOW)])

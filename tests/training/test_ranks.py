@@ -233,6 +233,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "text encoders": {"method.train": ["unet", "text_encoder", "text_encoder_2"]},
     "norm limit": {"method.scale_weight_norms": 0.01},
     "preserved": {"preserve.weight": 0.5},
+    "dropout": {"method.dropout": 0.3, "method.rank_dropout": 0.2, "method.module_dropout": 0.2},
 }
 
 

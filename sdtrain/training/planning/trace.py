@@ -236,7 +236,7 @@ class _Trace:
         before = tracker.bytes_now
         tracker.begin_peak()
         objective = Objective(self.model, self.config, CPU, self.preservation)
-        with trainable.dropout.drawn(self.run.generator("dropout", 0, 0)):
+        with trainable.dropout.drawn(partial(self.run.generator, "dropout", 0), batch.rows):
             loss = objective(batch, partial(self.run.generator, "noise", 0))
             kept = tracker.bytes_now - before
             backward(loss)
