@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sdtrain.errors import UserError
-from sdtrain.training import objective
+from sdtrain.training.computing import objective
 
 CHANGES = {"data.gradient_accumulation": 2, "data.caption_dropout": 0.3, "data.caption_variants": 3}
 

@@ -35,14 +35,20 @@ def two(pictures: Path, tmp_path: Path) -> list[dict[str, Any]]:
 def errors(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], torch.Tensor]]:
     """The folders and the unweighed errors of the pictures of each batch."""
     found: list[tuple[list[str], torch.Tensor]] = []
-    original = Objective.errors
+    inputs, errors = Objective.inputs, Objective._errors
+    folders: list[str] = []
 
-    def watched(self: Objective, batch: Any, *rest: Any) -> torch.Tensor:
-        got = original(self, batch, *rest)
-        found.append(([example.path.parent.name for example in batch.examples], got.detach()))
+    def of_batch(self: Objective, batch: Any, *rest: Any) -> Any:
+        folders[:] = [example.path.parent.name for example in batch.examples]
+        return inputs(self, batch, *rest)
+
+    def watched(self: Objective, *given: Any) -> torch.Tensor:
+        got = errors(self, *given)
+        found.append(([*folders], got.detach()))
         return got
 
-    monkeypatch.setattr(Objective, "errors", watched)
+    monkeypatch.setattr(Objective, "inputs", of_batch)
+    monkeypatch.setattr(Objective, "_errors", watched)
     return found
 
 

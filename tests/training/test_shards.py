@@ -22,7 +22,7 @@ from tests.training.test_ranks import RAGGED, assert_same_run, codes, log, valid
 
 FULL = {
     **RAGGED,
-    "method": {"kind": "full", "train": ["unet", "text_encoder"]},
+    "method": {"kind": "full", "train": ["unet"]},
     "optimizer.d0": 1e-5,
     "preview.every": 2,
     "validation.share": 0.3,
@@ -69,6 +69,7 @@ def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any
     for other in told[1:]:
         assert other.d == told[0].d and other.weights == told[0].weights
         assert other.text == "", "one rank speaks"
+    assert "and hold the weights between them" in " ".join(told[0].text.split())
     whole = sum(tensor.numel() for tensor in load_file(_parameters(alone)).values())
     assert [one.held for one in told] == pytest.approx([whole / ranks] * ranks, rel=0.02), "each holds its share"
     assert {name: tensor.shape for name, tensor in state(run, 4).items()} == {
@@ -82,6 +83,14 @@ def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any
 
 def _parameters(run: Path) -> Path:
     return run / "checkpoints" / "step-000004" / "parameters.safetensors"
+
+
+@pytest.mark.slow
+def test_a_sharded_text_encoder_is_the_one_of_one_process(team: Team, base: dict[str, Any]) -> None:
+    settings = ALONE | {"method": {"kind": "full", "train": ["unet", "text_encoder"]}}
+    for ranks in (1, 2):
+        assert codes(team.run(ranks, job(base, settings | {"name": f"text-{ranks}"}))) == [0] * ranks
+    assert_same_run(Path(base["output"]) / "text-2", Path(base["output"]) / "text-1")
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from sdtrain.config.schema import Config, LoraConfig
 from sdtrain.data.buckets import bucket_sizes, place
@@ -15,7 +16,7 @@ from sdtrain.training.keeping.disk import cache_needed
 from sdtrain.training.keeping.disk import size as size_text
 from sdtrain.training.keeping.room import needed
 from sdtrain.training.keeping.standing import cache_folder
-from sdtrain.training.planning.trace import CPU, Part, Phase, trace
+from sdtrain.training.planning.trace import CPU, Part, Phase, Traced, trace
 from sdtrain.training.ranks.group import Exchanged, exchanged
 from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.start import run_folder
@@ -42,6 +43,8 @@ class Plan:
     """Operations of a micro-batch, which a processor launches one by one."""
     exchanged: Exchanged | None = None
     """What each of several processes would add up with the others in a step."""
+    trained_bytes: int = 0
+    """What is trained, its gradients and the optimizer's state, which `fsdp` splits over processes."""
 
     @property
     def worst(self) -> Phase:
@@ -73,8 +76,13 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
     disk = {what: size for what, size in disk.items() if size}
     bases = traced.bases if isinstance(config.method, LoraConfig) else {}
     trained = [p for p in traced.trainable.named_parameters().values() if p.requires_grad]
-    costs = traced.operations, exchanged(trained)
+    costs = traced.operations, exchanged(trained), _trained_bytes(traced, trained)
     return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts, *costs)
+
+
+def _trained_bytes(traced: Traced, trained: Sequence[nn.Parameter]) -> int:
+    (train,) = (phase for phase in traced.phases if phase.name == "train")
+    return 2 * sum(parameter.nbytes for parameter in trained) + train.parts.get("optimizer", 0)
 
 
 def planned_dtype(config: Config, *, on_gpu: bool) -> torch.dtype:

@@ -156,8 +156,9 @@ def scaling_lines(config: Config, plan: Plan, runs: Sequence[Scaled]) -> dict[st
     last = runs[-1]
     if shards(config, last.cards):
         rows["fsdp"] = (
-            f"each card holds a share of what is trained, of its gradients and of the optimizer's state, 1/{last.cards}"
-            " on all of them; what travels for that is not reckoned: the rows above are those of ddp"
+            f"on {last.cards} cards each holds {size(plan.trained_bytes // last.cards)} of the "
+            f"{size(plan.trained_bytes)} that trained weights, their gradients and the optimizer take, and one layer "
+            "whole; what travels for that is not reckoned: the rows above are those of ddp"
         )
     if last.cards > 1:
         seconds = alone.compute_s + last.exchange_s[INFINIBAND.name]
@@ -173,6 +174,7 @@ def scaling_answer(plan: Plan, runs: Sequence[Scaled]) -> dict[str, object]:
     links = [link.name for link in BETWEEN]
     return {
         "exchanged": asdict(plan.exchanged),
+        "trained_bytes": plan.trained_bytes,
         "cards": [asdict(run) | {"step_s": {link: run.step_s(link) for link in links}} for run in runs],
         "pays_up_to": {link: last_worth_it(runs, link) for link in links},
     }

@@ -13,8 +13,9 @@ from sdtrain.data.batches import Batches
 from sdtrain.data.examples import Example
 from sdtrain.data.report.names import about
 from sdtrain.data.report.previewed import previews_text
+from sdtrain.training.computing.graphs import uses_graphs
 from sdtrain.training.ending.rescue import Kept
-from sdtrain.training.parameters import Trainable
+from sdtrain.training.parameters import Trainable, shards
 from sdtrain.training.run import Run
 from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
@@ -29,14 +30,15 @@ def banner(
     """
     config = run.config
     rows = {
-        "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}",
+        "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}{_launches(run)}",
         "method": _method(config),
     }
     for group in trainable.groups:
         rows[f"  {group.name}"] = f"{group.num_parameters:,} parameters in {len(group.parameters)} tensors"
     images = config.data.batch_size * config.data.gradient_accumulation
     if run.ranks.are_several:
-        rows["processes"] = f"{run.ranks.place.size}, which share the pictures of a step"
+        weights = " and hold the weights between them" if shards(config, run.ranks.place.size) else ""
+        rows["processes"] = f"{run.ranks.place.size}, which share the pictures of a step{weights}"
     rows["pictures"] = (
         f"{about(batches.num_examples)} an epoch of {batches.steps_per_epoch:.1f} steps, up to {images} a step"
     )
@@ -48,6 +50,11 @@ def banner(
     rows["previews"] = previews_text(config, examples)
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
+
+
+def _launches(run: Run) -> str:
+    uses = uses_graphs(run.config, run.device, num_ranks=run.ranks.place.size)
+    return ", CUDA graphs" if uses else ""
 
 
 def _method(config: Config) -> str:
