@@ -92,7 +92,7 @@ def test_what_the_optimizer_sees_is_the_gradient_itself(train: Train, method: st
     assert losses(run.parent / "float16") == pytest.approx(losses(run), rel=0.02)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_an_overflow_leaves_the_step_out_halves_the_scale_and_resumes_bit_for_bit(
     train: Train, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

@@ -102,7 +102,7 @@ def alone(team: Team, base: dict[str, Any]) -> Path:
     return Path(base["output"]) / "alone"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_run_is_the_same_on_any_number_of_ranks(team: Team, base: dict[str, Any], alone: Path, ranks: int) -> None:
     told = team.run(ranks, job(base, {"name": f"on-{ranks}"}))
     assert codes(told) == [0] * ranks, told

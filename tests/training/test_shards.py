@@ -24,9 +24,9 @@ FULL = {
     **RAGGED,
     "method": {"kind": "full", "train": ["unet"]},
     "optimizer.d0": 1e-5,
-    "preview.every": 2,
+    "preview.every": 4,
     "validation.share": 0.3,
-    "validation.every": 2,
+    "validation.every": 4,
 }
 ALONE = {"preview.every": 0, "validation.every": 0, "validation.share": 0.0}
 

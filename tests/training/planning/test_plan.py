@@ -79,9 +79,12 @@ def counted(config: Config) -> dict[str, int]:
         pytest.param(
             {"memory.gradient_checkpointing": True, "method.train": ["unet", "text_encoder"]}, marks=pytest.mark.slow
         ),
-        {"memory.recompute": ["up_blocks.0", "down_blocks.1.attentions.0"], "data.batch_size": 2},
+        pytest.param(
+            {"memory.recompute": ["up_blocks.0", "down_blocks.1.attentions.0"], "data.batch_size": 2},
+            marks=pytest.mark.slow,
+        ),
         {"method.kind": "full", "data.gradient_accumulation": 2},
-        {"model.base_precision": "int8", "preview.every": 1},
+        pytest.param({"model.base_precision": "int8", "preview.every": 1}, marks=pytest.mark.slow),
         pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
     ],
     ids=["lora", "checkpointing", "parts", "full", "int8", "dora nf4"],
