@@ -94,6 +94,7 @@ def fit(
         with (
             watching(record, console, others, somebody_else=not ranks.is_first) as everybody,
             kept_on_errors(lambda error: said.extend(leave(training, everybody, error)), training.explain),
+            ranks.together(),
         ):
             train(training, everybody, stop)
             if not training.is_finished:
@@ -171,8 +172,7 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         training.doing = f"finishing step {training.step + 1}"
         settling.begin()
         trainable.require_gradients(training.step)
-        with ranks.together():
-            loss = room.enough_for(lambda: gradients(training, objective, room.batch_size), told)
+        loss = room.enough_for(lambda: gradients(training, objective, room.batch_size), told)
         if not config.memory.fused_back_pass:
             training.scale.unscale(trainable.parameters())
         settling.settle()  # the step before: what it came to is there by now

@@ -207,7 +207,8 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Raise LostRankError where the block, in which all ranks compute one network, fails for a lost one."""
+        """Raise LostRankError where the block fails for a lost rank in a collective that is not of this class, as those
+        are of networks that are split over the ranks."""
         try:
             yield
         except RuntimeError as error:
