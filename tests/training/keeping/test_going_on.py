@@ -81,6 +81,7 @@ def test_memory_precision_d_coef_and_the_split_may_change_and_more_steps_are_add
     assert steps_of(run) == [1, 2, 3, 4, 5], "so many more than the run planned, not than are done"
 
 
+@pytest.mark.slow
 def test_a_split_on_resume_is_the_run_that_was_not_split_up_to_rounding(fit: Fit) -> None:
     whole, _ = fit({"name": "whole", "steps": 5, "data.batch_size": 4})
     parts, _ = fit({"name": "parts", "steps": 2, "data.batch_size": 4})
@@ -128,6 +129,7 @@ def test_renamed_pictures_are_the_same_pictures_bit_for_bit(fit: Fit, own_pictur
     assert bits(straight, 5) == bits(resumed, 5)
 
 
+@pytest.mark.slow
 def test_pictures_that_joined_another_bucket_stay_in_it_when_they_are_renamed(
     fit: Fit, own_pictures: Path, seen: list[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_on_a_gpu_what_does_not_train_has_left(config_of: Callable[..., Config])
     assert cpu.phases[0].parts["weights"] == gpu.phases[0].parts["weights"] + unet
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_a_packed_base_saves(config_of: Callable[..., Config]) -> None:
     whole = traced(config_of({}))
     for precision in ("int8", "fp8", "nf4"):
