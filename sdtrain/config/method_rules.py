@@ -82,11 +82,7 @@ def layer_weights_of_full(config: Config) -> Iterator[Problem]:
 
 def dropout_is_not_compiled(config: Config) -> Iterator[Problem]:
     """Every step drops something else, which compiled blocks would be compiled anew for."""
-    method = config.method
-    if not isinstance(method, LoraConfig) or not config.memory.compile:
-        return
-    rates = {"dropout": method.dropout, "rank_dropout": method.rank_dropout, "module_dropout": method.module_dropout}
-    if used := [f"method.{name}" for name, rate in rates.items() if rate]:
+    if config.memory.compile and (used := _dropouts(config)):
         what = f"compiles each block once, but {' and '.join(used)} would change it every step: choose one"
         yield Problem("memory.compile", what)
 
@@ -102,16 +98,23 @@ def against_graphs(config: Config) -> Iterator[str]:
     method, memory = config.method, config.memory
     if set(method.train) != {DENOISER}:
         yield "method.train names text encoders, for which the host reads the captions of every step"
-    if isinstance(method, LoraConfig):
-        for name in ("dropout", "rank_dropout", "module_dropout"):
-            if getattr(method, name):
-                yield f"method.{name} leaves out something else in every step"
+    for setting in _dropouts(config):
+        yield f"{setting} leaves out something else in every step"
     if isinstance(method, LoraConfig) and method.adapter == "oft":
         yield "method.adapter = oft solves equations, which a card may stop for"
     if memory.compile:
         yield "memory.compile compiles what would be captured"
     if memory.fused_back_pass:
         yield "memory.fused_back_pass moves weights within backward"
+
+
+def _dropouts(config: Config) -> list[str]:
+    """Return the settings by which adapters drop something, as they are written."""
+    method = config.method
+    if not isinstance(method, LoraConfig):
+        return []
+    rates = {"dropout": method.dropout, "rank_dropout": method.rank_dropout, "module_dropout": method.module_dropout}
+    return [f"method.{name}" for name, rate in rates.items() if rate]
 
 
 def only_full_weights_are_sharded(config: Config) -> Iterator[Problem]:

@@ -121,7 +121,7 @@ def prepare(
 ) -> Training:
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config, ranks)
-    graphs = uses_graphs(config, run.device, num_ranks=ranks.place.size)
+    uses_graphs(run)  # or says why it cannot, before anything is loaded
     if ranks.is_first and chose_float16(config, run.device):
         say(console, "this card does not compute in bfloat16, so the run computes in float16, with a scaled loss")
     with explained_while(lambda: stop.doing, run):
@@ -145,7 +145,7 @@ def prepare(
     scale = LossScale(is_used=computes_in_float16(config, run.device))
     if config.memory.fused_back_pass:
         scale.unscale_within(trainable.parameters())
-    training = Training(run, model, trainable, optimizer, data, background, validator, scale, graphs)
+    training = Training(run, model, trainable, optimizer, data, background, validator, scale)
     _go_on_from(standing, training, console)
     write_resolved_config(run)
     return training
@@ -162,7 +162,7 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         settling.settle()
         watchers.tell(NoteRecord(training.step, f"step {training.step + 1}: {text}"))
 
-    if training.uses_graphs:
+    if uses_graphs(run):
         training.graphs = Graphs(objective, trainable.parameters(), told)
     if training.step == 0:
         preview(training, watchers, stop)

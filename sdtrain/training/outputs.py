@@ -27,8 +27,7 @@ from sdtrain.training.export import Written, export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import UnusableNumbersError, Whole, save_state, whole_of
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.ranks.place import Place
-from sdtrain.training.ranks.shards import is_sharded, whole_tensors
+from sdtrain.training.ranks.shards import is_split, whole_tensors
 from sdtrain.training.run import autocast
 from sdtrain.training.training import Training
 from sdtrain.training.watching.grid import save_picture
@@ -36,10 +35,8 @@ from sdtrain.training.watching.preview import (
     drawn_from,
     in_rows,
     preview_grid,
-    render,
     render_share,
     sampling_settings,
-    share_of,
 )
 from sdtrain.training.watching.records import NoteRecord, PictureRecord, SavedRecord
 from sdtrain.training.watching.summary import farewell
@@ -63,20 +60,21 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     path = training.run.folder / "previews" / f"step-{step:06d}.png"
     whole = "decoded" not in training.model.tiled
     training.make_room()
-    rows, failure = None, ""
+    pictures, failure = None, ""
     try:
-        rows = _drawn(training, stop)
+        pictures = _drawn(training, stop)
     except GivenUpError:
         pass
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
         failure = sentence(error)
     if ranks.are_several and not training.is_sharded:
-        rows, failure = _put_together(training, rows, failure)
+        pictures, failure = _put_together(training, pictures, failure)
     if not ranks.is_first:
         return
     try:
-        if rows is not None:
+        if pictures is not None:
+            rows = in_rows([pictures[number] for number in sorted(pictures)], len(config.preview.seeds))
             grid = preview_grid(rows, training.data.prompts, config, step, path.with_name("base.png"))
             save_picture(grid, path, drawn_from(config, step).words())
     except Exception as error:  # noqa: BLE001 - nor must who keeps what was drawn
@@ -84,56 +82,42 @@ def preview(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         failure = sentence(error)
     if failure:
         watchers.tell(NoteRecord(step, f"note: no preview of step {step}: {failure}; the training goes on"))
-    elif rows is not None:
+    elif pictures is not None:
         if whole and "decoded" in training.model.tiled:
             watchers.tell(NoteRecord(step, f"note: {TOLD['decoded']}"))
         watchers.tell(PictureRecord(step, path))
 
 
-def _drawn(training: Training, stop: StopRequests) -> list[list[Image.Image]]:
-    """Draw the previews, or this process's share, which is one row. Raises GivenUpError when the run is asked to end.
-
-    Where weights are split over processes all draw all of them, and none leaves the others.
-    """
-    config, prompts, place = training.run.config, training.data.prompts, training.run.ranks.place
-    settings, seeds = sampling_settings(config), config.preview.seeds
-    computing = partial(autocast, config, training.run.device)
-    if not training.is_sharded:
-        stop.give_up()
+def _drawn(training: Training, stop: StopRequests) -> dict[int, Image.Image]:
+    """Draw this process's share of the previews, by number. Raises GivenUpError when the run is asked to end."""
+    config, prompts, share = training.run.config, training.data.prompts, training.looking
+    heeded, computing = training.heeded(stop), partial(autocast, config, training.run.device)
+    heeded.give_up()
     with _vae_on(training.run.device, training.model), averaged(training.optimizer):
-        if training.is_sharded:
-            return render(training.model, prompts, seeds, settings, nothing, computing)
-        if place.size == 1:
-            return render(training.model, prompts, seeds, settings, stop.give_up, computing)
-        share = {"hand": place.rank, "hands": place.size}
-        mine = render_share(training.model, prompts, seeds, settings, stop.give_up, computing, **share)
-    return [list(mine.values())]
+        return render_share(
+            *(training.model, prompts, config.preview.seeds, sampling_settings(config), heeded.give_up, computing),
+            hand=share.rank,
+            hands=share.size,
+        )
 
 
 def _put_together(
-    training: Training, mine: list[list[Image.Image]] | None, failure: str
-) -> tuple[list[list[Image.Image]] | None, str]:
-    """Return the rows of all previews, None where a process has given up or failed, and why that was."""
-    preview, place = training.run.config.preview, training.run.ranks.place
-    num = len(training.data.prompts.texts) * len(preview.seeds)
-    numbers = share_of(num, place.rank, place.size)
+    training: Training, mine: dict[int, Image.Image] | None, failure: str
+) -> tuple[dict[int, Image.Image] | None, str]:
+    """Return the previews of all processes, None where one has given up or failed, and why that was."""
+    num = len(training.data.prompts.texts) * len(training.run.config.preview.seeds)
     settings = sampling_settings(training.run.config)
     pixels = None
     if mine is not None:
-        found = [torch.from_numpy(np.array(picture)) for picture in mine[0]]
-        pixels = dict(zip(numbers, found, strict=True))
+        pixels = {number: torch.from_numpy(np.array(picture)) for number, picture in mine.items()}
     whole, any_failed = training.run.ranks.put_together(
         pixels, (num, settings.height_px, settings.width_px, 3), failed=bool(failure)
     )
-    if any_failed:
-        return None, failure or "it failed on another process"
+    if any_failed and not failure:
+        failure = "it failed on another process"
     if whole is None:
-        return None, ""
-    return in_rows([Image.fromarray(one.numpy()) for one in whole], len(preview.seeds)), ""
-
-
-def nothing() -> None:
-    """Do nothing."""
+        return None, failure
+    return {number: Image.fromarray(one.numpy()) for number, one in enumerate(whole)}, failure
 
 
 @contextmanager
@@ -233,10 +217,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     training.make_room()
     mine, failure = None, ""
     try:
-        if training.is_sharded:  # all compute all of it, in step
-            mine = validator.measure(objective, training.optimizer, lambda: False, Place())
-        else:
-            mine = validator.measure(objective, training.optimizer, lambda: stop.asked, ranks.place)
+        heeded = training.heeded(stop)
+        mine = validator.measure(objective, training.optimizer, lambda: heeded.asked, training.looking)
     except Exception as error:  # noqa: BLE001 - who only looks must not end the run, which could lose hours
         release(error)
         failure = sentence(error)
@@ -290,7 +272,7 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
 
 def _whole_weights(training: Training) -> dict[str, dict[str, Tensor]]:
     """Return the weights of networks that are split over processes, on the first one; all put them together."""
-    networks = {name: network for name, network in training.model.networks.items() if is_sharded(network)}
+    networks = {name: network for name, network in training.model.networks.items() if is_split(network)}
     keep = training.run.ranks.is_first
     return {name: whole_tensors(dict(net.named_parameters()), keep=keep) for name, net in networks.items()}
 

@@ -16,6 +16,7 @@ from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.keeping.states import Background
 from sdtrain.training.parameters import Trainable, shards
 from sdtrain.training.prepare import Prepared
+from sdtrain.training.ranks.place import Place
 from sdtrain.training.run import Run
 from sdtrain.training.validating.validator import Validator
 
@@ -32,7 +33,6 @@ class Training:
     background: Background
     validator: Validator
     scale: LossScale
-    uses_graphs: bool = False
     step: int = 0
     """The number of steps that are done."""
     saved_step: int | None = None
@@ -61,6 +61,15 @@ class Training:
     def takes_part(self) -> bool:
         """Whether this process is needed for what is drawn and written: the first one, or all of them."""
         return self.run.ranks.is_first or self.is_sharded
+
+    @property
+    def looking(self) -> Place:
+        """This process's share of what is looked at: all of it where weights are split, so that all compute in step."""
+        return Place() if self.is_sharded else self.run.ranks.place
+
+    def heeded(self, stop: StopRequests) -> StopRequests:
+        """Return what is heeded while this process looks: nothing where the others would wait for it."""
+        return StopRequests(lambda _: None, leave=False) if self.is_sharded else stop
 
     def first_writes(self) -> AbstractContextManager[None]:
         """Let the first process write in the block, of which the others then learn whether it could."""

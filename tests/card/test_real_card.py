@@ -225,8 +225,8 @@ def test_sample_draws_what_the_preview_drew_on_a_real_card(on_cuda: Fit, monkeyp
     from sdtrain.training import outputs
 
     drawn: list[list[list[Image.Image]]] = []
-    render = outputs.render
-    monkeypatch.setattr(outputs, "render", lambda *given: drawn.append(render(*given)) or drawn[-1])
+    in_rows = outputs.in_rows
+    monkeypatch.setattr(outputs, "in_rows", lambda *given: drawn.append(in_rows(*given)) or drawn[-1])
     looks = {"preview.every": 2, "preview.prompts": PROMPTS, "preview.seeds": SEEDS, "optimizer.d0": 1e-2}
     ran = on_cuda({**settings_of(("unet",), "lora", "bfloat16", "plain"), **looks})
     base, last = map(bits, drawn)

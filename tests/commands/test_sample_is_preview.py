@@ -20,13 +20,13 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[list[list[Image.Image]]]:
     from sdtrain.training import outputs
 
     found: list[list[list[Image.Image]]] = []
-    original = outputs.render
+    original = outputs.in_rows
 
     def watched(*arguments: Any) -> list[list[Image.Image]]:
         found.append(original(*arguments))
         return found[-1]
 
-    monkeypatch.setattr(outputs, "render", watched)
+    monkeypatch.setattr(outputs, "in_rows", watched)
     return found
 
 

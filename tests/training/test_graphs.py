@@ -24,7 +24,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
     """A machine on which runs use graphs."""
     found = Recorded()
     monkeypatch.setattr(graphs, "captured", found.captured)
-    monkeypatch.setattr(fit, "uses_graphs", lambda config, device, num_ranks: config.name != "plain")
+    monkeypatch.setattr(fit, "uses_graphs", lambda run: run.config.name != "plain")
     return found
 
 

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ RAGGED = {
 }
 """Six pictures a step, in buckets of one to four, so that a step has micro-batches of one and of two pictures. With the
 atan2 update a gradient that is all but 0 would tip with the rounding of sums."""
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[Team]:
-    team = Team(3)
-    yield team
-    team.end()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,6 @@ FULL = {
     "validation.every": 4,
 }
 ALONE = {"preview.every": 0, "validation.every": 0, "validation.share": 0.0}
-
-
-@pytest.fixture(scope="module")
-def team() -> Iterator[Team]:
-    team = Team(3)
-    yield team
-    team.end()
 
 
 @pytest.fixture(scope="module")

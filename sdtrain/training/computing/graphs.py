@@ -24,6 +24,7 @@ from sdtrain.models.placing import pinned
 from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.guard import backward
 from sdtrain.training.ending.memory import is_out_of_memory, release
+from sdtrain.training.run import Run
 
 Key = tuple[tuple[str, torch.Size], ...]
 
@@ -36,13 +37,12 @@ PAYS = 3
 """How often a graph must be launched to be worth its making: that took twice as long as what it spares, on an H100."""
 
 
-def uses_graphs(config: Config, device: torch.device, *, num_ranks: int = 1) -> bool:
+def uses_graphs(run: Run) -> bool:
     """Return whether a run's gradients come from graphs. Raises UserError where they must, and cannot."""
-    asked = config.memory.cuda_graphs
-    there = device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None
-    if asked == "on" and not there:
+    there = run.device.type == "cuda" and torch.cuda.is_available() and torch.version.hip is None
+    if run.config.memory.cuda_graphs == "on" and not there:
         raise user_error("this machine", "memory.cuda_graphs", "on, but the run computes on no NVIDIA card; use auto")
-    return there and wants_graphs(config, num_ranks=num_ranks)
+    return there and wants_graphs(run.config, num_ranks=run.ranks.place.size)
 
 
 def wants_graphs(config: Config, *, num_ranks: int = 1) -> bool:
@@ -76,7 +76,7 @@ class Graphs:
         self._gradients: list[Tensor] = []
         self._pool: Any = None
         self._num_made = self._num_used = 0
-        self.are_given_up = False
+        self._are_given_up = False
         """Whether they would take more time than they spare, or more memory than there is."""
 
     def add(self, batch: Batch, generator: Callable[[int], Generator], share: float, scale: float) -> Tensor:
@@ -86,17 +86,13 @@ class Graphs:
         """
         inputs = self._objective.inputs(batch, generator)
         inputs |= {"share": torch.tensor(share), "scale": torch.tensor(scale)}
-        if self.are_given_up:
-            return self._compute(self._objective.sent(inputs))
-        self._begin()
-        if not self._reached:  # which are reached is seen once, and libraries set up what they do on first use
-            loss = self._compute(self._objective.sent(inputs))
-            self._reached = [parameter for parameter in self._parameters if parameter.grad is not None]
-            self._gradients = [parameter.grad for parameter in self._reached if parameter.grad is not None]
-            return loss
         graph = self._graph_of(inputs)
         if graph is None:
-            return self._compute(self._objective.sent(inputs))
+            loss = self._compute(self._objective.sent(inputs))
+            if not self._reached:  # which are reached is seen once
+                self._reached = [parameter for parameter in self._parameters if parameter.grad is not None]
+                self._gradients = [parameter.grad for parameter in self._reached if parameter.grad is not None]
+            return loss
         self._num_used += 1
         for name, there in graph.inputs.items():
             there.copy_(pinned(inputs[name], there.device), non_blocking=True)
@@ -130,7 +126,16 @@ class Graphs:
                 parameter.grad = gradient
 
     def _graph_of(self, inputs: Mapping[str, Tensor]) -> _Graph | None:
-        """Return the graph of inputs of this kind, which is made when they are first met; None: they are given up."""
+        """Return the graph of inputs of this kind, which is made when they are first met.
+
+        None: graphs are given up, or nothing was computed yet, so that libraries have not set up what they do on first
+        use.
+        """
+        if self._are_given_up:
+            return None
+        self._begin()
+        if not self._reached:
+            return None
         key = tuple((name, tensor.shape) for name, tensor in inputs.items())
         if key in self._made:
             self._made[key] = self._made.pop(key)  # the one that was used last stands last
@@ -148,7 +153,7 @@ class Graphs:
 
     def _give_up(self, why: str) -> None:
         self.forget()
-        self.are_given_up = True
+        self._are_given_up = True
         self._tell(f"{why}; the steps are the same without, and slower where the pictures of one are few")
 
     def _capture(self, inputs: Mapping[str, Tensor], *, last: bool = False) -> _Graph | None:

@@ -54,11 +54,10 @@ class Objective:
 
         All of it is sent before anything is computed there: what is sent later would wait behind it.
         """
-        return {name: sent(tensor, self.device) if self.is_sent(name) else tensor for name, tensor in inputs.items()}
-
-    def is_sent(self, name: str) -> bool:
-        """Return whether an input is needed on the device: captions that are encoded anew are chosen on the CPU."""
-        return name != CHOSEN or (self.preservation is not None and self.preservation.encoded is not None)
+        stays = self.preservation is not None and self.preservation.encoded is None  # captions that are encoded anew
+        return {
+            name: tensor if stays and name == CHOSEN else sent(tensor, self.device) for name, tensor in inputs.items()
+        }
 
     def loss(self, inputs: Mapping[str, Tensor], captions: Sequence[str]) -> Tensor:
         """Return the mean loss () for inputs on the device. captions: read where the text encoders are trained."""
@@ -140,15 +139,7 @@ def draw_inputs(
     """
     num = shape[0]
     noise = draw_noise(shape, generator, offset=config.noise.offset, pyramid_discount=config.noise.pyramid_discount)
-    timesteps = draw_timesteps(
-        num,
-        generator,
-        density=config.timesteps.density,
-        first=config.timesteps.first,
-        last=config.timesteps.last,
-        logit_mean=config.timesteps.logit_mean,
-        logit_std=config.timesteps.logit_std,
-    )
+    timesteps = draw_timesteps(num, generator, **dict(config.timesteps))
     seen = perturb_input(noise, generator, config.noise.input_perturbation)
     chosen = torch.randint(len(config.preserve.captions), (num,), generator=generator)  # last: it moves no other draw
     return noise, seen, timesteps, chosen

@@ -24,8 +24,8 @@ NAMED = 3
 
 
 def backward(loss: Tensor, scale: float | Tensor = 1.0) -> None:
-    """Add the gradients of a loss () times a scale, a number or a tensor (). Those of a loss that
-    is not finite are not finite either.
+    """Add the gradients of a loss () times a scale, a number or a tensor (). Those of a loss that is not finite are not
+    finite either.
 
     An infinite loss may have finite gradients; with these the step would be taken. So the optimizer, which leaves out
     a step whose gradients are not finite, leaves out this one too, and no device has to be asked.

@@ -122,12 +122,8 @@ class Ranks:
         """Return the highest signal number that any rank was sent, and whether any rank finds the run finished."""
         if not self.are_several:
             return number, is_finished
-        import torch
-        import torch.distributed as dist
-
-        both = torch.tensor([number, int(is_finished)])
-        self._wait_for(lambda: dist.all_reduce(both, op=dist.ReduceOp.MAX, async_op=True))
-        return int(both[0]), bool(both[1])
+        highest, any_finished = self._highest(number, is_finished)
+        return highest, bool(any_finished)
 
     def merge(
         self, names: Sequence[str], mine: Mapping[str, float] | None, *, failed: bool
@@ -141,16 +137,15 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        lacking = torch.tensor([int(mine is None), int(failed)])
+        lacking, any_failed = self._highest(mine is None, failed)
         mine = mine or {}
         numbers = torch.tensor(
             [[mine.get(name, 0.0) for name in names], [float(name in mine) for name in names]], dtype=torch.float64
         )
-        self._wait_for(lambda: dist.all_reduce(lacking, op=dist.ReduceOp.MAX, async_op=True))
         self._wait_for(lambda: dist.all_reduce(numbers, async_op=True))
-        if lacking[0] or not numbers[1].all():
-            return None, bool(lacking[1])
-        return dict(zip(names, (numbers[0] / numbers[1]).tolist(), strict=True)), bool(lacking[1])
+        if lacking or not numbers[1].all():
+            return None, bool(any_failed)
+        return dict(zip(names, (numbers[0] / numbers[1]).tolist(), strict=True)), bool(any_failed)
 
     def put_together(
         self, mine: Mapping[int, Tensor] | None, shape: Sequence[int], *, failed: bool
@@ -160,12 +155,10 @@ class Ranks:
         mine: rows of this rank by number, None where it gave up or failed.
         """
         import torch
-        import torch.distributed as dist
 
-        lacking = torch.tensor([int(mine is None), int(failed)])
-        self._wait_for(lambda: dist.all_reduce(lacking, op=dist.ReduceOp.MAX, async_op=True))
-        if lacking[0]:
-            return None, bool(lacking[1])
+        lacking, any_failed = self._highest(mine is None, failed)
+        if lacking:
+            return None, bool(any_failed)
         whole = torch.zeros(*shape, dtype=torch.uint8)
         for number, row in (mine or {}).items():
             whole[number] = row
@@ -187,8 +180,9 @@ class Ranks:
         import torch
         import torch.distributed as dist
 
-        whole = [parameter for parameter in parameters if not hasattr(parameter, "full_tensor")]
-        trained = [parameter for parameter in whole if parameter.requires_grad]
+        from optim import is_sharded
+
+        trained = [parameter for parameter in parameters if parameter.requires_grad and not is_sharded(parameter)]
         present = torch.tensor([parameter.grad is not None for parameter in trained], dtype=torch.uint8)
         self._wait_for(lambda: dist.all_reduce(present, op=dist.ReduceOp.MAX, async_op=True))
         here = [p for p, is_there in zip(trained, present.tolist(), strict=True) if is_there]
@@ -204,6 +198,16 @@ class Ranks:
         total = loss.clone()
         self._sum(total)
         return total
+
+    def _highest(self, *mine: int) -> list[int]:
+        """Return the highest of each of these numbers over all ranks."""
+        import torch
+        import torch.distributed as dist
+
+        numbers = torch.tensor(mine, dtype=torch.int64)
+        self._wait_for(lambda: dist.all_reduce(numbers, op=dist.ReduceOp.MAX, async_op=True))
+        found: list[int] = numbers.tolist()
+        return found
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from optim import is_sharded
 from sdtrain.training.ranks.place import Place
 
 if TYPE_CHECKING:
@@ -50,34 +51,29 @@ def mesh_of(place: Place, replicas: int, device: torch.device) -> DeviceMesh:
     return init_device_mesh(device.type, (replicas, place.size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
-def is_sharded(network: nn.Module) -> bool:
+def is_split(network: nn.Module) -> bool:
     """Return whether a network is split over processes."""
-    return any(hasattr(parameter, "full_tensor") for parameter in network.parameters())
+    return any(map(is_sharded, network.parameters()))
 
 
 def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Return the whole of tensors on the CPU, which all processes must do together; empty without `keep`."""
     found = {}
     for name, tensor in tensors.items():
-        whole = _whole(tensor.detach())
+        there = tensor.detach()
+        whole = there.full_tensor() if is_sharded(there) else there
         if keep:
             found[name] = whole.cpu()
-    return found
-
-
-def _whole(tensor: Any) -> Tensor:
-    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
     return found
 
 
 @torch.no_grad()
 def put(parameter: nn.Parameter, whole: Tensor) -> None:
     """Give a parameter the numbers of a whole one, or of that its share of them."""
-    if not hasattr(parameter, "full_tensor"):
-        parameter.copy_(whole)
-        return
-    from torch.distributed.tensor import distribute_tensor
+    mine: Tensor = parameter
+    if is_sharded(mine):
+        from torch.distributed.tensor import distribute_tensor
 
-    mine: Any = parameter
-    there = whole.to(parameter.device, parameter.dtype)
-    mine.copy_(distribute_tensor(there, mine.device_mesh, mine.placements, src_data_rank=None))
+        there = whole.to(mine.device, mine.dtype)
+        whole = distribute_tensor(there, mine.device_mesh, mine.placements, src_data_rank=None)
+    mine.copy_(whole)

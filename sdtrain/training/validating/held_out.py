@@ -62,18 +62,7 @@ def _mean_errors(objective: Objective, batch: Batch, names: Sequence[str]) -> Te
     levels = config.validation.noise_levels
     generators = [generator_of(config.validation.seed, f"validation {name}") for name in names]
     timesteps = torch.stack(
-        [
-            stratified_timesteps(
-                levels,
-                generator,
-                density=config.timesteps.density,
-                first=config.timesteps.first,
-                last=config.timesteps.last,
-                logit_mean=config.timesteps.logit_mean,
-                logit_std=config.timesteps.logit_std,
-            )
-            for generator in generators
-        ]
+        [stratified_timesteps(levels, generator, **dict(config.timesteps)) for generator in generators]
     )
     _, channels, height, width = batch.latents.shape
     total = torch.zeros(len(names), dtype=torch.float64)

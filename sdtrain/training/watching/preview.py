@@ -97,12 +97,6 @@ def in_rows(pictures: Sequence[Image.Image], columns: int) -> list[list[Image.Im
     return [list(pictures[index : index + columns]) for index in range(0, len(pictures), columns)]
 
 
-def share_of(num: int, hand: int, hands: int) -> list[int]:
-    """Return the numbers of the pictures that the process `hand` draws, of so many that share `num` of them."""
-    starts = range(hand * PICTURES_AT_ONCE, num, hands * PICTURES_AT_ONCE)
-    return [number for start in starts for number in range(start, min(start + PICTURES_AT_ONCE, num))]
-
-
 def render_share(
     model: Model,
     prompts: Prompts,
@@ -121,7 +115,7 @@ def render_share(
     positive, negative = prompts.conditioning(model)
     cells = [(row, seed) for row in range(len(prompts.texts)) for seed in seeds]
     pictures: dict[int, Image.Image] = {}
-    for start in share_of(len(cells), hand, hands)[::PICTURES_AT_ONCE]:
+    for start in range(hand * PICTURES_AT_ONCE, len(cells), hands * PICTURES_AT_ONCE):
         chunk = cells[start : start + PICTURES_AT_ONCE]
         rows = [row for row, _ in chunk]
         pixels = sample(

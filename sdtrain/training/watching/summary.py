@@ -29,8 +29,9 @@ def banner(
     planned: the memory that it will need, in a line; empty: not known.
     """
     config = run.config
+    launches = ", CUDA graphs" if uses_graphs(run) else ""
     rows = {
-        "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}{_launches(run)}",
+        "model": f"{config.model.path} on {run.device}, {str(run.dtype).removeprefix('torch.')}{launches}",
         "method": _method(config),
     }
     for group in trainable.groups:
@@ -50,11 +51,6 @@ def banner(
     rows["previews"] = previews_text(config, examples)
     rows["run folder"] = str(run.folder)
     return Panel(facts_table(rows), title=shown(f"sdtrain fit: {config.name}"), title_align="left", expand=False)
-
-
-def _launches(run: Run) -> str:
-    uses = uses_graphs(run.config, run.device, num_ranks=run.ranks.place.size)
-    return ", CUDA graphs" if uses else ""
 
 
 def _method(config: Config) -> str:
