@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from optim import ProdigyPlusScheduleFree, averaged, flatten_state
 from optim.ranks import gathering
 from optim.steps.stacks import Kind, Split
+from tests.forked import forking
 
 STEPS = 20
 STEPS_AFTER = 4
@@ -158,7 +159,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(work, args=(port, str(folder)), nprocs=2)
+    forking()
+    mp.start_processes(work, args=(port, str(folder)), nprocs=2, start_method="forkserver")
     return folder
 
 

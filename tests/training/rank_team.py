@@ -1,9 +1,8 @@
-"""Processes that train one run together, kept for many runs, since each takes seconds to import PyTorch."""
+"""Processes that train one run together, kept for many runs."""
 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import os
 import signal
 import socket
@@ -14,6 +13,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from rich.console import Console
+
+from tests.forked import forking
 
 DAY_S = 120.0
 """How long a test waits for a rank."""
@@ -53,7 +54,7 @@ class Team:
     """`size` processes, each the rank of its number."""
 
     def __init__(self, size: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = forking()
         self.size = size
         self._pipes: list[Connection] = []
         self._processes = []

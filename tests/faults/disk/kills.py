@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -26,10 +25,10 @@ from safetensors.numpy import load_file
 from sdtrain.files.header import read_header
 from sdtrain.training.keeping.manifest import DamagedError, read_index, require_whole, state_folders
 from tests.faults.disk.calls import Call, Perform, calls_to_disk
+from tests.forked import forking
 
 PATIENCE_S = 120
 """A process that takes longer hangs: it is ended, and its test fails."""
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,10 @@ def sit(table: Mapping[str, Any], kill: Kill | None = None, broken: str = "", *,
 
     broken: a fault of the program, by its name in BROKEN. with_data: whether the calls hold what was written.
     """
-    context = multiprocessing.get_context("forkserver")
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        context.set_forkserver_preload([f"{__package__}.warm"])
-        here, there = context.Pipe(duplex=False)
-        process = context.Process(target=_train, args=(table, kill, broken, with_data, there))
-        process.start()
+    context = forking()
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_train, args=(table, kill, broken, with_data, there))
+    process.start()
     there.close()
     try:
         error, calls, seconds = here.recv()
