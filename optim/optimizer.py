@@ -15,6 +15,7 @@ from optim.formulas.prodigy import begin_step, end_step
 from optim.groups import GroupsOnDevice, group_ranges
 from optim.metrics import GroupMetrics, metrics_later
 from optim.parameters import parameter_problems
+from optim.ranks.gathering import Piece
 from optim.settings import GROUP_SETTINGS, Params, Settings, check_group, with_settings_as_keywords
 from optim.state import State
 from optim.stepper import Stepper
@@ -262,6 +263,20 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         Under FSDP2 all ranks must call it. keep: whether this rank is to have it; the others only send and get None.
         """
         return saving.pack_whole(self._kept, self.param_groups, keep=keep)
+
+    def pieces(self) -> tuple[dict[str, Piece], dict[str, str]]:
+        """What `flatten_state(whole_state_dict())` returns, not put together yet and not copied: of every tensor what
+        is on this rank, in the memory of the state, for those who write it tensor by tensor (`put_together`)."""
+        return saving.pieces(self._kept, self.param_groups)
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """What this rank needs of a tensor of a flat state, in memory of its own: `load_state_dict` takes these parts
+        as well as whole tensors, so that nobody has to hold a state that is larger than a host's memory.
+
+        name: as in `flatten_state`. Where parameters are not split, and for a name of no parameter, it is `whole`.
+        """
+        self._follow_groups()
+        return saving.part_of(self._kept, name, whole)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continues from a `state_dict()` or a `whole_state_dict()`, bit for bit.

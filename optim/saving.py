@@ -12,6 +12,7 @@ from optim.formulas.freezing import CLIMB_PATIENCE, FROZEN_WHILE_IT_CLIMBED
 from optim.formulas.numbers import Numbers
 from optim.groups import group_ranges
 from optim.ranks import gathering
+from optim.ranks.gathering import Piece
 from optim.state import State
 from optim.steps.stacks import Kind, Stack
 
@@ -22,6 +23,8 @@ ROWS_BEFORE_WEIGHTS = 11
 """Numbers per group in the states of before weights were held back while d climbs."""
 ROWS_BEFORE_SQUARES = 16
 """Numbers per group in the states of before the gradients' squares were noted."""
+NUMBERS = "numbers"
+"""The name of the tensor that belongs to no parameter."""
 
 
 Groups = list[dict[str, Any]]
@@ -55,15 +58,35 @@ def pack(kept: State, groups: Groups) -> dict[str, Any]:
 
 def pack_whole(kept: State, groups: Groups, *, keep: bool) -> dict[str, Any] | None:
     """The same of whole parameters, from all ranks: see `ProdigyPlusScheduleFree.whole_state_dict`."""
+    found, metadata = pieces(kept, groups)
+    whole: dict[str, Tensor] = {}
+    for turn in gathering.in_turn(found.items()):
+        tensors = gathering.put_together(turn)
+        if keep:
+            whole |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+    return unflatten_state(whole, metadata) if keep else None
+
+
+def pieces(kept: State, groups: Groups) -> tuple[dict[str, Piece], dict[str, str]]:
+    """What is here of the tensors of a state, and its text: see `ProdigyPlusScheduleFree.pieces`."""
     mine = pack(kept, groups)
-    whole: dict[int, dict[str, Tensor]] = {}
-    for index, tensors in mine["state"].items():
-        kind = kept.slots[index][0].kind
-        for name, part in tensors.items():
-            tensor = gathering.gathered(name, part, kind)
-            if keep:
-                whole.setdefault(index, {})[name] = tensor.cpu()
-    return {**mine, "state": whole} if keep else None
+    tensors, metadata = _flat(mine)
+    found = {NUMBERS: Piece(tensors.pop(NUMBERS), mine["numbers"].shape)}
+    for name, part in tensors.items():
+        index, field = _place_of(name)
+        found[name] = gathering.piece_of_state(field, part, kept.slots[index][0].kind)
+    return found, metadata
+
+
+def part_of(kept: State, name: str, whole: Tensor) -> Tensor:
+    """What this rank needs of a tensor of a state: see `ProdigyPlusScheduleFree.part_of`."""
+    if name == NUMBERS:
+        return whole
+    index, field = _place_of(name)
+    if not 0 <= index < len(kept.parameters):
+        return whole
+    kind = kept.kind(index, starts_at_zero=False)
+    return whole if kind.split is None else gathering.part_here(field, whole, kind).clone()
 
 
 def _parts_here(kept: State, state: Mapping[int, Mapping[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
@@ -190,12 +213,22 @@ def flatten_state(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dic
 
     Tensors are copies on the CPU, each with memory of its own. `unflatten_state` is the exact inverse.
     """
-    tensors = {"numbers": state_dict["numbers"]}
+    tensors, metadata = _flat(state_dict)
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}, metadata
+
+
+def _flat(state_dict: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors = {NUMBERS: state_dict["numbers"]}
     for index, state in state_dict["state"].items():
         tensors |= {f"state.{index}.{name}": value for name, value in state.items()}
     plain = {key: value for key, value in state_dict.items() if key not in ("state", "numbers")}
-    copies = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
-    return copies, {"prodigy_plus_schedule_free": json.dumps(plain)}
+    return tensors, {"prodigy_plus_schedule_free": json.dumps(plain)}
+
+
+def _place_of(name: str) -> tuple[int, str]:
+    """The parameter of a tensor of state by its name, and which of its tensors it is."""
+    _, index, field = name.split(".")
+    return int(index), field
 
 
 def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -212,9 +245,9 @@ def unflatten_state(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     result: dict[str, Any] = json.loads(text)
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        if name == "numbers":
+        if name == NUMBERS:
             result["numbers"] = value
             continue
-        _, index, field = name.split(".")
-        state.setdefault(int(index), {})[field] = value
+        index, field = _place_of(name)
+        state.setdefault(index, {})[field] = value
     return {"state": dict(sorted(state.items())), **result}

@@ -323,6 +323,10 @@ class CheckpointConfig(Settings):
     every: Whole = Field(default=500, description="Steps between training states; 0: only at the end.")
     keep: Count = Field(default=2, description="How many of the last training states stay; the best stays too.")
     keep_every: Whole = Field(default=0, description="States of every so many steps stay as well; 0: none.")
+    in_background: bool = Field(
+        default=True,
+        description="Write states while the training goes on, where a copy takes at most a quarter of the free memory.",
+    )
 
 
 class ValidationConfig(Settings):

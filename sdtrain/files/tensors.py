@@ -7,7 +7,7 @@ so it is hashed while it is written, its size is known before the first byte, an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -67,6 +67,14 @@ def _as_it_is(tensor: Tensor) -> Planned:
     return Planned(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
 
+def in_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """Return the names of tensors of these types in the order in which they are written.
+
+    The widest types come first, as the format advises, so that every tensor is aligned to its type.
+    """
+    return sorted(dtypes, key=lambda name: (-BITS[NAMES[dtypes[name]]], name))
+
+
 def write_safetensors(
     path: Path,
     tensors: Mapping[str, Planned],
@@ -83,8 +91,7 @@ def write_safetensors(
     with a seal, which writes the header twice. Raises UserError as `finite_only` says, and as `atomic_file` does.
     """
     assert seal is None or digest is None, "a sealed file has its header written twice"
-    # The widest types first, as the format advises, so that every tensor is aligned to its type.
-    order = sorted(tensors, key=lambda name: (-BITS[NAMES[tensors[name].dtype]], name))
+    order = in_order({name: tensor.dtype for name, tensor in tensors.items()})
     shapes = {name: (NAMES[tensors[name].dtype], tensors[name].shape) for name in order}
     training = {key: value for key, value in metadata.items() if key.startswith("ss_")}
     hasher = Hasher(len(header_bytes(shapes, training)))
@@ -138,9 +145,15 @@ def read_tensors(header: Header) -> dict[str, Tensor]:
 
     Raises UserError when the file changed since its header was read.
     """
+    return dict(each_tensor(header))
+
+
+def each_tensor(header: Header) -> Iterator[tuple[str, Tensor]]:
+    """Read the tensors of a file one after the other, with their names. Raises UserError as `read_tensors` does."""
     try:
         with header.path.open("rb", buffering=0) as file:
-            return {name: read_tensor(file, entry) for name, entry in header.entries.items()}
+            for name, entry in header.entries.items():
+                yield name, read_tensor(file, entry)
     except OSError as error:
         raise user_error(str(header.path), header.path.name, f"cannot be read: {error.strerror}") from None
 

@@ -32,6 +32,7 @@ from sdtrain.training.outputs import (
     checkpoint,
     export,
     export_along,
+    finish_saving,
     leave,
     newest_text,
     preview,
@@ -182,6 +183,8 @@ def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
         training.step += 1
         settling.take(loss)
         optimizer.zero_grad(set_to_none=True)
+        if training.behind.is_done and not training.is_sharded:  # they learn of it together
+            finish_saving(training, watchers)
         if looks(training):
             settling.settle()
         if due(training.step, config.preview.every, config.steps):

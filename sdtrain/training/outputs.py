@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from sdtrain.training.ending.rescue import Kept, Saving, keep, sentence
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
 from sdtrain.training.export import Written, export_files
 from sdtrain.training.keeping.manifest import SavedState, saved_states
-from sdtrain.training.keeping.states import UnusableNumbersError, Whole, save_state, whole_of
+from sdtrain.training.keeping.states import Numbers, UnusableNumbersError, numbers_of, save_state
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.ranks.shards import is_split, whole_tensors
 from sdtrain.training.run import autocast
@@ -141,66 +141,91 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
     if not training.is_sound or training.step < training.try_again_at:
         return
     try:
-        save(training, watchers)
+        save(training, watchers, behind=training.run.config.checkpoint.in_background)
         training.state_is_owed = False
     except (UserError, OSError, MemoryError, ToldElsewhereError) as error:
         release(error)
-        training.try_again_at = training.step + TRY_AGAIN_STEPS
-        watchers.tell(
-            NoteRecord(
-                training.step,
-                f"note: the training state of step {training.step} could not be saved: {sentence(error)}; the training "
-                f"goes on, and it is tried again at step {training.try_again_at}",
-            )
-        )
+        _try_again(training, watchers, training.step, error)
 
 
-def save(training: Training, watchers: Watchers, *, keep_all: bool = False) -> None:
+def _try_again(training: Training, watchers: Watchers, step: int, error: Exception) -> None:
+    """Owe the state of a step that could not be saved."""
+    training.state_is_owed, training.try_again_at = True, training.step + TRY_AGAIN_STEPS
+    what = f"note: the training state of step {step} could not be saved: {sentence(error)}; the training goes on"
+    watchers.tell(NoteRecord(training.step, f"{what}, and it is tried again at step {training.try_again_at}"))
+
+
+def save(training: Training, watchers: Watchers, *, keep_all: bool = False, behind: bool = False) -> None:
     """Write the training state into `checkpoints/`, unless it was saved a moment ago.
 
-    keep_all: whether no older state makes room for it. Numbers that are not finite are not worth a state: the ones that
-    are there stay, which is told.
+    keep_all: whether no older state makes room for it. behind: whether the training may go on meanwhile, where there is
+    memory for a copy. Numbers that are not finite are not worth a state: the ones that are there stay, which is told.
     """
     training.doing = f"finishing step {training.step}"
-    step = training.step
+    step, is_first = training.step, training.run.ranks.is_first
+    finish_saving(training, watchers)
     if step == training.saved_step or not training.takes_part:
         return
-    unusable = False
-    is_first, is_sharded = training.run.ranks.is_first, training.is_sharded
-    whole = whole_of(training.trainable, training.optimizer, is_sharded=is_sharded, keep=is_first)
-    with training.first_writes():
-        if whole is not None:
-            unusable = not _write_state(training, whole, watchers, keep_all=keep_all)
-    if is_sharded:
-        _, unusable = training.run.ranks.agree(0, unusable)
-    if unusable:
+    numbers = numbers_of(training.trainable, training.optimizer)
+    if not _are_finite(training, numbers, watchers):
         return
-    training.saved_step = step
+    write = partial(
+        save_state,
+        training.run.folder / "checkpoints",
+        step,
+        background=training.background,
+        settings=training.run.config.checkpoint,
+        loss_is_finite=training.is_sound,
+        loss_scale=training.scale.state,
+        keep_all=keep_all,
+    )
+    with training.first_writes(numbers):
+        if is_first:
+            watchers.keep_log()
+        if is_first and behind and training.behind.has_room_for(numbers):
+            training.behind.begin(step, partial(write, numbers.copied()))
+        elif is_first:
+            watchers.tell(SavedRecord(step, write(numbers), "state"))
+    training.saved_step, training.state_is_owed = step, False
     if not training.is_sound:
         text = f"step {step} was saved while losses or gradients were not finite: no good state went for it"
         watchers.tell(NoteRecord(step, text))
 
 
-def _write_state(training: Training, whole: Whole, watchers: Watchers, *, keep_all: bool) -> bool:
-    """Write a state; return whether its numbers were worth it."""
-    step = training.step
-    watchers.keep_log()
+def _are_finite(training: Training, numbers: Numbers, watchers: Watchers) -> bool:
+    """Return whether the numbers of a state are worth one, on all processes that have some of them."""
+    what = ""
     try:
-        path = save_state(
-            training.run.folder / "checkpoints",
-            step,
-            whole,
-            training.background,
-            training.run.config.checkpoint,
-            loss_is_finite=training.is_sound,
-            loss_scale=training.scale.state,
-            keep_all=keep_all,
-        )
+        numbers.require_finite()
     except UnusableNumbersError as error:
-        watchers.tell(NoteRecord(step, f"step {step} is not saved: {error}; the states of before stay as they are"))
-        return False
-    watchers.tell(SavedRecord(step, path, "state"))
-    return True
+        what = str(error)
+    is_broken = bool(what)
+    if training.is_sharded:
+        _, is_broken = training.run.ranks.agree(0, is_broken)
+    if is_broken:
+        what = what or "numbers on another process are not finite"
+        text = f"step {training.step} is not saved: {what}; the states of before stay as they are"
+        watchers.tell(NoteRecord(training.step, text))
+    return not is_broken
+
+
+def finish_saving(training: Training, watchers: Watchers) -> None:
+    """Wait for the state that is written while the training goes on, and tell what became of it.
+
+    Where it could not be written it is owed. Where the training is split over processes, all of them come here.
+    """
+    behind, failed = training.behind, False
+    try:
+        if path := behind.end():
+            watchers.tell(SavedRecord(behind.step, path, "state"))
+    except (UserError, OSError, MemoryError) as error:
+        release(error)
+        failed = True
+        _try_again(training, watchers, behind.step, error)
+    if training.is_sharded:
+        _, failed = training.run.ranks.agree(0, failed)
+    if failed:
+        training.saved_step, training.state_is_owed = None, True
 
 
 def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:
@@ -213,6 +238,8 @@ def validate(training: Training, objective: Objective, watchers: Watchers, stop:
     step, ranks, validator = training.step, training.run.ranks, training.validator
     if validator.held_out is None:
         return
+    if training.takes_part:
+        finish_saving(training, watchers)  # the best state must not go before a better one is there
     training.doing = f"giving up the validation of step {step}"
     training.make_room()
     mine, failure = None, ""
@@ -287,8 +314,11 @@ def leave(training: Training, watchers: Watchers, cause: str | Exception) -> lis
         return []
     failed = isinstance(cause, Exception)
     if training.is_sharded and failed and not isinstance(cause, NotFiniteError):
+        with suppress(UserError, OSError, MemoryError):  # the newest state that there is is told
+            training.behind.end()
         kept = Kept(_newest(training), None, (ALONE_NOW,))  # others are elsewhere, or gone
         return farewell(training.run, training.step, "an error", kept) if training.run.ranks.is_first else []
+    finish_saving(training, watchers)
     saving = Saving(
         state=lambda: save(training, watchers, keep_all=failed),
         weights=lambda: _export_early(training, watchers),

@@ -13,7 +13,8 @@ from sdtrain.training.computing.graphs import Graphs
 from sdtrain.training.ending.memory import explained, is_out_of_memory
 from sdtrain.training.ending.scaling import LossScale
 from sdtrain.training.ending.signals import StopRequests
-from sdtrain.training.keeping.states import Background
+from sdtrain.training.keeping.behind import Behind
+from sdtrain.training.keeping.states import Background, Numbers
 from sdtrain.training.parameters import Trainable, shards
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.ranks.place import Place
@@ -47,6 +48,8 @@ class Training:
     """The step before which saving is not tried again, after it failed."""
     settle: Callable[[], None] = field(default=lambda: None)
     """Tells of the last step, where that was not done yet; for those who end a run."""
+    behind: Behind = field(default_factory=Behind)
+    """Writes a training state while the training goes on."""
     graphs: Graphs | None = None
     """What launches the gradients of a micro-batch at once, on a card where that pays."""
     first_is_finished: bool = False
@@ -71,8 +74,13 @@ class Training:
         """Return what is heeded while this process looks: nothing where the others would wait for it."""
         return StopRequests(lambda _: None, leave=False) if self.is_sharded else stop
 
-    def first_writes(self) -> AbstractContextManager[None]:
-        """Let the first process write in the block, of which the others then learn whether it could."""
+    def first_writes(self, numbers: Numbers | None = None) -> AbstractContextManager[None]:
+        """Let the first process write in the block, of which the others then learn whether it could.
+
+        numbers: those of a state that it has handed out in the block, for which the others send their parts.
+        """
+        if numbers is not None and not self.run.ranks.is_first:
+            numbers.send()
         return self.run.ranks.first_alone() if self.is_sharded else nullcontext()
 
     def all_agree_to_end(self, stop: StopRequests) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from optim import ProdigyPlusScheduleFree
 from sdtrain.config.schema import CheckpointConfig
 from sdtrain.data.order import Plan
-from sdtrain.training.keeping.states import Background, save_state, whole_of
+from sdtrain.training.keeping.states import Background, numbers_of, save_state
 from sdtrain.training.parameters import Group, Trainable
 
 
@@ -35,9 +35,9 @@ class SmallRun:
     def save(self, folder: Path, *, keep: int = 99, loss_is_finite: bool = True, **settings: int) -> Path:
         background = Background(f"steps = {self.steps}", f"[{self.steps}]", Plan(2, 1), "0" * 32)
         chosen = CheckpointConfig(keep=keep, **settings)
-        whole = whole_of(self.trainable, self.optimizer, is_sharded=False, keep=True)
-        assert whole is not None
-        return save_state(folder, self.steps, whole, background, chosen, loss_is_finite=loss_is_finite)
+        numbers = numbers_of(self.trainable, self.optimizer)
+        numbers.require_finite()
+        return save_state(folder, self.steps, numbers, background, chosen, loss_is_finite=loss_is_finite)
 
     def bits(self) -> list[bytes]:
         """Parameters and the numbers of the optimizer."""

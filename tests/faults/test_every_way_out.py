@@ -362,7 +362,7 @@ def test_a_state_that_cannot_be_written_is_told_and_tried_again(
     monkeypatch.setattr(outputs, "TRY_AGAIN_STEPS", 2)
     broken = raising_at(1, OSError(28, "No space left on device"), outputs.save_state)
     monkeypatch.setattr(outputs, "save_state", broken)
-    ran = run({"checkpoint.every": 1, "checkpoint.keep": 9})
+    ran = run({"checkpoint.every": 1, "checkpoint.keep": 9, "checkpoint.in_background": False})
     assert ran.text.count("could not be saved") == 1
     assert "note: the training state of step 1 could not be saved: OSError: [Errno 28] No space left" in ran.text
     assert ran.states() == ["step-000003", "step-000004"]

@@ -23,7 +23,7 @@ from sdtrain.errors import UserError
 from sdtrain.files.header import Header, read_header
 from sdtrain.files.tensors import DTYPES, read_tensors
 from sdtrain.models.checkpoints.inspect import inspect_model
-from sdtrain.training.keeping.states import _read as read_state_file
+from sdtrain.training.keeping.states import _header as read_state_file
 
 
 def file(header: object, num_bytes: int = 0, length: int | None = None) -> bytes:

@@ -37,7 +37,7 @@ from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.checkpoints.single_file import write_single_file
 from sdtrain.training.keeping.manifest import saved_states
-from sdtrain.training.keeping.states import Background, save_state, whole_of
+from sdtrain.training.keeping.states import Background, numbers_of, save_state
 from sdtrain.training.parameters import Group, Trainable
 from sdtrain.training.watching.grid import save_picture
 from sdtrain.training.watching.log import _drop_records_after
@@ -80,9 +80,8 @@ def write_a_state(path: Path, number: int) -> None:
     optimizer = ProdigyPlusScheduleFree([{"params": [parameter], "name": "unet"}])
     trainable = Trainable((Group("unet", {"a": parameter}, 1.0, 0.0, 0),))
     background = Background("", "", Plan(1, 1), "")
-    whole = whole_of(trainable, optimizer, is_sharded=False, keep=True)
-    assert whole is not None
-    save_state(path.parent, 1, whole, background, CheckpointConfig(keep=9))
+    numbers = numbers_of(trainable, optimizer)
+    save_state(path.parent, 1, numbers, background, CheckpointConfig(keep=9))
 
 
 def write_a_log(path: Path, number: int) -> None:

@@ -2,6 +2,7 @@
 processes."""
 
 import socket
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from optim import ProdigyPlusScheduleFree, averaged, flatten_state
+from optim import Piece, ProdigyPlusScheduleFree, averaged, flatten_state, in_turn
 from optim.ranks import gathering
 from optim.steps.stacks import Kind, Split
 from tests.forked import forking
@@ -128,12 +131,12 @@ def run_on(net: nn.Module, optimizer: ProdigyPlusScheduleFree, settings: dict[st
     optimizer.zero_grad()
     train(net, optimizer, STEPS_AFTER)
     ends = [locally(net, optimizer)]
-    for given in (state, lent):
+    for whole_state in (state, lent):
         with torch.no_grad():
             for p, w in zip(net.parameters(), weights, strict=True):
                 p.copy_(w)
         resumed = build(net, **settings)
-        resumed.load_state_dict(given)
+        resumed.load_state_dict(whole_state)
         resumed.train()
         train(net, resumed, STEPS_AFTER)
         ends.append(locally(net, resumed))
@@ -253,3 +256,15 @@ def test_the_parts_of_any_number_of_ranks_are_the_whole(shape: tuple[int, ...], 
         assert torch.equal(found["s"][-1], kind.sliced(here.reshape(1, -1))[0])
     assert torch.equal(torch.cat(found["z"]), values)
     assert torch.equal(torch.cat(found["s"]), values.view(-1)[::11])
+
+
+@given(st.lists(st.integers(0, 40), max_size=30), st.integers(1, 100))
+def test_pieces_have_their_turn_in_order_and_no_more_at_once_than_allowed(sizes: list[int], limit: int) -> None:
+    pieces = [(str(number), Piece(torch.empty(size), torch.Size((size,)))) for number, size in enumerate(sizes)]
+    turns = list(in_turn(pieces, limit))
+    assert [name for turn in turns for name in turn] == [name for name, _ in pieces]
+    for turn in turns:
+        assert len(turn) == 1 or sum(piece.num_bytes for piece in turn.values()) <= limit
+    for turn, following in pairwise(turns):
+        first = next(iter(following.values()))
+        assert sum(piece.num_bytes for piece in turn.values()) + first.num_bytes > limit, "no turn more than needed"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdtrain.commands.front.environment import told
+from sdtrain.files.host import MEMINFO, memory_kib
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "safetensors", "pydantic", "pillow", "numpy")
 OLDEST_PYTHON = (3, 11)
@@ -37,7 +38,7 @@ def examine(folder: Path) -> Findings:
     _python(found, sys.version_info[:2])
     _libraries(found, metadata.version)
     _devices(found, importlib.import_module)
-    _memory(found, Path("/proc/meminfo"))
+    _memory(found, MEMINFO)
     _disk(found, folder, shutil.disk_usage)
     found.facts |= told(os.environ)
     return found
@@ -91,12 +92,10 @@ def _devices(found: Findings, load: Callable[[str], Any]) -> None:
 
 
 def _memory(found: Findings, meminfo: Path) -> None:
-    try:
-        text = meminfo.read_text(encoding="ascii")
-    except OSError:  # only Linux has it
+    kib = memory_kib(meminfo)
+    if kib is None:
         found.facts["memory"] = "unknown"
         return
-    kib = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines() if len(line.split()) > 1}
     total, free = kib["MemTotal"] / 2**20, kib.get("MemAvailable", 0) / 2**20
     found.facts["memory"] = f"{free:.1f} of {total:.1f} GiB free"
     if free < ENOUGH_RAM_GIB:

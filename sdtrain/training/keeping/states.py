@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optim import ProdigyPlusScheduleFree, flatten_state, unflatten_state
+from optim import Piece, ProdigyPlusScheduleFree, piece_of, unflatten_state
 from sdtrain.config.schema import CheckpointConfig
 from sdtrain.data.order import Plan
 from sdtrain.errors import UserError, user_error
 from sdtrain.files.hashes import Digest, digest_of
-from sdtrain.files.header import read_header
-from sdtrain.files.tensors import Planned, planned, read_tensors, write_safetensors
+from sdtrain.files.header import Entry, Header, read_header
+from sdtrain.files.tensors import Planned, each_tensor, in_order, write_safetensors
 from sdtrain.files.writer import atomic_folder, write_text
 from sdtrain.training.keeping.manifest import (
     CONFIG,
@@ -30,7 +32,8 @@ from sdtrain.training.keeping.manifest import (
 )
 from sdtrain.training.keeping.policy import remove_superfluous
 from sdtrain.training.parameters import Trainable
-from sdtrain.training.ranks.shards import put, whole_tensors
+from sdtrain.training.ranks.shards import put, share_of
+from sdtrain.training.ranks.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -47,34 +50,84 @@ class Background:
     base: str
 
 
-@dataclass(frozen=True)
-class Whole:
-    """The numbers of a state. parameters: by name. optimizer: what its `state_dict` returns."""
-
-    parameters: Mapping[str, Tensor]
-    optimizer: Mapping[str, Any]
-
-
-def whole_of(trainable: Trainable, optimizer: ProdigyPlusScheduleFree, *, is_sharded: bool, keep: bool) -> Whole | None:
-    """Return the numbers of a state, where `keep`.
-
-    is_sharded: whether they are split over processes, all of which put them together.
-    """
-    named = {name: value.detach() for name, value in trainable.named_parameters().items()}
-    if not is_sharded:
-        return Whole(named, optimizer.state_dict()) if keep else None
-    parameters, state = whole_tensors(named, keep=keep), optimizer.whole_state_dict(keep=keep)
-    return None if state is None else Whole(parameters, state)
-
-
 class UnusableNumbersError(Exception):
     """Numbers of a state are not finite, so that nothing could go on from it; the text says which."""
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The numbers of a state: of every tensor what is on this process, in the memory of the training or in a copy.
+
+    pieces: by file and name, in the order in which they are written. metadata: the text beside those of the optimizer.
+    """
+
+    pieces: Mapping[str, Mapping[str, Piece]]
+    metadata: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        """How much they are, put together."""
+        return sum(piece.num_bytes for pieces in self.pieces.values() for piece in pieces.values())
+
+    def require_finite(self) -> None:
+        """Raise UnusableNumbersError where one that is here is not finite: nothing could go on from such a state."""
+        if broken := _not_finite({name: piece.part for one in self.pieces.values() for name, piece in one.items()}):
+            raise UnusableNumbersError(broken)
+
+    def copied(self) -> Numbers:
+        """Return copies on the CPU of the whole tensors. Where they are split, the other processes must `send` them."""
+        with self.handed_out() as files:
+            return Numbers(
+                {
+                    file: {name: Piece(copy := plan.values().to("cpu", copy=True), copy.shape) for name, plan in plans}
+                    for file, plans in ((file, tensors.items()) for file, tensors in files.items())
+                },
+                self.metadata,
+            )
+
+    @contextmanager
+    def handed_out(self) -> Iterator[dict[str, dict[str, Planned]]]:
+        """Give the tensors by file and name as those of files that will be written, one after the other.
+
+        Where they are split over processes, the others must `send` them meanwhile. Those which the block did not ask
+        for are put together at its end, whether it failed or not, so that nobody waits for them.
+        """
+        stream = Stream(self._in_a_row())
+        try:
+            yield {
+                file: {
+                    name: Planned(piece.part.dtype, tuple(piece.shape), partial(stream.take, f"{file}/{name}"))
+                    for name, piece in pieces.items()
+                }
+                for file, pieces in self.pieces.items()
+            }
+        finally:
+            stream.run_dry()
+
+    def send(self) -> None:
+        """Give what is here to the first process, which has them handed out."""
+        Stream(self._in_a_row()).run_dry()
+
+    def _in_a_row(self) -> dict[str, Piece]:
+        return {f"{file}/{name}": piece for file, pieces in self.pieces.items() for name, piece in pieces.items()}
+
+
+def numbers_of(trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> Numbers:
+    """Return the numbers of a state as they are now, in the memory of the training."""
+    named = {name: piece_of(parameter) for name, parameter in trainable.named_parameters().items()}
+    state, metadata = optimizer.pieces()
+    files = {PARAMETERS: named, OPTIMIZER: state}
+    return Numbers({file: _as_written(pieces) for file, pieces in files.items()}, metadata)
+
+
+def _as_written(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    return {name: pieces[name] for name in in_order({name: piece.part.dtype for name, piece in pieces.items()})}
 
 
 def save_state(
     folder: Path,
     step: int,
-    whole: Whole,
+    numbers: Numbers,
     background: Background,
     settings: CheckpointConfig,
     *,
@@ -88,18 +141,14 @@ def save_state(
     states only. A state of that step that is there already is replaced: it may only look whole. loss_is_finite: whether
     the last step had a finite loss; if not, the state removes no other. loss_scale: see `LossScale.state`. keep_all:
     whether none is removed anyway.
-    Raises UserError when it cannot be written, for example because the disk is full, and UnusableNumbersError, before
-    anything is written, when there is no use in it.
+    Raises UserError when it cannot be written, for example because the disk is full.
     """
     target = folder / f"step-{step:06d}"
-    state, metadata = flatten_state(whole.optimizer)
-    _require_finite(whole.parameters, state)
-    tensors = {PARAMETERS: (planned(whole.parameters), {}), OPTIMIZER: (planned(state), metadata)}
-    num_bytes = sum(tensor.num_bytes for plans, _ in tensors.values() for tensor in plans.values())
-    with atomic_folder(target, num_bytes + len(background.pictures)) as partial:
-        files = {name: _write_tensors(partial / name, *content) for name, content in tensors.items()}
+    with numbers.handed_out() as tensors, atomic_folder(target, numbers.num_bytes + len(background.pictures)) as partly:
+        metadata = {OPTIMIZER: numbers.metadata}
+        files = {name: _write_tensors(partly / name, plans, metadata.get(name, {})) for name, plans in tensors.items()}
         texts = {CONFIG: background.config_toml, PICTURES: background.pictures}
-        files |= {name: _write_text(partial / name, text) for name, text in texts.items()}
+        files |= {name: _write_text(partly / name, text) for name, text in texts.items()}
         index = {
             "version": VERSION,
             "step": step,
@@ -110,26 +159,22 @@ def save_state(
             "files": files,
             **({} if loss_scale is None else {"loss_scale": list(loss_scale)}),
         }
-        write_text(partial / INDEX, index_text(index))
+        write_text(partly / INDEX, index_text(index))
     if not keep_all:
         remove_superfluous(folder, step, settings)
     return target
 
 
-def _require_finite(*parts: Mapping[str, Tensor]) -> None:
-    """Raise UnusableNumbersError unless all numbers are finite. The tensors of a part lie on one device: it waits once.
+def _not_finite(tensors: Mapping[str, Tensor]) -> str:
+    """Return which numbers are not finite, "" where all are. The tensors lie on one device: it waits once.
 
     A number that is not finite makes the sum so, which is quicker to find; a sum may also have overflowed.
     """
-    broken, num = [], 0
-    for tensors in parts:
-        floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-        sums = torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().tolist()
-        suspect = [name for name, is_finite in zip(floats, sums, strict=True) if not is_finite]
-        broken += [name for name in suspect if not bool(floats[name].isfinite().all())]
-        num += len(floats)
-    if broken:
-        raise UnusableNumbersError(f"{len(broken)} of {num} tensors are not finite, for example {broken[0]}")
+    floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+    sums = torch.stack([tensor.sum().float() for tensor in floats.values()]).isfinite().tolist()
+    suspect = [name for name, is_finite in zip(floats, sums, strict=True) if not is_finite]
+    broken = [name for name in suspect if not bool(floats[name].isfinite().all())]
+    return f"{len(broken)} of {len(floats)} tensors are not finite, for example {broken[0]}" if broken else ""
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Planned], metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -150,17 +195,19 @@ def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusSc
     The optimizer keeps its own d_coef, which may have been changed since; weights that are trained in another precision
     now are rounded to it. Raises UserError, before anything is changed, if the state is damaged or of another run.
     """
-    parameters, _ = _read(state.folder / PARAMETERS)
     wanted = trainable.named_parameters()
-    _require_same_names(state.folder, parameters, wanted)
-    tensors, metadata = _read(state.folder / OPTIMIZER)
+    files = {name: _header(state.folder / name) for name in (PARAMETERS, OPTIMIZER)}
+    _require_same_names(state.folder, files[PARAMETERS].entries, wanted)
+    parameters = _read(files[PARAMETERS], lambda name, whole: share_of(wanted[name], whole))
+    tensors = _read(files[OPTIMIZER], optimizer.part_of)
     try:
-        _require_finite(parameters, tensors)
-        content = unflatten_state(tensors, metadata)
+        if broken := _not_finite(parameters) or _not_finite(tensors):
+            raise ValueError(broken)
+        content = unflatten_state(tensors, files[OPTIMIZER].metadata)
         _round_to(content["state"], list(wanted.values()))
         chosen = [group["d_coef"] for group in optimizer.param_groups]
         optimizer.load_state_dict(content)
-    except (ValueError, UnusableNumbersError) as error:
+    except ValueError as error:
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
     for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
         group["d_coef"] = d_coef
@@ -180,18 +227,29 @@ def _round_to(state: Mapping[int, dict[str, Tensor]], parameters: list[nn.Parame
                 tensors[name] = tensors[name].to(parameters[index].dtype)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _header(path: Path) -> Header:
+    with _damage_told(path):
+        return read_header(path)
+
+
+def _read(header: Header, share: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+    """Read the tensors of a file, of each only what this process needs. Raises UserError where that cannot be done."""
+    with _damage_told(header.path):
+        return {name: share(name, tensor) for name, tensor in each_tensor(header)}
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
     try:
-        header = read_header(path)
-        return read_tensors(header), header.metadata
+        yield
     except UserError as error:
         found = "; ".join(f"{problem.where} {problem.what}" for problem in error.problems)
         raise user_error(str(path), "training state", f"cannot be read ({found}); {_OTHERWISE}") from None
 
 
-def _require_same_names(folder: Path, found: Mapping[str, Tensor], wanted: Mapping[str, nn.Parameter]) -> None:
+def _require_same_names(folder: Path, found: Mapping[str, Entry], wanted: Mapping[str, nn.Parameter]) -> None:
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong = [name for name in wanted if name in found and found[name].shape != wanted[name].shape]
+    wrong = [name for name in wanted if name in found and found[name].shape != tuple(wanted[name].shape)]
     if missing or extra or wrong:
         example = (missing or extra or wrong)[0]
         raise user_error(

@@ -2,7 +2,7 @@
 optimizer's state, and has whole layers for a moment only (FSDP2, `fully_shard`; arXiv 2304.11277).
 
 Whatever a network computes, all processes must compute together, as often and in the same order. What is written is
-whole: `whole_tensors` puts it together on the first process, and `put` gives each its share of what was read.
+whole: `whole_tensors` puts it together on the first process, and `share_of` is what each needs of what was read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optim import is_sharded
+from optim import is_sharded, piece_of
 from sdtrain.training.ranks.place import Place
+from sdtrain.training.ranks.streams import Stream
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,22 +59,21 @@ def is_split(network: nn.Module) -> bool:
 
 def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
     """Return the whole of tensors on the CPU, which all processes must do together; empty without `keep`."""
-    found = {}
-    for name, tensor in tensors.items():
-        there = tensor.detach()
-        whole = there.full_tensor() if is_sharded(there) else there
-        if keep:
-            found[name] = whole.cpu()
-    return found
+    stream = Stream({name: piece_of(tensor) for name, tensor in tensors.items()})
+    if keep:
+        return {name: stream.take(name).to("cpu", copy=True) for name in tensors}
+    stream.run_dry()
+    return {}
 
 
-@torch.no_grad()
-def put(parameter: nn.Parameter, whole: Tensor) -> None:
-    """Give a parameter the numbers of a whole one, or of that its share of them."""
-    mine: Tensor = parameter
-    if is_sharded(mine):
-        from torch.distributed.tensor import distribute_tensor
+def share_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """Return what this process needs of the numbers of a parameter, in memory of its own where that is not all."""
+    piece = piece_of(parameter)
+    if piece.split is None:
+        return whole
+    return whole.narrow(0, piece.split.first_row, piece.part.shape[0]).clone()
 
-        there = whole.to(mine.device, mine.dtype)
-        whole = distribute_tensor(there, mine.device_mesh, mine.placements, src_data_rank=None)
-    mine.copy_(whole)
+
+def put(parameter: nn.Parameter, share: Tensor) -> None:
+    """Give a parameter the numbers of which `share_of` returned this process's share."""
+    piece_of(parameter).part.copy_(share)
