@@ -34,6 +34,7 @@ import torch
 import typer
 
 from optim import averaged
+from sdtrain.config.presets import d_coef_of
 from sdtrain.config.schema import Config
 from sdtrain.training.computing.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
@@ -88,7 +89,7 @@ def peers(kind: str) -> dict[str, list[str]]:
 def has_horizon(contestant: str, config: Config) -> bool:
     """Whether the first steps of a run depend on how many are planned."""
     if contestant.startswith(results.OURS):
-        return config.optimizer.freeze_share > 0
+        return config.optimizer.freeze_share > 0 or config.optimizer.d_coef == "auto"
     return "schedule=linear" in contestant or "schedule=cosine" in contestant
 
 
@@ -217,7 +218,7 @@ def run_job(job: Job) -> list[results.Result]:
 def own_settings(config: Config) -> dict[str, Any]:
     """Return what the preset decided: a later one may decide otherwise under the same name."""
     values = config.optimizer.model_dump(mode="json")
-    return {name: values[name] for name in DECIDED}
+    return {**{name: values[name] for name in DECIDED}, "d_coef": d_coef_of(config)}
 
 
 def result_of(

@@ -34,14 +34,15 @@ def test_the_preset_table_is_what_the_presets_say() -> None:
     from sdtrain.config.presets import preset_values
     from sdtrain.config.schema import OptimizerConfig
 
-    rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \|", TEXT, flags=re.M)
+    rows = re.findall(r"^\| `([\w-]+)`[^|]*\| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", TEXT, flags=re.M)
     described = {
         row[0]: row[1:] for row in rows if row[0] in get_args(OptimizerConfig.model_fields["preset"].annotation)
     }
     assert len(described) == 6
-    for preset, (steps, d0, mean) in described.items():
+    for preset, (steps, d0, mean, coef) in described.items():
         values = OptimizerConfig(**preset_values(preset))  # type: ignore[arg-type]
         freezes = {"at rest, from a quarter on": ("auto", 0.25), "at rest": ("auto", 0.0), "never": (0, 0.0)}
         assert freezes[steps.strip()] == (values.prodigy_steps, values.freeze_share), preset
         assert float(d0) == values.d0, preset
+        assert {"by steps": "auto", "1": 1.0}[coef] == values.d_coef, preset
         assert mean.strip().replace(" ", "_") == values.split_groups_mean, preset

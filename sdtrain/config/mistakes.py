@@ -31,7 +31,7 @@ PLAIN = {
 HINTS: dict[Location, str] = {
     ("method", "lr"): "; a network that is not to move is left out of method.train, or ended by method.stop",
     ("optimizer", "lr"): "; it is a factor of the step size that is found, leave it at 1",
-    ("optimizer", "d_coef"): "; it is a factor of the d that is found, 1 unless you know better",
+    ("optimizer", "d_coef"): "; it is a factor of the d that is found, leave it out unless you know better",
     ("optimizer", "d0"): "; it is the first guess of d, which grows from there",
 }
 """What to do instead, where somebody sets one of these to 0 or below."""

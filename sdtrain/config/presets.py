@@ -2,8 +2,8 @@
 
 Diffusion gradients keep rising and falling with the timestep that happens to be drawn, so that d, which can only grow,
 keeps creeping up long after it was large enough ("escape velocity"). The presets freeze it when a share of the planned
-steps is done and it is at rest, never while it climbs, and start it where a run of that kind gets off the ground in few
-steps.
+steps is done and it is at rest, never while it climbs, start it where a run of that kind gets off the ground in few
+steps, and apply less of it the longer a run is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from sdtrain.errors import Problem
 from sdtrain.families.words import DENOISER, TRAINABLE_NETWORKS
 
 FREEZE_SHARE = 0.25
+WHOLE_D_STEPS, LEAST_D_COEF = 400, 0.25
+"""Runs of more steps than this make steps that are smaller than d, by this factor at most."""
 LEAST_TRAVEL = 1e-4
 """Weights that move by less than this in all, even if every step goes in one direction, change no picture."""
 LIMIT_OF_GROWTH = 2**0.25
@@ -33,7 +35,7 @@ FITS: dict[Preset, tuple[str, bool]] = {
 
 def preset_values(preset: Preset) -> dict[str, Any]:
     """Return the optimizer settings that a preset means. Values that the user sets take precedence over them."""
-    freeze = {"prodigy_steps": "auto", "freeze_share": FREEZE_SHARE}
+    freeze = {"prodigy_steps": "auto", "freeze_share": FREEZE_SHARE, "d_coef": "auto"}
     match preset:
         case "lora":
             return {**freeze, "d0": 1e-4, "split_groups_mean": "harmonic_mean"}
@@ -78,6 +80,17 @@ def with_preset(table: dict[str, Any]) -> dict[str, Any]:
     if optimizer.get("split_groups") is False:
         values["split_groups_mean"] = "off"  # one d for all leaves nothing to average
     return {**table, "optimizer": {"preset": preset, **values, **optimizer}}
+
+
+def d_coef_of(config: Config) -> float:
+    """Return the factor of d with which a run begins: the longer it is planned, the smaller its steps.
+
+    What is found by looking at a few steps is the largest step that is still good. Repeated for long, it learns the
+    pictures by heart, as the best learning rate of AdamW falls with the length of a run (README, "Beside a swept
+    AdamW").
+    """
+    chosen = config.optimizer.d_coef
+    return chosen if chosen != "auto" else min(1.0, max(LEAST_D_COEF, WHOLE_D_STEPS / config.steps))
 
 
 def misfits(config: Config) -> Iterator[Problem]:

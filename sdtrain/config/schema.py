@@ -268,9 +268,10 @@ class OptimizerConfig(Settings):
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Decoupled weight decay.")
     d0: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="First guess of the step size d.")
-    d_coef: Annotated[float, Field(gt=0)] = Field(
+    d_coef: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=1.0,
-        description="Factor on the d that is found; counts once d is at rest, and freezes it there.",
+        description="Factor on the d that is found; counts once d is at rest, and freezes it there. `auto`: 1, in runs "
+        "of more than 400 steps less, 0.25 at least.",
     )
     d_limiter: bool = Field(default=True, description="Let d grow by at most 2^(1/4) a step.")
     prodigy_steps: Whole | Literal["auto"] = Field(

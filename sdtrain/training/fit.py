@@ -83,9 +83,8 @@ def fit(
     training = prepare(config, opened, standing, console, stop, ranks)
     first_step = training.step
     planned = expected.line() if expected else ""
-    console.print(
-        banner(training.run, training.trainable, training.data.batches, first_step, training.data.examples, planned)
-    )
+    run, data, d_coef = training.run, training.data, float(training.optimizer.param_groups[0]["d_coef"])
+    console.print(banner(run, training.trainable, data.batches, first_step, data.examples, d_coef, planned))
     stop.finish_first(lambda: f"{training.doing}, saving", lambda: newest_text(training))
     report = report_writer(training.run, standing, told)
     others = [report.see, *trackers(config.tracking), *watchers]
@@ -240,7 +239,10 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
     """Put everything back as it was in the state that a run goes on from; a d that is estimated again is told of."""
     if standing.state is None:
         return
-    training.step = training.saved_step = load_state(standing.state, training.trainable, training.optimizer)
+    # a run whose length is changed goes on with the d_coef it began with: what is averaged is of one size of step
+    own = training.run.config.optimizer.d_coef != "auto"
+    training.step = load_state(standing.state, training.trainable, training.optimizer, own_d_coef=own)
+    training.saved_step = training.step
     with contextlib.suppress(OSError):  # which a kill may have kept the last save from
         remove_superfluous(standing.state.folder.parent, training.step, training.run.config.checkpoint)
     training.is_sound = standing.state.loss_was_finite

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from optim import GroupMetrics, ProdigyPlusScheduleFree
+from sdtrain.config.presets import d_coef_of
 from sdtrain.config.schema import Config
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.watching.records import GroupRecord
@@ -30,7 +31,7 @@ def build_optimizer(trainable: Trainable, config: Config, *, compiled: bool | No
         beta4=None if settings.beta4 == "auto" else settings.beta4,
         weight_decay=settings.weight_decay,
         d0=settings.d0,
-        d_coef=settings.d_coef,
+        d_coef=d_coef_of(config),
         d_limiter=settings.d_limiter,
         prodigy_steps=settings.prodigy_steps,
         freeze_after=round(settings.freeze_share * config.steps),

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from sdtrain.config import presets
+from sdtrain.config.presets import d_coef_of
+from sdtrain.config.read import resolve
+from tests.conftest import merged
 
 Train = Callable[..., tuple[Path, str]]
 Groups = dict[str, dict[str, float]]
@@ -79,6 +85,36 @@ def test_d_coef_is_a_factor_of_d(train: Train) -> None:
     assert one > 1e-3
     less = end_of(train, "less", 100, SETTINGS | SOONER | {"optimizer.d_coef": 0.25})
     assert less["unet"]["d"] == pytest.approx(0.25 * one, rel=0.25)
+
+
+@pytest.mark.parametrize(("steps", "factor"), [(1, 1.0), (400, 1.0), (500, 0.8), (1600, 0.25), (10**6, 0.25)])
+def test_a_longer_run_applies_less_of_d(table: dict[str, Any], steps: int, factor: float) -> None:
+    config = resolve(merged(table, {"steps": steps, "optimizer": {}}), "test config")
+    assert d_coef_of(config) == pytest.approx(factor)
+    fixed = resolve(merged(table, {"steps": steps, "optimizer": {"d_coef": 2.0}}), "test config")
+    assert d_coef_of(fixed) == 2.0
+    never = resolve(merged(table, {"steps": steps, "optimizer": {"preset": "never-freeze"}}), "test config")
+    assert d_coef_of(never) == 1.0
+
+
+def test_a_run_that_is_made_longer_goes_on_with_the_factor_it_began_with(
+    train: Train, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "WHOLE_D_STEPS", 2)
+    table["optimizer"] = {}
+
+    def factor_of(changes: dict[str, Any], *, resume: bool = False) -> float:
+        records: list[Any] = []
+        _, told = train(SETTINGS | changes, resume=resume, watchers=[records.append])
+        (weight,) = {group.weight for record in records for group in getattr(record, "groups", ())}
+        found = re.search(r"(\S+) of it is applied", " ".join(told.split()))
+        assert weight == (float(found[1]) if found else 1.0)
+        return float(weight)
+
+    assert factor_of({"steps": 2}) == 1.0
+    assert factor_of({"steps": 4}, resume=True) == 1.0
+    assert factor_of({"steps": 4, "name": "at-once"}) == 0.5
+    assert factor_of({"steps": 6, "optimizer.d_coef": 0.25}, resume=True) == 0.25, "who chooses one has it"
 
 
 @pytest.mark.slow

@@ -189,11 +189,14 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
     return {"bytes": len(content), "digest": digest_of(content)}
 
 
-def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
+def load_state(
+    state: SavedState, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, *, own_d_coef: bool = True
+) -> int:
     """Put a saved state back, bit for bit; return its step.
 
-    The optimizer keeps its own d_coef, which may have been changed since; weights that are trained in another precision
-    now are rounded to it. Raises UserError, before anything is changed, if the state is damaged or of another run.
+    own_d_coef: whether the optimizer keeps the d_coef it has, which may have been changed since. Weights that are
+    trained in another precision now are rounded to it. Raises UserError, before anything is changed, if the state is
+    damaged or of another run.
     """
     wanted = trainable.named_parameters()
     files = {name: _header(state.folder / name) for name in (PARAMETERS, OPTIMIZER)}
@@ -210,7 +213,7 @@ def load_state(state: SavedState, trainable: Trainable, optimizer: ProdigyPlusSc
     except ValueError as error:
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
     for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
-        group["d_coef"] = d_coef
+        group["d_coef"] = d_coef if own_d_coef else group["d_coef"]
     for name, parameter in wanted.items():
         put(parameter, parameters[name])
     return state.step

@@ -22,11 +22,17 @@ from sdtrain.training.watching.text import duration, facts_table, shell_word, sh
 
 
 def banner(
-    run: Run, trainable: Trainable, batches: Batches, first_step: int, examples: Sequence[Example], planned: str
+    run: Run,
+    trainable: Trainable,
+    batches: Batches,
+    first_step: int,
+    examples: Sequence[Example],
+    d_coef: float,
+    planned: str,
 ) -> Panel:
     """Return a panel that tells what will be trained, with what, on how many pictures, for how many steps.
 
-    planned: the memory that it will need, in a line; empty: not known.
+    d_coef: the factor of d that is applied. planned: the memory that it will need, in a line; empty: not known.
     """
     config = run.config
     launches = ", CUDA graphs" if uses_graphs(run) else ""
@@ -45,7 +51,7 @@ def banner(
     )
     epochs = f"{config.steps / batches.steps_per_epoch:.1f} epochs"
     rows["steps"] = f"{config.steps}, {epochs}" + (f", of which {first_step} are done" if first_step else "")
-    rows["optimizer"] = _optimizer(config)
+    rows["optimizer"] = _optimizer(config, d_coef)
     if planned:
         rows["memory"] = planned
     rows["previews"] = previews_text(config, examples)
@@ -65,7 +71,7 @@ def _method(config: Config) -> str:
             assert_never(method)
 
 
-def _optimizer(config: Config) -> str:
+def _optimizer(config: Config, d_coef: float) -> str:
     settings = config.optimizer
     steps = settings.prodigy_steps
     if steps == "auto":
@@ -73,7 +79,8 @@ def _optimizer(config: Config) -> str:
         freeze = "d freezes when it has stopped growing" + (f", from step {after} on" if after else "")
     else:
         freeze = f"d freezes at step {steps}" if steps else "d never freezes"
-    return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}, d0 {settings.d0:g}"
+    coef = "" if d_coef == 1 else f", {d_coef:.3g} of it is applied"
+    return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}{coef}, d0 {settings.d0:g}"
 
 
 def summary(

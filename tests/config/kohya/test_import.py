@@ -426,7 +426,7 @@ def test_arguments_of_prodigy_become_ours_and_those_of_others_do_not() -> None:
     assert (optimizer.weight_decay, optimizer.d_coef, optimizer.d0) == (0.5, 2.0, 1e-5)
     assert optimizer.betas == (0.9, 0.99)
     plain = meaning(GUI | {"optimizer": "AdamW8bit", "optimizer_args": arguments}).optimizer
-    assert (plain.weight_decay, plain.d_coef) == (0.0, 1.0)
+    assert (plain.weight_decay, plain.d_coef) == (0.0, "auto")
 
 
 def test_arguments_of_prodigy_plus_schedule_free_are_ours() -> None:
