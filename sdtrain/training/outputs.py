@@ -186,7 +186,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False, behi
             training.behind.begin(step, partial(write, numbers.copied()))
         elif is_first:
             watchers.tell(SavedRecord(step, write(numbers), "state"))
-    training.saved_step, training.state_is_owed = step, False
+    training.saved_step, training.state_is_owed, training.try_again_at = step, False, 0
     if not training.is_sound:
         text = f"step {step} was saved while losses or gradients were not finite: no good state went for it"
         watchers.tell(NoteRecord(step, text))
@@ -224,8 +224,9 @@ def finish_saving(training: Training, watchers: Watchers) -> None:
         _try_again(training, watchers, behind.step, error)
     if training.is_sharded:
         _, failed = training.run.ranks.agree(0, failed)
-    if failed:
+    if failed:  # the same on all of them, who save together
         training.saved_step, training.state_is_owed = None, True
+        training.try_again_at = training.step + TRY_AGAIN_STEPS
 
 
 def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:

@@ -207,10 +207,11 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         is_due = "nan" in events and told.rank == events["nan"][0] and step >= events["nan"][1]
         return found * float("nan") if is_due else found
 
-    def seen_save(folder: Any, number: int, *arguments: Any, **options: Any) -> Any:
+    def seen_save(folder: Any, number: int, numbers: Any, **options: Any) -> Any:
         if events.get("full disk") == (told.rank, number):
-            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
-        return save_state(folder, number, *arguments, **options)
+            with numbers.handed_out():
+                raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        return save_state(folder, number, numbers, **options)
 
     def seen_later(optimizer: Any) -> Any:
         found = seen_records(optimizer)

@@ -141,12 +141,17 @@ def test_steps_that_are_not_finite_end_all_ranks_with_what_was_reached(team: Tea
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(team: Team, base: dict[str, Any]) -> None:
-    told = team.run(2, job(base, ALONE | {"name": "full"}, events={"full disk": (0, 2)}))
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(
+    team: Team, base: dict[str, Any], behind: bool
+) -> None:
+    name = f"full-{behind}"
+    settings = ALONE | {"name": name, "checkpoint.every": 1, "checkpoint.in_background": behind}
+    told = team.run(2, job(base, settings, events={"full disk": (0, 2)}))
     assert codes(told) == [0, 0], told
-    assert "could not be saved" in told[0].text
-    assert [line["step"] for line in log(Path(base["output"]) / "full")] == [1, 2, 3, 4]
-    assert json.loads((_parameters(Path(base["output"]) / "full").parent / "state.json").read_text())["step"] == 4
+    assert "step 2 could not be saved" in " ".join(told[0].text.split())
+    assert [line["step"] for line in log(Path(base["output"]) / name)] == [1, 2, 3, 4]
+    assert json.loads((_parameters(Path(base["output"]) / name).parent / "state.json").read_text())["step"] == 4
 
 
 @pytest.mark.parametrize(
