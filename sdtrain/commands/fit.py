@@ -211,7 +211,8 @@ def _fit_written(
         stop.doing = "planning the memory"
         device = pick_device(begun.config, ranks.place.local_rank)
         held.enter_context(repeatable(begun.config, device))
-        will = expected(begun.config, begun.opened, begun.standing.examples, begun.standing.base, device)
+        standing, size = begun.standing, ranks.place.size
+        will = expected(begun.config, begun.opened, standing.examples, standing.base, device, size)
         say(console, *will.notes)
         ranks.require_same(facts_of(will.config, begun.standing, versions()))
         config, folder = will.config, run_folder(will.config.output, will.config.name)

@@ -36,6 +36,8 @@ class Told:
     validated: list[list[str]] = field(default_factory=list)
     added_up: list[tuple[int, int]] = field(default_factory=list)
     drawn: list[int] = field(default_factory=list)
+    travelled: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """How often and how many bytes were gathered and reduced by the beginning of each step, of split weights."""
     held: int = 0
     """The numbers of trained parameters that lie here."""
 
@@ -161,7 +163,24 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         calls, num_bytes = calls + 1, num_bytes + tensor.nbytes
         return all_reduce(tensor, *arguments, **options)
 
+    travels = {"all_gather_single": [0, 0], "reduce_scatter_single": [0, 0]}
+    originals = {name: getattr(dist, name) for name in travels}
+
+    def seen_travel(name: str) -> Any:
+        def travel(*tensors: Any, **options: Any) -> Any:
+            both = [*tensors, *(value for value in options.values() if hasattr(value, "nbytes"))]
+            travels[name][0] += 1
+            travels[name][1] += max(tensor.nbytes for tensor in both if hasattr(tensor, "nbytes"))
+            return originals[name](*tensors, **options)
+
+        return travel
+
+    for name in travels:
+        setattr(dist, name, seen_travel(name))
+
     def seen_gradients(training: Any, *arguments: Any) -> Any:
+        for name, (times, size) in travels.items():
+            told.travelled.setdefault(name, []).append((times, size))
         place = training.run.ranks.place
         told.added_up.append((calls, num_bytes))
         batches = training.data.batches.at(training.step, hand=place.rank, hands=place.size)
@@ -225,6 +244,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     try:
         yield
     finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
         dist.all_reduce, Objective.loss, outputs.save_state = all_reduce, loss, save_state  # type: ignore[method-assign]
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
         outputs._drawn = drawing

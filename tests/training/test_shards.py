@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
+from sdtrain.commands.front.plan import plan_config
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.read import resolve
 from sdtrain.errors import UserError
@@ -71,6 +73,27 @@ def test_a_sharded_run_is_the_one_of_one_process(team: Team, base: dict[str, Any
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     previews = [sorted(path.name for path in (one / "previews").iterdir()) for one in (run, alone)]
     assert previews[0] == previews[1] != []
+
+
+@pytest.mark.slow
+def test_weights_and_gradients_travel_as_the_plan_says(team: Team, base: dict[str, Any]) -> None:
+    """Counted calls of torch.distributed between the beginnings of two steps of one micro-batch."""
+    settings = ALONE | {"name": "counted", "checkpoint.every": 0, "data.batch_size": 2, "data.gradient_accumulation": 1}
+    told = team.run(2, job(base, settings | {"data.resolution_px": 64, "data.max_aspect": 1.0}))
+    assert codes(told) == [0, 0], told
+    written = Path(base["output"]) / "counted" / "config.toml"
+    plan: Any = plan_config(written, ["device=cpu"], Console(quiet=True), gpus=2)["gpus"]
+    expected = plan["travel"]
+    for rank in told:
+        for name, times, size in (
+            ("all_gather_single", "gathers", "gathered_bytes"),
+            ("reduce_scatter_single", "reductions", "reduced_bytes"),
+        ):
+            (calls, num_bytes), (later, more) = rank.travelled[name][1:3]
+            assert later - calls == expected[times]
+            rows = (more - num_bytes) / expected[size]
+            assert 1 <= rows <= 1.02, "rows are dealt out evenly, a few of them empty"
+    assert plan["cards"][1]["is_split"] and plan["trained_bytes"] > 0
 
 
 def _parameters(run: Path) -> Path:

@@ -20,9 +20,11 @@ from sdtrain.files.writer import write_text
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.keeping.disk import size
 from sdtrain.training.keeping.standing import cache_folder
+from sdtrain.training.parameters import shards
 from sdtrain.training.planning.levers import budget_bytes, fit_to
 from sdtrain.training.planning.plan import Plan, largest_bucket, plan_run
 from sdtrain.training.planning.trace import Part, Phase
+from sdtrain.training.ranks.shards import Travel
 
 NO_MATTER = ("name", "output", "seed", "steps", "tracking", "export")
 """Settings that change nothing of what a run needs at most."""
@@ -41,18 +43,23 @@ class Expected:
     config: Config
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
+    processes: int = 1
+    """Over how many processes what is trained is split."""
 
     def line(self) -> str:
         """Return what the plan says, in one line; nothing where none was made."""
         if self.plan is None:
             return ""
-        return "planned: " + ", ".join(f"{size(phase.peak_bytes)} to {phase.name}" for phase in self.plan.phases)
+        phases = self.plan.of_each(self.processes).phases
+        each = " on each card" if self.processes > 1 else ""
+        return f"planned{each}: " + ", ".join(f"{size(phase.peak_bytes)} to {phase.name}" for phase in phases)
 
     def judged(self, device: torch.device) -> str:
         """Return what tensors took of a card at most, beside what was planned; nothing where that is not known."""
         if self.plan is None or device.type != "cuda":
             return ""
-        measured, planned = torch.cuda.max_memory_allocated(device), self.plan.worst.peak_bytes
+        measured = torch.cuda.max_memory_allocated(device)
+        planned = self.plan.of_each(self.processes).worst.peak_bytes
         text = f"{size(measured)} at most, {size(planned)} planned"
         if measured <= max(SURPRISE * planned, planned + OF_LIBRARIES):
             return text
@@ -61,13 +68,13 @@ class Expected:
 
 
 def expected(
-    config: Config, opened: OpenedModel, examples: Sequence[Example], base: str, device: torch.device
+    config: Config, opened: OpenedModel, examples: Sequence[Example], base: str, device: torch.device, ranks: int = 1
 ) -> Expected:
     """Return the plan of a run, and its settings with levers pulled where `memory.budget` asks for it.
 
-    base: the digest of the model. Without a budget a run on the CPU is not planned, where tensors are a part only of
-    what a process needs. A plan that was made before is remembered beside the cache. Raises UserError where nothing
-    fits.
+    base: the digest of the model. ranks: how many processes train it. Without a budget a run on the CPU is not planned,
+    where tensors are a part only of what a process needs. A plan that was made before is remembered beside the cache.
+    Raises UserError where nothing fits.
     """
     budget = config.memory.budget
     if budget == "off" and device.type != "cuda":
@@ -81,7 +88,7 @@ def expected(
 
     try:
         if budget == "off":
-            return Expected(config, planned(config))
+            return Expected(config, planned(config), processes=ranks if shards(config, ranks) else 1)
         num_bytes = _budget(budget, device)
         choice, plan = fit_to(config, num_bytes, planned, "memory.budget")
     finally:
@@ -141,6 +148,7 @@ def _read(stored: Any) -> Plan | None:
         width, height = stored["bucket"]
         parts = tuple(Part(str(one["name"]), int(one["saved_bytes"]), int(one["flops"])) for one in stored["parts"])
         known = (str(stored["device"]), (int(width), int(height)), phases, stored["disk"], int(stored["flops"]))
-        return Plan(*known, parts=parts)
+        travel = Travel(**{str(name): int(num) for name, num in stored["travel"].items()})
+        return Plan(*known, parts=parts, trained_bytes=int(stored["trained_bytes"]), travel=travel)
     except (TypeError, KeyError, ValueError, AttributeError):
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from sdtrain.training.keeping.room import needed
 from sdtrain.training.keeping.standing import cache_folder
 from sdtrain.training.planning.trace import CPU, Part, Phase, Traced, trace
 from sdtrain.training.ranks.group import Exchanged, exchanged
+from sdtrain.training.ranks.shards import NOTHING_TRAVELS, Travel
 from sdtrain.training.run import Run, pick_dtype
 from sdtrain.training.start import run_folder
 
@@ -45,11 +46,30 @@ class Plan:
     """What each of several processes would add up with the others in a step."""
     trained_bytes: int = 0
     """What is trained, its gradients and the optimizer's state, which `fsdp` splits over processes."""
+    travel: Travel = NOTHING_TRAVELS
+    """What travels between processes where that is split."""
 
     @property
     def worst(self) -> Phase:
         """The phase that needs the most."""
         return max(self.phases, key=lambda phase: phase.peak_bytes)
+
+    def of_each(self, processes: int) -> Plan:
+        """Return what each of so many processes needs, where what is trained is split over them.
+
+        Pictures are encoded before. An average, which is set aside while another is looked at, takes as much as the
+        gradients of a step.
+        """
+        if processes == 1:
+            return self
+        phases = [
+            replace(phase, parts={**phase.parts, "elsewhere": self.travel.layer_bytes - elsewhere})
+            if phase.name != "encode"
+            else phase
+            for elsewhere in [self.trained_bytes - self.trained_bytes // processes]
+            for phase in self.phases
+        ]
+        return replace(self, phases=tuple(phases))
 
     @property
     def tightest(self) -> Phase:
@@ -77,7 +97,7 @@ def plan_run(config: Config, opened: OpenedModel, examples: Sequence[Example]) -
     bases = traced.bases if isinstance(config.method, LoraConfig) else {}
     trained = [p for p in traced.trainable.named_parameters().values() if p.requires_grad]
     costs = traced.operations, exchanged(trained), _trained_bytes(traced, trained)
-    return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts, *costs)
+    return Plan(name, bucket, traced.phases, disk, traced.flops, bases, traced.parts, *costs, traced.travel)
 
 
 def _trained_bytes(traced: Traced, trained: Sequence[nn.Parameter]) -> int:

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.adapters.quantised.layer import base_bytes
 from sdtrain.adapters.quantised.packing import Packing, packed_shapes
-from sdtrain.config.schema import BasePrecision, Config
+from sdtrain.config.schema import BasePrecision, Config, FullConfig
 from sdtrain.data.batches import Batch
 from sdtrain.data.cache import HELD_BYTES
 from sdtrain.data.order import Piece
@@ -33,6 +33,7 @@ from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.recomputing import watch_parts
 from sdtrain.training.planning.tracking import Tracker, movable_modules
 from sdtrain.training.prepare import pack_base
+from sdtrain.training.ranks.shards import NOTHING_TRAVELS, Travel, travel_of
 from sdtrain.training.run import Run, autocast
 from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import PICTURES_AT_ONCE, Prompts, prepare_prompts, sampling_settings
@@ -86,6 +87,8 @@ class Traced:
     """What could recompute its activations; nothing where something does already."""
     operations: int = 0
     """Operations of forward and backward of a micro-batch, which a processor launches one by one."""
+    travel: Travel = NOTHING_TRAVELS
+    """What would travel in a micro-batch if what is trained were split over processes."""
 
     @property
     def worst(self) -> Phase:
@@ -121,7 +124,10 @@ def trace(
             tracing = _Trace(run, model, weights, tracker)
             phases, step, trainable = tracing.all_phases(bucket, (0, 0) if on_gpu else num_examples)
     flops = step.flops * run.config.data.gradient_accumulation
-    return Traced(phases, flops, trainable, bases, tuple(tracing.parts.values()), step.operations)
+    travel = NOTHING_TRAVELS
+    if isinstance(run.config.method, FullConfig):
+        travel = travel_of(model.networks[name] for name in run.config.method.train)
+    return Traced(phases, flops, trainable, bases, tuple(tracing.parts.values()), step.operations, travel)
 
 
 def _unread(components: Components) -> Callable[[str], Tensor]:

@@ -7,7 +7,8 @@ whole: `whole_tensors` puts it together on the first process, and `share_of` is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,13 +35,56 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
-    parts = [module for module in network.modules() if type(module).__name__ in LAYERS]
-    # transformers finds what to return by the class of a whole model, which would become another one
-    tops = network.children() if isinstance(network, PreTrainedModel) else [network]
-    for part in (*parts, *tops):
+    for part in _parts(network):
         sharded: Any = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _parts(network: nn.Module) -> list[nn.Module]:
+    """Return what is split by itself, the layers first: each holds what none before it holds."""
+    layers = [module for module in network.modules() if type(module).__name__ in LAYERS]
+    # transformers finds what to return by the class of a whole model, which would become another one
+    return [*layers, *(network.children() if isinstance(network, PreTrainedModel) else [network])]
+
+
+@dataclass(frozen=True)
+class Travel:
+    """What travels between the processes of a split network in a micro-batch: weights that are gathered, in forward and
+    again in backward, and gradients, added up in float32. layer_bytes: what a process holds of the largest layer while
+    it is whole: its weights and those of the next one, its gradients, and these in float32."""
+
+    gathers: int = 0
+    gathered_bytes: int = 0
+    reductions: int = 0
+    reduced_bytes: int = 0
+    layer_bytes: int = 0
+
+    @property
+    def calls(self) -> int:
+        """How often anything travels."""
+        return self.gathers + self.reductions
+
+    @property
+    def num_bytes(self) -> int:
+        """How much travels."""
+        return self.gathered_bytes + self.reduced_bytes
+
+
+NOTHING_TRAVELS = Travel()
+
+
+def travel_of(networks: Iterable[nn.Module]) -> Travel:
+    """Return what would travel if these networks, of which all weights are trained, were split."""
+    layers, seen = [], set[int]()
+    for part in (part for network in networks for part in _parts(network)):
+        own = [p for p in part.parameters() if id(p) not in seen]
+        seen.update(map(id, own))
+        if own:
+            layers.append((sum(p.nbytes for p in own), 4 * sum(p.numel() for p in own)))
+    gathered, reduced = (sum(sizes) for sizes in zip(*layers, strict=True)) if layers else (0, 0)
+    largest = max((3 * weights + gradients for weights, gradients in layers), default=0)
+    return Travel(2 * len(layers), 2 * gathered, len(layers), reduced, largest)
 
 
 def mesh_of(place: Place, replicas: int, device: torch.device) -> DeviceMesh:
