@@ -265,7 +265,7 @@ GRAPHS = (
     *("method.dropout", "method.rank_dropout", "method.module_dropout"),
 )
 SHARDS = (
-    *("parallel.kind", "parallel.replicas", "method.kind", "method.stop"),
+    *("parallel.kind", "parallel.replicas", "parallel.offload", "method.kind", "method.stop"),
     *("memory.fused_back_pass", "memory.compile"),
 )
 RULES = (

@@ -200,7 +200,7 @@ def _sharded(
     """Split networks over the processes; return the parameters of those names, which are others now."""
     mesh = mesh_of(run.ranks.place, run.config.parallel.replicas, run.device)
     for network in networks.values():
-        shard(network, mesh)
+        shard(network, mesh, offload=run.config.parallel.offload)
     named = {name: dict(network.named_parameters()) for name, network in networks.items()}
     return {name: {key: named[name][key] for key in found[name]} for name in networks}
 

@@ -101,6 +101,12 @@ def _parameters(run: Path) -> Path:
 
 
 @pytest.mark.slow
+def test_shares_that_lie_on_the_host_train_the_same_run(team: Team, base: dict[str, Any], alone: Path) -> None:
+    assert codes(team.run(2, job(base, {"name": "offloaded", "parallel.offload": True}))) == [0, 0]
+    assert_same_run(Path(base["output"]) / "offloaded", alone)
+
+
+@pytest.mark.slow
 def test_a_sharded_text_encoder_is_the_one_of_one_process(team: Team, base: dict[str, Any]) -> None:
     settings = ALONE | {"method": {"kind": "full", "train": ["unet", "text_encoder"]}}
     for ranks in (1, 2):
@@ -184,6 +190,8 @@ def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(
         ({"parallel.kind": "fsdp", "memory.compile": True}, "parallel.kind", "memory.compile was not tried"),
         ({"parallel.kind": "fsdp", "method.stop": {"unet": 3}}, "parallel.kind", "method.stop would leave"),
         ({"parallel.kind": "ddp", "parallel.replicas": 2}, "parallel.replicas", "only fsdp has any"),
+        ({"parallel.kind": "ddp", "parallel.offload": True}, "parallel.offload", "only fsdp has shares"),
+        ({"method": {"kind": "lora"}, "parallel.offload": True}, "parallel.offload", "this run is not split"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(

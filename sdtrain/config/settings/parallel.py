@@ -22,3 +22,8 @@ class ParallelConfig(Settings):
         description="Under `fsdp`: the groups of processes that each hold all weights between them, usually one for "
         "each machine, so that weights travel within it and gradients alone between them (HSDP).",
     )
+    offload: bool = Field(
+        default=False,
+        description="Under `fsdp`: what each process holds of weights, gradients and the optimizer's state lies in the "
+        "memory of its host, where the update is computed; a card has layers for a moment only.",
+    )

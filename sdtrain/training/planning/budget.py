@@ -50,7 +50,7 @@ class Expected:
         """Return what the plan says, in one line; nothing where none was made."""
         if self.plan is None:
             return ""
-        phases = self.plan.of_each(self.processes).phases
+        phases = self.plan.of_each(self.processes, offload=self.config.parallel.offload).phases
         each = " on each card" if self.processes > 1 else ""
         return f"planned{each}: " + ", ".join(f"{size(phase.peak_bytes)} to {phase.name}" for phase in phases)
 
@@ -59,7 +59,7 @@ class Expected:
         if self.plan is None or device.type != "cuda":
             return ""
         measured = torch.cuda.max_memory_allocated(device)
-        planned = self.plan.of_each(self.processes).worst.peak_bytes
+        planned = self.plan.of_each(self.processes, offload=self.config.parallel.offload).worst.peak_bytes
         text = f"{size(measured)} at most, {size(planned)} planned"
         if measured <= max(SURPRISE * planned, planned + OF_LIBRARIES):
             return text

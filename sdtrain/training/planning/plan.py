@@ -54,8 +54,10 @@ class Plan:
         """The phase that needs the most."""
         return max(self.phases, key=lambda phase: phase.peak_bytes)
 
-    def of_each(self, processes: int) -> Plan:
+    def of_each(self, processes: int, *, offload: bool = False) -> Plan:
         """Return what each of so many processes needs, where what is trained is split over them.
+
+        offload: whether its share lies in the memory of the host.
 
         Pictures are encoded before. An average, which is set aside while another is looked at, takes as much as the
         gradients of a step.
@@ -66,7 +68,7 @@ class Plan:
             replace(phase, parts={**phase.parts, "elsewhere": self.travel.layer_bytes - elsewhere})
             if phase.name != "encode"
             else phase
-            for elsewhere in [self.trained_bytes - self.trained_bytes // processes]
+            for elsewhere in [self.trained_bytes - (0 if offload else self.trained_bytes // processes)]
             for phase in self.phases
         ]
         return replace(self, phases=tuple(phases))

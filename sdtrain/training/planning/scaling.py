@@ -205,7 +205,7 @@ def scaling_lines(config: Config, plan: Plan, runs: Sequence[Scaled]) -> dict[st
     rows["pays"] = _paying(runs)
     if last.is_split:
         group = last.cards // config.parallel.replicas
-        most = size(plan.of_each(group).worst.peak_bytes)
+        most = size(plan.of_each(group, offload=config.parallel.offload).worst.peak_bytes)
         rows["fsdp"] = (
             f"on {last.cards} cards each holds {size(plan.trained_bytes // group)} of the {size(plan.trained_bytes)} "
             f"that trained weights, their gradients and the optimizer take, and one layer whole: {most} at most in all"

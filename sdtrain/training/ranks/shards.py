@@ -26,17 +26,19 @@ LAYERS = ("BasicTransformerBlock", "ResnetBlock2D", "CLIPEncoderLayer")
 """The layers that are whole one after the other; what lies between them is whole while the network computes."""
 
 
-def shard(network: nn.Module, mesh: DeviceMesh) -> None:
+def shard(network: nn.Module, mesh: DeviceMesh, *, offload: bool = False) -> None:
     """Split a network over the processes of a mesh; its parameters become DTensors of the same names.
 
-    Gradients are added up over the processes, not averaged: losses are weighted by pictures already. Nothing stays
-    whole after a forward: who looks with the averaged weights must leave none of them behind.
+    offload: whether these lie on the CPU, whatever computes. Gradients are added up over the processes, not averaged:
+    losses are weighted by pictures already. Nothing stays whole after a forward: who looks with the averaged weights
+    must leave none of them behind.
     """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for part in _parts(network):
-        sharded: Any = fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        sharded: Any = fully_shard(part, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
 
