@@ -131,6 +131,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path: Path, table: dict[str, Any
     assert step == len(log.read_text().splitlines()) >= 2  # from where tests/faults go on
 
 
+@pytest.mark.slow
 def test_sample_draws_with_the_weights_of_a_run(done: Done, tmp_path: Path) -> None:
     path, _ = done
     result = run("sample", path.parent / "runs" / "small", "--prompt", "a red circle", "--seed", "3")

@@ -68,6 +68,7 @@ def test_packed_weights_are_rounded_to_the_nearest(shape: tuple[int, int], scale
 @settings(max_examples=10, deadline=None)
 @given(shape=SHAPES)
 @example(shape=(96, 160))  # whose rows end within a block
+@pytest.mark.slow
 def test_four_bits_mean_quantiles_times_the_largest_of_their_block(shape: tuple[int, int]) -> None:
     weight = noise(*shape, seed=shape[1])
     blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)

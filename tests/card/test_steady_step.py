@@ -21,8 +21,11 @@ they are in pinned memory by then."""
     "changes",
     [
         {**settings_of(("unet",), "lora", "bfloat16", "accumulation"), "preserve.weight": 0.5},
-        {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
-        settings_of(("unet",), "oft", "bfloat16", "plain"),
+        pytest.param(
+            {**settings_of(("unet", "text_encoder"), "lora", "bfloat16", "plain"), "data.caption_dropout": 0.5},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(settings_of(("unet",), "oft", "bfloat16", "plain"), marks=pytest.mark.slow),
         {
             **settings_of(("text_encoder",), "full", "float32", "fused"),
             "loss.kind": "huber",
@@ -100,7 +103,7 @@ def test_the_unet_comes_to_the_card_when_all_is_encoded(
     assert places == {"encode_pixels": {"cpu"}, "encode_captions": {"cpu"}, "predict": {NAME}}
 
 
-@pytest.mark.parametrize("is_enough", [True, False])
+@pytest.mark.parametrize("is_enough", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_unet_makes_room_for_the_decoder_where_both_do_not_fit(
     on_card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch, is_enough: bool
 ) -> None:

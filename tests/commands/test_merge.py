@@ -308,6 +308,7 @@ def test_a_smaller_rank_is_the_nearest_and_its_error_is_told(
     assert told in said and (loss / change) ** 0.5 > 0.05, (told, said)
 
 
+@pytest.mark.slow
 def test_other_kinds_are_summed_with_a_rank_and_asked_for_one(
     tiny: Model, loras: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -59,6 +59,7 @@ def test_graphs_make_the_training_that_single_launches_make(train: Train, record
         assert weights_bits(plain) == weights_bits(with_graphs)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_makes_the_steps_it_would_have_made(train: Train, recorded: Recorded) -> None:
     straight, _ = train({"name": "straight", "steps": 5})
     train({"name": "resumed", "steps": 2})
@@ -109,6 +110,7 @@ def test_graphs_make_room_for_each_other(train: Train, recorded: Recorded, monke
     assert state_bits(plain, 4) == state_bits(one, 4)
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_of_memory_lets_the_graphs_go(
     train: Train, recorded: Recorded, monkeypatch: pytest.MonkeyPatch
 ) -> None:

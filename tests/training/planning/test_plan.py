@@ -110,6 +110,7 @@ def test_a_convolution_on_a_card_holds_what_it_reads_and_what_it_makes_twice(on_
         assert tracker.peak_bytes == 2 * after + before + on_gpu * (before + after)
 
 
+@pytest.mark.slow
 def test_a_larger_batch_and_larger_pictures_need_more_and_recomputing_needs_less(
     config_of: Callable[..., Config],
 ) -> None:
@@ -207,6 +208,7 @@ def test_as_few_parts_are_recomputed_as_do_those_first_that_save_most_for_their_
     assert names == ["up_blocks.0", "up_blocks.1"] and share == pytest.approx(0.6)
 
 
+@pytest.mark.slow
 def test_what_parts_save_is_what_a_plan_of_them_lacks(config_of: Callable[..., Config]) -> None:
     whole = traced(config_of({"data.batch_size": 2}))
     parts = {part.name: part for part in whole.parts}
