@@ -136,8 +136,6 @@ def against_shards(config: Config) -> Iterator[str]:
         yield "method.kind = lora trains adapters, which are small enough for every process"
     if config.memory.fused_back_pass:
         yield "memory.fused_back_pass moves weights before the gradients of all are there"
-    if config.memory.compile:
-        yield "memory.compile was not tried with it"
     if config.method.stop:
         yield "method.stop would leave the processes with gradients that nobody asked for"
 

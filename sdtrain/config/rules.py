@@ -266,7 +266,7 @@ GRAPHS = (
 )
 SHARDS = (
     *("parallel.kind", "parallel.replicas", "parallel.offload", "method.kind", "method.stop"),
-    *("memory.fused_back_pass", "memory.compile"),
+    "memory.fused_back_pass",
 )
 RULES = (
     Rule(("model.zero_terminal_snr", "model.prediction"), _zero_terminal_snr),

@@ -184,9 +184,12 @@ def _attach(
 def compile_blocks(unet: Any, **options: Any) -> None:
     """Regional compilation: the transformer blocks are alike, so few compilations serve all of them.
 
-    With sizes that may change they serve all buckets, too. options: of `torch.compile`.
+    With sizes that may change they serve all buckets, too. options: of `torch.compile`. It is what
+    `compile_repeated_blocks` does, which does not know the blocks any more whose weights are split over processes.
     """
-    unet.compile_repeated_blocks(dynamic=True, **options)
+    for block in unet.modules():
+        if type(block).__name__.removeprefix("FSDP") in unet._repeated_blocks:
+            block.compile(dynamic=True, **options)
 
 
 def shards(config: Config, num_ranks: int) -> bool:

@@ -107,6 +107,16 @@ def test_shares_that_lie_on_the_host_train_the_same_run(team: Team, base: dict[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lever", ["memory.compile", "memory.gradient_checkpointing"])
+def test_what_saves_time_or_memory_trains_the_same_sharded_run(team: Team, base: dict[str, Any], lever: str) -> None:
+    name = lever.rpartition(".")[2]
+    for ranks, changes in ((1, {}), (2, {lever: True})):
+        told = team.run(ranks, job(base, ALONE | {"name": f"{name}-{ranks}"} | changes))
+        assert codes(told) == [0] * ranks, told
+    assert_same_run(Path(base["output"]) / f"{name}-2", Path(base["output"]) / f"{name}-1")
+
+
+@pytest.mark.slow
 def test_a_sharded_text_encoder_is_the_one_of_one_process(team: Team, base: dict[str, Any]) -> None:
     settings = ALONE | {"method": {"kind": "full", "train": ["unet", "text_encoder"]}}
     for ranks in (1, 2):
@@ -187,7 +197,7 @@ def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(
     ("changes", "where", "what"),
     [
         ({"method": {"kind": "lora"}, "parallel.kind": "fsdp"}, "parallel.kind", "adapters, which are small enough"),
-        ({"parallel.kind": "fsdp", "memory.compile": True}, "parallel.kind", "memory.compile was not tried"),
+        ({"parallel.kind": "fsdp", "memory.fused_back_pass": True}, "parallel.kind", "fused_back_pass moves weights"),
         ({"parallel.kind": "fsdp", "method.stop": {"unet": 3}}, "parallel.kind", "method.stop would leave"),
         ({"parallel.kind": "ddp", "parallel.replicas": 2}, "parallel.replicas", "only fsdp has any"),
         ({"parallel.kind": "ddp", "parallel.offload": True}, "parallel.offload", "only fsdp has shares"),
