@@ -154,7 +154,8 @@ def prepare(
 def train(training: Training, watchers: Watchers, stop: StopRequests) -> None:
     """Train until all steps are done, the validation is enough, or `stop` is asked for. This is the loop."""
     run, optimizer, trainable = training.run, training.optimizer, training.trainable
-    config, ranks, room = run.config, run.ranks, Room(training.model, run.config, optimizer, training.make_room)
+    config, ranks = run.config, run.ranks
+    room = Room(training.model, config, optimizer, training.make_room, ranks)
     settling = Settling(training, watchers)
     objective = Objective(training.model, config, run.device, training.data.preservation)
 

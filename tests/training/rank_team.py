@@ -145,6 +145,7 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     import errno
     import hashlib
 
+    import torch
     import torch.distributed as dist
 
     from sdtrain.data import encoding
@@ -222,6 +223,9 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         return pictures
 
     def seen_loss(*arguments: Any) -> Any:
+        if events.get("no memory") == (told.rank, step - 1):
+            del events["no memory"]
+            raise torch.OutOfMemoryError("CUDA out of memory")
         found = loss(*arguments)
         is_due = "nan" in events and told.rank == events["nan"][0] and step >= events["nan"][1]
         return found * float("nan") if is_due else found

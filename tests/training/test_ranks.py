@@ -274,12 +274,26 @@ def test_whoever_is_asked_to_stop_all_end_after_the_same_step_and_the_run_goes_o
     assert_same_run(Path(base["output"]) / "stopped", alone)
 
 
+def test_where_one_rank_lacks_memory_all_give_up_the_same(team: Team, base: dict[str, Any], alone: Path) -> None:
+    settings = {"name": "short", "memory.on_oom": "adapt", "memory.gradient_checkpointing": True}
+    told = team.run(2, job(base, settings, events={"no memory": (1, 1)}))
+    assert codes(told) == [0, 0], told
+    text = " ".join(told[0].text.split())
+    assert text.count("out of memory on another process; from here on") == 1 and told[1].text == "", text
+    assert told[0].d == told[1].d and told[0].weights == told[1].weights
+    assert_same_run(Path(base["output"]) / "short", alone)
+
+
 @pytest.mark.parametrize(
     ("changes", "where", "what"),
     [
         ({"data.gradient_accumulation": 1, "data.batch_size": 1}, "data.batch_size", "fewer than the 2 ranks"),
         ({"data.batch_size": 3, "data.gradient_accumulation": 1}, "data.batch_size", "2 ranks cannot share equally"),
-        ({"memory.on_oom": "adapt"}, "memory.on_oom", "one rank compute otherwise"),
+        (
+            {"method": {"kind": "full"}, "memory.on_oom": "adapt"},
+            "memory.on_oom",
+            "leaves the other ranks within a layer",
+        ),
         (
             {"method": {"kind": "full"}, "memory.fused_back_pass": True, "data.gradient_accumulation": 1},
             "memory.fused_back_pass",

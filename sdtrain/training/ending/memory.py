@@ -17,6 +17,7 @@ from sdtrain.errors import OutOfMemoryError, Problem
 from sdtrain.models.model import Model
 from sdtrain.training.parameters import Trainable
 from sdtrain.training.planning.recomputing import recompute_activations
+from sdtrain.training.ranks.group import ALONE, Ranks
 from sdtrain.training.run import Run, computes_in_float16, lacks_bfloat16
 
 if sys.platform != "win32":
@@ -49,10 +50,16 @@ class Room:
     """How a step is computed within the memory there is; with `memory.on_oom = "adapt"` it gives up more and more."""
 
     def __init__(
-        self, model: Model, config: Config, optimizer: ProdigyPlusScheduleFree, free: Callable[[], None]
+        self,
+        model: Model,
+        config: Config,
+        optimizer: ProdigyPlusScheduleFree,
+        free: Callable[[], None],
+        ranks: Ranks = ALONE,
     ) -> None:
-        """free: lets go what is kept from step to step only to be faster."""
+        """free: lets go what is kept from step to step only to be faster. ranks: those that compute a step together."""
         self._model, self._config, self._optimizer, self._free = model, config, optimizer, free
+        self._ranks = ranks
         self._recomputes = config.memory.gradient_checkpointing
         self.batch_size = config.data.batch_size
         """The most pictures that are computed at once; a step has the same pictures, however few."""
@@ -60,19 +67,32 @@ class Room:
     def enough_for(self, compute: Callable[[], Result], tell: Callable[[str], None]) -> Result:
         """Return what `compute` returns, which computes a step's gradients and is called again with more room.
 
-        Raises what `compute` raises: too little memory, where nothing is left to give up, or where it must not be.
+        Where one rank has too little, all give up the same. Raises what `compute` raises: too little memory, where
+        nothing is left to give up, or where it must not be.
         """
         while True:
+            result, used = None, ""
             try:
-                return compute()
+                result = compute()
             except Exception as error:
                 if not is_out_of_memory(error) or not self._may_adapt():
                     raise
                 used = memory_used(self._model.device)
                 release(error)
+            if not self._any_lacks_memory(result is None):
+                assert result is not None
+                return result
+            if result is not None:
+                result, used = None, " on another process"
             self._optimizer.zero_grad(set_to_none=True)
             self._free()
             tell(f"out of memory{used}; {self._give_up_more()}. The step is done again.")
+
+    def _any_lacks_memory(self, lacks: bool) -> bool:
+        """Return whether this rank or another has too little memory; they compare only where they may adapt."""
+        if self._config.memory.on_oom != "adapt":
+            return lacks
+        return self._ranks.agree(0, lacks)[1]
 
     def _may_adapt(self) -> bool:
         """Return whether something is left to give up, and the step that failed has moved nothing."""
