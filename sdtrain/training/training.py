@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from optim import ProdigyPlusScheduleFree
 from sdtrain.errors import UserError
 from sdtrain.models.model import Model
+from sdtrain.training.behind import Behind
 from sdtrain.training.computing.graphs import Graphs
 from sdtrain.training.ending.memory import explained, is_out_of_memory
 from sdtrain.training.ending.scaling import LossScale
 from sdtrain.training.ending.signals import StopRequests
-from sdtrain.training.keeping.behind import Behind
 from sdtrain.training.keeping.states import Background, Numbers
 from sdtrain.training.parameters import Trainable, shards
 from sdtrain.training.prepare import Prepared

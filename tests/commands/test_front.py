@@ -68,6 +68,7 @@ def test_a_section_and_a_last_name_are_explained_too() -> None:
         "checkpoint.every",
         "checkpoint.keep",
         "checkpoint.keep_every",
+        "checkpoint.in_background",
     }
     assert [setting.key for setting in explained("patience")] == ["validation.patience"]
 

@@ -174,7 +174,7 @@ def test_a_resume_that_is_not_exact_is_told_with_the_place(
 ) -> None:
     from sdtrain.training import fit
 
-    monkeypatch.setattr(fit, "load_state", lambda state, *_: state.step)  # goes on from there with nothing loaded
+    monkeypatch.setattr(fit, "load_state", lambda state, *_, **__: state.step)  # goes on from there with nothing loaded
     (line,) = verdict_lines(verify_resume(written(tmp_path, table), [], steps=4))
     assert re.fullmatch(
         r"NOT equal: 4 steps .* after 2: the loss of step 3 is 0\.\d+ straight and 0\.\d+ resumed", line

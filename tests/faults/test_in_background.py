@@ -16,8 +16,8 @@ from optim import ProdigyPlusScheduleFree
 from sdtrain import Record
 from sdtrain.config.schema import CheckpointConfig
 from sdtrain.data.order import Plan
-from sdtrain.training import outputs
-from sdtrain.training.keeping import behind, states
+from sdtrain.training import behind, outputs
+from sdtrain.training.keeping import states
 from sdtrain.training.keeping.states import Background, numbers_of
 from sdtrain.training.parameters import Group, Trainable
 from sdtrain.training.watching.records import SavedRecord, StepRecord

@@ -21,7 +21,7 @@ from sdtrain.errors import UserError, printable
 from sdtrain.files.header import BITS, read_header
 from sdtrain.models.checkpoints.inspect import inspect_model, open_model
 from sdtrain.models.load import load_model
-from sdtrain.training.keeping.states import _read as read_state_file
+from sdtrain.training.keeping.states import _header as read_state_file
 
 BUILTIN = Path(__file__).parents[2] / "sdtrain" / "builtin" / "tiny-sdxl"
 COMPONENTS = "builtin:tiny-sdxl"

@@ -72,7 +72,7 @@ def test_everything_that_happens_is_told_in_its_order_and_is_there_when_it_is_to
             assert record.path.exists()
         seen.append(record)
 
-    run, _ = train({"preview.every": 2, "checkpoint.every": 3}, watchers=[watch])
+    run, _ = train({"preview.every": 2, "checkpoint.every": 3, "checkpoint.in_background": False}, watchers=[watch])
     told = [f"{type(record).__name__.removesuffix('Record')} {getattr(record, 'step', '')}".strip() for record in seen]
     assert told == [
         *("Run", "Picture 0", "Step 1", "Step 2", "Picture 2", "Step 3", "Saved 3"),

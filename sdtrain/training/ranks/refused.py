@@ -36,9 +36,7 @@ def rank_problems(draft: Draft, ranks: int) -> Iterator[Problem]:
         what = f"{replicas}, but {ranks} ranks cannot be dealt out to so many groups; make it a divisor of {ranks}"
         yield Problem("parallel.replicas", what)
     if draft.knows("memory.on_oom", *SHARDS) and draft.config.memory.on_oom == "adapt" and _would_split(draft.config):
-        what = (
-            "adapt, but who runs out of memory leaves the other ranks within a layer that all put together; use "
-        )
+        what = "adapt, but who runs out of memory leaves the other ranks within a layer that all put together; use "
         yield Problem("memory.on_oom", what + "stop and a smaller data.batch_size, or parallel.kind = ddp")
 
 
