@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from tests.forked import forking
 
 DAY_S = 120.0
 """How long a test waits for a rank."""
+SLOW_S = 8.0
+"""What a slow disk takes for a state: longer than a rank may be silent in these tests."""
 
 
 @dataclass
@@ -113,7 +116,7 @@ def _train(rank: int, job: Job) -> Told:
     from sdtrain.training.ranks.group import ToldElsewhereError
     from tests.conftest import merged
 
-    if "freeze" in job.events:
+    if job.events.keys() & {"freeze", "slow disk"}:
         pulse.BEAT_S, pulse.LOST_S = 0.5, 5.0
     told, screen = Told(rank, 0), io.StringIO()
     config = sdtrain.Config.model_validate(merged(job.table, job.changes.get(rank, {})))
@@ -234,6 +237,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         if events.get("full disk") == (told.rank, number):
             with numbers.handed_out():
                 raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        if events.get("slow disk") == (told.rank, number):
+            time.sleep(SLOW_S)
         return save_state(folder, number, numbers, **options)
 
     def seen_later(optimizer: Any) -> Any:

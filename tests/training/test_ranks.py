@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from sdtrain.errors import UserError
 from sdtrain.training.ranks.group import Ranks
 from sdtrain.training.ranks.place import Place, place_of
 from tests.conftest import merged
-from tests.training.rank_team import Job, Team, Told
+from tests.training.rank_team import SLOW_S, Job, Team, Told
 
 RAGGED = {
     "data.batch_size": 2,
@@ -372,6 +374,20 @@ class Work:
             raise RuntimeError("Connection closed by peer")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_slow_writer_makes_nobody_give_up(team: Team, base: dict[str, Any], kind: str) -> None:
+    """Ranks wait for longer than one of them may be silent; in the full fine-tune within the collectives of a state."""
+    settings = {"name": f"slow-{kind}", "checkpoint.every": 2, "checkpoint.in_background": False}
+    if kind == "full":
+        settings |= {"method": {"kind": "full"}, "optimizer.d0": 1e-5}
+    began = time.monotonic()
+    told = team.run(2, job(base, settings, events={"slow disk": (0, 2)}))
+    assert codes(told) == [0, 0], told
+    assert time.monotonic() - began > SLOW_S
+    assert len(log(Path(base["output"]) / settings["name"])) == 4
+
+
 def test_a_collective_that_is_done_just_after_the_look_has_not_failed() -> None:
     assert not Ranks._is_done(Work(fails=False, completes=False))
     assert Ranks._is_done(Work(fails=False, completes=True))
@@ -396,6 +412,25 @@ def test_one_command_starts_several_processes_and_ends_as_the_first_of_them(
     if not torch.cuda.is_available():
         none = subprocess.run([*command, "--set", "device=cuda"], capture_output=True, text=True, timeout=120)
         assert none.returncode == 2 and "--gpus  2, but torch finds no cards on this machine" in none.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_starts_a_run_again_that_lost_a_rank(base: dict[str, Any], alone: Path, tmp_path: Path) -> None:
+    table = merged(base, RAGGED | {"name": "elastic", "device": "cpu", "checkpoint.every": 1})
+    (tmp_path / "c.toml").write_text(config_to_toml(sdtrain.Config.model_validate(table)), encoding="utf-8")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command = [sys.executable, *launcher, "-m", "sdtrain", "fit", str(tmp_path / "c.toml"), "--resume-or-start"]
+    run = Path(base["output"]) / "elastic"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not (run / "checkpoints" / "step-000001" / "state.json").exists():
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        said, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, said
+    assert "of which" in " ".join(said.split()) and said.count("done: 4 steps") == 1, said
+    assert_same_run(run, alone)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ HEEDED = {
     "WORLD_SIZE": "how many processes train one run; set by torchrun and its like",
     "RANK": "which of them this is",
     "LOCAL_RANK": "which of those on this machine, and so which card",
+    "TORCHELASTIC_RESTART_COUNT": "how often torchrun has started all of them again",
     "MASTER_ADDR": "the machine they meet at",
     "MASTER_PORT": "and its port",
     "HF_HUB_DISABLE_PROGRESS_BARS": "0: the hub's own bars are shown, too",

@@ -299,7 +299,13 @@ def joined(place: Place) -> Iterator[Ranks]:
             raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)])
         torch.cuda.set_device(place.local_rank)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if has_cards else "gloo", timeout=PATIENCE)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if has_cards else "gloo",
+            store=_meeting_place(place),
+            rank=place.rank,
+            world_size=place.size,
+            timeout=PATIENCE,
+        )
     except (RuntimeError, ValueError) as error:
         what = f"cannot reach the others: {str(error).splitlines()[0]}; are MASTER_ADDR and MASTER_PORT right?"
         raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)]) from error
@@ -310,6 +316,19 @@ def joined(place: Place) -> Iterator[Ranks]:
         if not pulse.lost:  # else it would wait for what is lost
             dist.destroy_process_group()
         pulse.stop()
+
+
+def _meeting_place(place: Place) -> Any:
+    """Return the store in which the ranks find each other.
+
+    torchrun keeps its store when it starts a run again: who looked into it before the others had written would find
+    where they listened before they died.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    found: Any = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    return PrefixStore(f"attempt-{place.attempt}", found[0])
 
 
 def _store_of_its_own() -> Any:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sdtrain.errors import Problem, UserError
 
-NAMES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0}
+NAMES = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "TORCHELASTIC_RESTART_COUNT": 0}
 """The variables that launchers set, and what they are where none does."""
 
 
@@ -16,11 +16,13 @@ class Place:
     """One process of a run.
 
     rank: its number, from 0. size: how many there are. local_rank: its number on its machine, which picks its device.
+    attempt: how often the launcher has started all of them again.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    attempt: int = 0
 
     @property
     def is_first(self) -> bool:
@@ -37,7 +39,7 @@ def place_of(environment: Mapping[str, str]) -> Place:
         found[name] = int(text) if text.isdecimal() else usual
         if not text.isdecimal():
             problems.append(Problem(name, f"is {text!r}, not a whole number; a launcher such as torchrun sets it"))
-    place = Place(found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"])
+    place = Place(*(found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT")))
     if place.size > 1:
         lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in environment]
         problems += [
