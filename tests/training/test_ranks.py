@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ import sdtrain
 from sdtrain.config.write import config_to_toml
 from sdtrain.data.order import deal
 from sdtrain.errors import UserError
+from sdtrain.training.ranks import group
 from sdtrain.training.ranks.group import Ranks
 from sdtrain.training.ranks.place import Place, place_of
 from tests.conftest import merged
-from tests.training.rank_team import SLOW_S, Job, Team, Told
+from tests.training.rank_team import SLOW_S, Job, Team, Told, free_port
 
 RAGGED = {
     "data.batch_size": 2,
@@ -386,6 +388,21 @@ def test_a_slow_writer_makes_nobody_give_up(team: Team, base: dict[str, Any], ki
     assert codes(told) == [0, 0], told
     assert time.monotonic() - began > SLOW_S
     assert len(log(Path(base["output"]) / settings["name"])) == 4
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_are_alone_say_so_after_a_while(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Nobody answers at the address, or nobody comes to it."""
+    monkeypatch.setattr(group, "MEETING", timedelta(seconds=2))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name, number in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(number))
+    began = time.monotonic()
+    with pytest.raises(UserError, match="cannot reach the others"), group.joined(place_of(os.environ)):
+        raise AssertionError("nothing may be started")
+    assert time.monotonic() - began < 30
+    assert not torch.distributed.is_initialized()
 
 
 def test_a_collective_that_is_done_just_after_the_look_has_not_failed() -> None:

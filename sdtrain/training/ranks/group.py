@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 PATIENCE = timedelta(hours=24)
 """How long ranks wait for the first one, which may encode pictures or write for long. A rank that dies is known at
 once, and one that cannot be reached soon, see `pulse.py`."""
+MEETING = timedelta(minutes=10)
+"""How long ranks wait for each other when they start, which launchers on several machines do minutes apart."""
 LOOK = timedelta(seconds=1)
 """How often who waits looks whether a rank was lost."""
 BUCKET_BYTES = 64 * 2**20
@@ -319,7 +321,7 @@ def joined(place: Place) -> Iterator[Ranks]:
 
 
 def _meeting_place(place: Place) -> Any:
-    """Return the store in which the ranks find each other.
+    """Return the store in which the ranks find each other, once all are there. Raises RuntimeError where one is not.
 
     torchrun keeps its store when it starts a run again: who looked into it before the others had written would find
     where they listened before they died.
@@ -327,8 +329,11 @@ def _meeting_place(place: Place) -> Any:
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
-    found: Any = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    return PrefixStore(f"attempt-{place.attempt}", found[0])
+    found: Any = next(iter(rendezvous("env://", timeout=MEETING)))
+    store = PrefixStore(f"attempt-{place.attempt}", found[0])
+    store.set(f"here-{place.rank}", "")
+    store.wait([f"here-{rank}" for rank in range(place.size)], MEETING)
+    return store
 
 
 def _store_of_its_own() -> Any:
