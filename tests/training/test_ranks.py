@@ -405,6 +405,18 @@ def test_ranks_that_are_alone_say_so_after_a_while(monkeypatch: pytest.MonkeyPat
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.parametrize(("cards", "what"), [(1, "needs a card of its own"), (2, "built without NCCL")])
+def test_what_cards_lack_is_said_before_anything_is_started(
+    monkeypatch: pytest.MonkeyPatch, cards: int, what: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match=what), group.joined(Place(1, 2, 1)):
+        raise AssertionError("nothing may be started")
+    assert not torch.distributed.is_initialized()
+
+
 def test_a_collective_that_is_done_just_after_the_look_has_not_failed() -> None:
     assert not Ranks._is_done(Work(fails=False, completes=False))
     assert Ranks._is_done(Work(fails=False, completes=True))
