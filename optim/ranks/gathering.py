@@ -84,11 +84,13 @@ def _summed(pieces: dict[str, Piece]) -> dict[str, Tensor]:
 def in_turn(pieces: Iterable[tuple[str, Piece]], limit: int = TOGETHER_BYTES) -> Iterator[dict[str, Piece]]:
     """Pieces in their order, as many at once as are no larger together than `limit` bytes; at least one."""
     turn: dict[str, Piece] = {}
+    total = 0
     for name, piece in pieces:
-        if turn and sum(one.num_bytes for one in turn.values()) + piece.num_bytes > limit:
+        if turn and total + piece.num_bytes > limit:
             yield turn
-            turn = {}
+            turn, total = {}, 0
         turn[name] = piece
+        total += piece.num_bytes
     if turn:
         yield turn
 

@@ -125,9 +125,14 @@ def only_full_weights_are_sharded(config: Config) -> Iterator[Problem]:
     if parallel.replicas > 1 and (parallel.kind == "ddp" or not isinstance(config.method, FullConfig)):
         what = f"{parallel.replicas}, but only fsdp has any, which is for full fine-tunes; leave it at 1"
         yield Problem("parallel.replicas", what)
-    if parallel.offload and (parallel.kind == "ddp" or any(against_shards(config))):
+    if parallel.offload and not may_split(config):
         what = "true, but only fsdp has shares that could lie elsewhere, and this run is not split; set it to false"
         yield Problem("parallel.offload", what)
+
+
+def may_split(config: Config) -> bool:
+    """Return whether several processes would hold what is trained between them."""
+    return config.parallel.kind != "ddp" and not any(against_shards(config))
 
 
 def against_shards(config: Config) -> Iterator[str]:

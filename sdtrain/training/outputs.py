@@ -145,13 +145,13 @@ def checkpoint(training: Training, watchers: Watchers) -> None:
         training.state_is_owed = False
     except (UserError, OSError, MemoryError, ToldElsewhereError) as error:
         release(error)
-        _try_again(training, watchers, training.step, error)
+        _owe(training, watchers, training.step, sentence(error))
 
 
-def _try_again(training: Training, watchers: Watchers, step: int, error: Exception) -> None:
+def _owe(training: Training, watchers: Watchers, step: int, why: str) -> None:
     """Owe the state of a step that could not be saved."""
     training.state_is_owed, training.try_again_at = True, training.step + TRY_AGAIN_STEPS
-    what = f"note: the training state of step {step} could not be saved: {sentence(error)}; the training goes on"
+    what = f"note: the training state of step {step} could not be saved: {why}; the training goes on"
     watchers.tell(NoteRecord(training.step, f"{what}, and it is tried again at step {training.try_again_at}"))
 
 
@@ -214,19 +214,19 @@ def finish_saving(training: Training, watchers: Watchers) -> None:
 
     Where it could not be written it is owed. Where the training is split over processes, all of them come here.
     """
-    behind, failed = training.behind, False
+    behind, why = training.behind, ""
     try:
         if path := behind.end():
             watchers.tell(SavedRecord(behind.step, path, "state"))
     except (UserError, OSError, MemoryError) as error:
         release(error)
-        failed = True
-        _try_again(training, watchers, behind.step, error)
+        why = sentence(error)
+    failed = bool(why)
     if training.is_sharded:
         _, failed = training.run.ranks.agree(0, failed)
     if failed:  # the same on all of them, who save together
-        training.saved_step, training.state_is_owed = None, True
-        training.try_again_at = training.step + TRY_AGAIN_STEPS
+        training.saved_step = None
+        _owe(training, watchers, behind.step, why or "it failed on the first process")
 
 
 def validate(training: Training, objective: Objective, watchers: Watchers, stop: StopRequests) -> None:

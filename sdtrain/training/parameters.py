@@ -16,7 +16,7 @@ from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
 from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
-from sdtrain.config.method_rules import against_shards
+from sdtrain.config.method_rules import may_split
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.errors import user_error
 from sdtrain.families.words import DENOISER
@@ -194,7 +194,7 @@ def compile_blocks(unet: Any, **options: Any) -> None:
 
 def shards(config: Config, num_ranks: int) -> bool:
     """Return whether what is trained is split over the processes of a run."""
-    return num_ranks > 1 and config.parallel.kind != "ddp" and not any(against_shards(config))
+    return num_ranks > 1 and may_split(config)
 
 
 def _sharded(

@@ -76,14 +76,12 @@ class Numbers:
 
     def copied(self) -> Numbers:
         """Return copies on the CPU of the whole tensors. Where they are split, the other processes must `send` them."""
+        copies: dict[str, dict[str, Piece]] = {}
         with self.handed_out() as files:
-            return Numbers(
-                {
-                    file: {name: Piece(copy := plan.values().to("cpu", copy=True), copy.shape) for name, plan in plans}
-                    for file, plans in ((file, tensors.items()) for file, tensors in files.items())
-                },
-                self.metadata,
-            )
+            for file, plans in files.items():
+                tensors = {name: plan.values().to("cpu", copy=True) for name, plan in plans.items()}
+                copies[file] = {name: Piece(tensor, tensor.shape) for name, tensor in tensors.items()}
+        return Numbers(copies, self.metadata)
 
     @contextmanager
     def handed_out(self) -> Iterator[dict[str, dict[str, Planned]]]:
@@ -212,8 +210,9 @@ def load_state(
         optimizer.load_state_dict(content)
     except ValueError as error:
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
-    for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
-        group["d_coef"] = d_coef if own_d_coef else group["d_coef"]
+    if own_d_coef:
+        for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
+            group["d_coef"] = d_coef
     for name, parameter in wanted.items():
         put(parameter, parameters[name])
     return state.step

@@ -50,16 +50,19 @@ class Expected:
         """Return what the plan says, in one line; nothing where none was made."""
         if self.plan is None:
             return ""
-        phases = self.plan.of_each(self.processes, offload=self.config.parallel.offload).phases
+        phases = self._of_each(self.plan).phases
         each = " on each card" if self.processes > 1 else ""
         return f"planned{each}: " + ", ".join(f"{size(phase.peak_bytes)} to {phase.name}" for phase in phases)
+
+    def _of_each(self, plan: Plan) -> Plan:
+        return plan.of_each(self.processes, offload=self.config.parallel.offload)
 
     def judged(self, device: torch.device) -> str:
         """Return what tensors took of a card at most, beside what was planned; nothing where that is not known."""
         if self.plan is None or device.type != "cuda":
             return ""
         measured = torch.cuda.max_memory_allocated(device)
-        planned = self.plan.of_each(self.processes, offload=self.config.parallel.offload).worst.peak_bytes
+        planned = self._of_each(self.plan).worst.peak_bytes
         text = f"{size(measured)} at most, {size(planned)} planned"
         if measured <= max(SURPRISE * planned, planned + OF_LIBRARIES):
             return text

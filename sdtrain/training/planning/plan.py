@@ -64,14 +64,10 @@ class Plan:
         """
         if processes == 1:
             return self
-        phases = [
-            replace(phase, parts={**phase.parts, "elsewhere": self.travel.layer_bytes - elsewhere})
-            if phase.name != "encode"
-            else phase
-            for elsewhere in [self.trained_bytes - (0 if offload else self.trained_bytes // processes)]
-            for phase in self.phases
-        ]
-        return replace(self, phases=tuple(phases))
+        here = self.travel.layer_bytes + (0 if offload else self.trained_bytes // processes)
+        encode, *others = self.phases
+        split = [replace(one, parts={**one.parts, "elsewhere": here - self.trained_bytes}) for one in others]
+        return replace(self, phases=(encode, *split))
 
     @property
     def tightest(self) -> Phase:

@@ -188,11 +188,9 @@ def scaling_lines(config: Config, plan: Plan, runs: Sequence[Scaled]) -> dict[st
     alone, last = runs[0], runs[-1]
     told = f"{plan.exchanged.calls} calls and {size(plan.exchanged.num_bytes)} a step: gradients and what is agreed on"
     if last.is_split:
-        calls, num = (
-            plan.travel.gathers + plan.travel.reductions,
-            plan.travel.gathered_bytes + plan.travel.reduced_bytes,
-        )
-        told = f"{calls} calls and {size(num)} a micro-batch, while layers compute: weights and gradients"
+        travel = plan.travel
+        told = f"{travel.calls} calls and {size(travel.num_bytes)} a micro-batch"
+        told += ", while layers compute: weights and gradients"
     rows = {"H100 cards": f"reckoned, not measured; {told}", "1 card": f"{alone.compute_s:.3g} s a step"}
     for run in runs[1:]:
         fast = f"{alone.compute_s / run.step_s(INFINIBAND.name):.2f} x as fast"

@@ -300,10 +300,8 @@ def joined(place: Place) -> Iterator[Ranks]:
             what = f"needs a card of its own, but this machine has {torch.cuda.device_count()}"
             raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)])
         if not dist.is_nccl_available():
-            what = (
-                "cannot add up gradients with the others: this PyTorch was built without NCCL (or RCCL), which cards "
-            )
-            what += "need for it; install one for Linux that has it, train on one card, or set device to cpu"
+            what = "cannot add up gradients with the others: this PyTorch was built without NCCL (or RCCL), which "
+            what += "cards need for it; install one for Linux that has it, train on one card, or set device to cpu"
             raise UserError("the ranks of this run", [Problem(f"rank {place.rank}", what)])
         torch.cuda.set_device(place.local_rank)
     try:

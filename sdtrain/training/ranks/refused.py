@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from sdtrain.config.draft import Draft
-from sdtrain.config.method_rules import against_shards
+from sdtrain.config.method_rules import may_split
 from sdtrain.config.rules import SHARDS
 from sdtrain.config.schema import Config
 from sdtrain.config.write import config_to_toml
@@ -35,13 +35,9 @@ def rank_problems(draft: Draft, ranks: int) -> Iterator[Problem]:
         replicas = draft.config.parallel.replicas
         what = f"{replicas}, but {ranks} ranks cannot be dealt out to so many groups; make it a divisor of {ranks}"
         yield Problem("parallel.replicas", what)
-    if draft.knows("memory.on_oom", *SHARDS) and draft.config.memory.on_oom == "adapt" and _would_split(draft.config):
+    if draft.knows("memory.on_oom", *SHARDS) and draft.config.memory.on_oom == "adapt" and may_split(draft.config):
         what = "adapt, but who runs out of memory leaves the other ranks within a layer that all put together; use "
         yield Problem("memory.on_oom", what + "stop and a smaller data.batch_size, or parallel.kind = ddp")
-
-
-def _would_split(config: Config) -> bool:
-    return config.parallel.kind != "ddp" and not any(against_shards(config))
 
 
 def facts_of(config: Config, standing: Standing, versions: Sequence[str]) -> dict[str, bytes]:
