@@ -21,6 +21,7 @@ from optim.state import State
 from optim.stepper import Stepper
 from optim.steps import stacks
 from optim.sums import note_squares, sum_up
+from optim.waiting import Waiting
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         self._groups = GroupsOnDevice()
         self._stepper = Stepper(self._kept, settings)
         self._hooked: dict[int, Any] = {}
+        self._waiting = Waiting()
         self._lists: list[list[Tensor]] = []
         self._current: StepInProgress | None = None
         super().__init__(
@@ -141,7 +143,8 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         """One step from the gradients at y; with `fused_back_pass`, the end of the step that backward has made.
 
         A gradient that is not finite (or whose square is not, in float32) leaves every weight and all state as they
-        are, and is counted in the metrics; within a fused backward the parameter that has it is left out.
+        are, and is counted in the metrics; within a fused backward, where weights before it have moved already, it is
+        that parameter, those that step together with it and those that come after that are left as they are.
 
         Raises:
             RuntimeError: the model holds the averaged weights, or a group has other parameters than at the first step.
@@ -156,8 +159,10 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         present = [index for index, p in enumerate(self._kept.parameters) if p.grad is not None]
         if self.settings.fused_back_pass:
             for index in present:  # parameters without a hook: they needed no gradient when the step began
-                self._step_parameter(index)
+                if index not in self._waiting.indices:
+                    self._note_gradient(index)
             current = self._current or self._begin(self._trainable())
+            self._step_waiting(current)
         else:
             current = self._begin(present)
             try:
@@ -178,6 +183,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         if self._current is not None:
             if self._stepper.has_moved:
                 return False
+            self._drop_waiting()
             self._current = None
             self._kept.steps -= 1
         return True
@@ -187,6 +193,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         if self.settings.fused_back_pass:
             self._hook_parameters()
             self._build_missing(present)
+            self._waiting = Waiting(sum(self._kept.parameters[index].nbytes for index in present))
         self._stepper.has_moved = False
         for stack in self._kept.stacks:
             stacks.begin_stack(stack)
@@ -206,19 +213,30 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         which = {self._kept.group_of[index] for index in indices}
         return self._groups.marks(which, len(self.param_groups), self._sums.device)
 
-    def _step_parameter(self, index: int) -> None:
-        """Makes the whole step of one parameter within a fused backward, and drops its gradient."""
+    def _note_gradient(self, index: int) -> None:
+        """Takes the gradient of a parameter within a fused backward; steps those that wait, once they are many."""
         self._refuse_while_averaged("backward() with fused_back_pass")
         current = self._current or self._begin(self._trainable())
-        if index in current.done:
+        if index in current.done or index in self._waiting.indices:
+            self._waiting.forget(index)
             self._kept.parameters[index].grad = None  # so that step() can still end the step
             raise RuntimeError(
                 f"parameter {index} got a second gradient before step(): with fused_back_pass=True every backward must "
                 "be followed by step(); accumulate gradients without it"
             )
-        self._build_missing([index])
-        self._advance([index], current)
-        self._kept.parameters[index].grad = None
+        if self._waiting.are_enough_with(index, self._kept.parameters[index]):
+            self._step_waiting(current)
+
+    def _step_waiting(self, current: StepInProgress) -> None:
+        """Makes the whole step of the parameters that wait within a fused backward, and drops their gradients."""
+        if self._waiting.indices:
+            self._build_missing(self._waiting.indices)
+            self._advance(self._waiting.indices, current)
+            self._drop_waiting()
+
+    def _drop_waiting(self) -> None:
+        for index in self._waiting.take():
+            self._kept.parameters[index].grad = None
 
     def _build_missing(self, wanted: list[int]) -> None:
         built = self._kept.build_missing(wanted)
@@ -230,8 +248,8 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def _advance(self, present: list[int], current: StepInProgress) -> None:
         current.done.update(present)
-        all_finite = self._stepper.step(present, current.coefficients, self._no_op, current.key)
-        current.all_finite = current.all_finite & all_finite
+        so_far = current.all_finite
+        current.all_finite = self._stepper.step(present, current.coefficients, self._no_op, current.key, so_far)
 
     def _end(self, current: StepInProgress) -> None:
         """Adds the sums of the parameters up to those of the groups, and moves d."""
@@ -383,6 +401,6 @@ def _hook_for(me: "weakref.ref[ProdigyPlusScheduleFree]", index: int) -> Callabl
     def hook(_: Tensor) -> None:
         optimizer = me()
         if optimizer is not None:
-            optimizer._step_parameter(index)
+            optimizer._note_gradient(index)
 
     return hook

@@ -115,7 +115,7 @@ def unpack(kept: State, groups: Groups, saved: Mapping[str, Any]) -> None:
     numbers = _completed(saved["numbers"].to(kept.numbers, copy=True), groups)
     set_aside = None
     if saved["lent"]:
-        set_aside = {index: s["y"].to(numbers.device, copy=True) for index, s in state.items() if "y" in s}
+        set_aside = {index: s["y"].to(kept.aside_on(numbers), copy=True) for index, s in state.items() if "y" in s}
     kept.replace(built, numbers=numbers, steps=saved["steps"], seed=saved["seed"], set_aside=set_aside)
 
 

@@ -51,7 +51,9 @@ class Settings:
         use_bias_correction: RAdam's rectified warm-up.
         use_speed: SPEED in place of Prodigy's ratio: scale-free, less memory, experimental.
         stochastic_rounding: round bfloat16 weights and z stochastically.
-        fused_back_pass: update each parameter within backward and drop its gradient; `step()` then ends the step.
+        fused_back_pass: update parameters within backward, a few at a time (64 MiB of gradients at most, and a
+            thirty-second of all), and drop their gradients; `step()` then ends the step.
+        set_aside_on_cpu: keep y in the host's memory while the model holds the averaged weights, not on the device.
         seed: of the stochastic rounding; must be the same on every rank.
         compile: whether to compile the step for this machine on first use; None: where it pays (from a million
             parameters). Where that is not possible, plain torch is used, with one warning.
@@ -84,6 +86,7 @@ class Settings:
     use_speed: bool = False
     stochastic_rounding: bool = True
     fused_back_pass: bool = False
+    set_aside_on_cpu: bool = False
     seed: int = 0
     compile: bool | None = None
 

@@ -167,8 +167,12 @@ class State:
         z = {id(stack): stack.z.unbind() for stack in self.stacks}
         for index, (stack, slot) in self.slots.items():
             y = sharding.local_part(self.parameters[index])
-            self.set_aside[index] = y.clone()
+            self.set_aside[index] = y.to(self.aside_on(y), copy=True)
             y.copy_(average(y, z[id(stack)][slot], self.settings.betas[0]))
+
+    def aside_on(self, parameter: Tensor) -> torch.device:
+        """Where y of a parameter is kept while the model holds x."""
+        return torch.device("cpu") if self.settings.set_aside_on_cpu else parameter.device
 
     def restore(self) -> None:
         """Writes y into the parameters again, with the bits it had."""

@@ -57,10 +57,11 @@ class Stepper:
             for stack in self.kept.stacks:
                 stack.row_now = stack.col_now = None
 
-    def step(self, present: list[int], coefficients: Tensor, no_op: Tensor, step_key: int) -> Tensor:
-        """Steps the parameters of these indices; returns whether all their gradients were finite (bool, 0-dim).
+    def step(self, present: list[int], coefficients: Tensor, no_op: Tensor, step_key: int, so_far: Tensor) -> Tensor:
+        """Steps the parameters of these indices; returns whether all gradients were finite (bool, 0-dim).
 
-        coefficients: float32 (coefficients, groups). no_op: float32 (coefficients, 1), taken if they were not.
+        coefficients: float32 (coefficients, groups). no_op: float32 (coefficients, 1), taken if they were not. so_far:
+        whether those of the same step before these were, bool, 0-dim.
         """
         if self.tables is None:
             self._prepare()
@@ -72,7 +73,7 @@ class Stepper:
             plain.measure(stack, piece, [grads[index] for index in indices], scratch)
         active = self._active(present)
         sharding.reduce_squares(active)
-        all_finite = self._all_finite(present, active)
+        all_finite = self._all_finite(present, active) & so_far
         coefficients = torch.where(all_finite, coefficients, no_op)
         self.has_moved = True
         for call in calls:

@@ -42,9 +42,19 @@ def build_optimizer(trainable: Trainable, config: Config, *, compiled: bool | No
         schedulefree_c=settings.schedulefree_c,
         stochastic_rounding=settings.stochastic_rounding,
         fused_back_pass=config.memory.fused_back_pass,
+        set_aside_on_cpu=sets_aside_on_cpu(config),
         seed=config.seed,
         compile=compiled,
     )
+
+
+def sets_aside_on_cpu(config: Config) -> bool:
+    """Return whether the weights in training wait in the host's memory while the averaged ones are looked at.
+
+    So where memory is so short that weights are moved within backward: else looking would need more of the card than
+    training does, by all that is trained once more.
+    """
+    return config.memory.fused_back_pass
 
 
 def group_records(optimizer: ProdigyPlusScheduleFree) -> tuple[GroupRecord, ...]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from optim import ProdigyPlusScheduleFree, averaged
 from sdtrain.training.watching.records import RunRecord, StepRecord
 from tests.card.fake_card import NAME, Card, card_in_use
 from tests.card.test_matrix import MEMORY, settings_of
@@ -173,3 +175,19 @@ def test_the_card_notices_a_tensor_in_the_wrong_place_and_who_asks_for_numbers()
         assert found.num_bytes - before == 4000 and more.device.type == NAME
         del more
         assert found.num_bytes == before
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_card_holds_no_copy_of_the_weights_in_training_where_they_wait_in_the_hosts_memory(on_cpu: bool) -> None:
+    with card_in_use() as found, torch.no_grad():
+        params = [torch.nn.Parameter(torch.zeros(64, 64, device=NAME)) for _ in range(3)]
+        optimizer = ProdigyPlusScheduleFree(params, d0=1e-4, set_aside_on_cpu=on_cpu, compile=False)
+        for parameter in params:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        before = found.num_bytes
+        with averaged(optimizer):
+            held = found.num_bytes - before
+            places = {str(state["y"].device.type) for state in optimizer.state_dict()["state"].values()}
+        assert (held, places) == ((0, {"cpu"}) if on_cpu else (3 * 64 * 64 * 4, {NAME}))
+        assert {parameter.device.type for parameter in params} == {NAME}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from optim import ProdigyPlusScheduleFree, averaged, stepper
+from optim import ProdigyPlusScheduleFree, averaged, stepper, waiting
 from optim.ranks import sharding
 from optim.settings import Settings
 from optim.steps import cpu, trial
@@ -187,8 +187,11 @@ def fused_pair(dtype: torch.dtype, compile_step: bool, steps: int = 8) -> list[l
                     target = torch.randn(p.shape, generator=generator)
                     loss = loss + (p.float() - 1 - target).square().sum()
             loss.backward()
-            assert all((p.grad is None) == (fused or (step, i) == (3, 2) or not p.requires_grad) for i, p in
-                       enumerate(params))  # fmt: skip
+            there = [i for i, p in enumerate(params) if p.grad is not None]
+            if fused:
+                assert sum(params[i].nbytes for i in there) < sum(p.nbytes for p in params) // 32
+            else:
+                assert there == [i for i, p in enumerate(params) if (step, i) != (3, 2) and p.requires_grad]
             optimizer.step()
             optimizer.zero_grad()
         assert [m.k for m in optimizer.metrics()] == [steps + 1] * 2
@@ -221,13 +224,62 @@ def test_fused_is_not_fused_on_several_threads_either(dtype: torch.dtype, eps: f
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
-def test_a_second_gradient_before_step_is_refused_when_fused() -> None:
-    params = params_of()
-    optimizer = build(params, fused_back_pass=True)
+@pytest.mark.parametrize("size", [64, 1], ids=["stepped already", "waits"])
+def test_a_second_gradient_before_step_is_refused_when_fused(size: int) -> None:
+    params = [nn.Parameter(torch.ones(size)), nn.Parameter(torch.ones(64))]
+    optimizer = ProdigyPlusScheduleFree(params, d0=1e-4, fused_back_pass=True)
     params[0].square().sum().backward()
+    assert (params[0].grad is not None) == (size == 1)
     with pytest.raises(RuntimeError, match="second gradient before step"):
         params[0].square().sum().backward()
     optimizer.step()
+    optimizer.zero_grad()
+    params[0].square().sum().backward()
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+def test_many_small_parameters_step_together_in_a_fused_backward(
+    monkeypatch: pytest.MonkeyPatch, compile_step: bool
+) -> None:
+    """As often as their gradients make up a thirty-second of all, and bit for bit as if each stepped alone."""
+    calls: list[int] = []
+    original = stepper.Stepper.step
+
+    def counted(self: stepper.Stepper, present: list[int], *more: Any) -> Tensor:
+        calls.append(len(present))
+        return original(self, present, *more)
+
+    monkeypatch.setattr(stepper.Stepper, "step", counted)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(8 if index % 3 else (3, 40), generator=generator) for index in range(200)]
+    results = []
+    for share in (32, 10**9):
+        monkeypatch.setattr(waiting, "SHARE", share)
+        params = [nn.Parameter(value.clone()) for value in values]
+        optimizer = build(params, fused_back_pass=True, compile=compile_step)
+        for step in range(3):
+            sum((p - 0.1 * step).square().sum() for p in params).backward()  # type: ignore[union-attr]
+            optimizer.step()
+        results.append([p.detach() for p in params])
+        assert sum(calls) == 600
+        assert len(calls) <= 3 * 32 + 3 if share == 32 else calls == [1] * 600
+        calls.clear()
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("compile_step", PATHS)
+def test_from_a_gradient_that_is_not_finite_on_nothing_moves_in_a_fused_backward(compile_step: bool) -> None:
+    params = [nn.Parameter(torch.full((40,), 1.0 + index)) for index in range(6)]
+    optimizer = build(params, fused_back_pass=True, compile=compile_step)
+    loss = torch.zeros(())
+    for index, p in enumerate(params):  # the last one is met first by backward
+        loss = loss + p.square().sum() * (float("nan") if index == 3 else 1.0)
+    before = [p.detach().clone() for p in params]
+    loss.backward()
+    optimizer.step()
+    moved = [not torch.equal(p, old) for p, old in zip(params, before, strict=True)]
+    assert moved == [False, False, False, False, True, True]
+    assert [metrics.skipped for metrics in optimizer.metrics()] == [1, 1]
 
 
 def test_lending_within_a_fused_step_is_refused() -> None:

@@ -37,7 +37,11 @@ class MemoryConfig(Settings):
         description="Launch the gradients of a micro-batch at once on an NVIDIA card, which with few pictures waits "
         "for launches; `auto`: for adapters of the U-Net on one card, where nothing stands against it.",
     )
-    fused_back_pass: bool = Field(default=False, description="Update each weight inside backward (full fine-tunes).")
+    fused_back_pass: bool = Field(
+        default=False,
+        description="Update weights inside backward, a few at a time, and set them aside in the host's memory while "
+        "the averaged ones are looked at (full fine-tunes).",
+    )
     budget: Budget = Field(
         default="off",
         description="Memory that the run must fit into, such as `8GB`; `auto`: that of the card. What it takes is "

@@ -20,6 +20,7 @@ USABLE = 0.9
 """The share of a card that tensors may take: the rest is the driver's, and what lies between them."""
 PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
 """What packs a base, where it is installed."""
+FUSED = "a few seconds whenever the averaged weights are looked at, for those in training wait in the host's memory"
 ROUNDED = "the frozen base is rounded and unpacked for every product; files and merges come from the exact one"
 
 
@@ -80,7 +81,7 @@ def _fused(choice: Choice) -> Iterator[Choice]:
     config = choice.config
     may = isinstance(config.method, FullConfig) and config.data.gradient_accumulation == 1
     if may and not config.memory.fused_back_pass:
-        yield _changed(choice, "fused_back_pass", True, "no time to speak of")
+        yield _changed(choice, "fused_back_pass", True, FUSED)
 
 
 def _changed(choice: Choice, setting: str, value: bool | list[str], cost: str) -> Choice:

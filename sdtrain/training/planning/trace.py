@@ -28,7 +28,7 @@ from sdtrain.training.computing.graphs import wants_graphs
 from sdtrain.training.computing.objective import Objective
 from sdtrain.training.computing.preservation import Preservation, prepare_preservation
 from sdtrain.training.ending.guard import backward
-from sdtrain.training.optimizers import build_optimizer
+from sdtrain.training.optimizers import build_optimizer, sets_aside_on_cpu
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.planning.recomputing import watch_parts
 from sdtrain.training.planning.tracking import Tracker, movable_modules
@@ -233,8 +233,9 @@ class _Trace:
     def step(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, batch: Batch) -> _Step:
         """Make one step, of which the last micro-batch is looked at: gradients of others are there by then.
 
-        It is the first one, in which the optimizer makes its state; in later ones that is there from the beginning.
+        The optimizer makes its state in a step before it.
         """
+        state = self._state(trainable, optimizer)
         tracker, flops, operations = self.tracker, self.tracker.flops, self.tracker.operations
         gradients = 0
         if self.config.data.gradient_accumulation > 1 or (self.tracker.on_gpu and wants_graphs(self.config)):
@@ -248,15 +249,19 @@ class _Trace:
             backward(loss)
         flops, operations = tracker.flops - flops, tracker.operations - operations
         del loss
-        backward_moment = tracker.peak_bytes - before
-        without_state = tracker.bytes_now
-        tracker.begin_peak()
         optimizer.step()
-        state = tracker.bytes_now - without_state
         trainable.limit_norms(optimizer)
-        moment = max(backward_moment, tracker.peak_bytes - before - state)
+        moment = tracker.peak_bytes - before
         optimizer.zero_grad(set_to_none=True)
         return _Step(gradients, kept, moment - kept, state, flops, operations)
+
+    def _state(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
+        """Let the optimizer make its state; return its bytes."""
+        before = self.tracker.bytes_now
+        _put_gradients(trainable)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return self.tracker.bytes_now - before
 
     def train(self, step: _Step, standing: Mapping[str, int]) -> Phase:
         """Return what a step holds at most."""
@@ -276,12 +281,16 @@ class _Trace:
         """Put the averaged weights in the place of those in training, which are set aside; look through them, as saving
         does, and draw as many pictures as are drawn at once, in one step."""
         start = self.tracker.bytes_now
+        if self.tracker.on_gpu and sets_aside_on_cpu(
+            self.config
+        ):  # the fake device's tensors lie on the CPU themselves
+            start += sum(map(_bytes, trainable.named_parameters().values()))
         self.tracker.begin_peak()
         phases: list[Phase] = []
         with averaged(optimizer):
             for parameter in trainable.named_parameters().values():
                 parameter.detach().isfinite().all()
-            moment = self.tracker.peak_bytes - start
+            moment = max(0, self.tracker.peak_bytes - start)
             save = Phase("save", {"weights": self.weights.training, **standing, "largest moment": moment})
             if prompts.texts and self.config.preview.every:
                 self.tracker.begin_peak()

@@ -83,11 +83,12 @@ def counted(config: Config) -> dict[str, int]:
             {"memory.recompute": ["up_blocks.0", "down_blocks.1.attentions.0"], "data.batch_size": 2},
             marks=pytest.mark.slow,
         ),
-        {"method.kind": "full", "data.gradient_accumulation": 2},
+        pytest.param({"method.kind": "full", "data.gradient_accumulation": 2}, marks=pytest.mark.slow),
+        {"method.kind": "full", "memory.fused_back_pass": True, "preview.every": 1},
         pytest.param({"model.base_precision": "int8", "preview.every": 1}, marks=pytest.mark.slow),
         pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
     ],
-    ids=["lora", "checkpointing", "parts", "full", "int8", "dora nf4"],
+    ids=["lora", "checkpointing", "parts", "full", "fused", "int8", "dora nf4"],
 )
 def test_a_plan_is_within_three_percent_of_the_truth(config_of: Callable[..., Config], changes: dict[str, Any]) -> None:
     config = config_of(changes)
