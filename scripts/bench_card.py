@@ -63,6 +63,7 @@ RUNS: dict[str, list[str]] = {
     "LoRA and text encoders": ['method.train=["unet","text_encoder","text_encoder_2"]'],
     "LoRA and one text encoder": ['method.train=["unet","text_encoder"]'],
     "DoRA, batch 1": ['method.adapter="dora"'],
+    "LoHa, batch 1": ['method.adapter="loha"'],
     "LoRA, batch 1, recomputed": ["memory.gradient_checkpointing=true"],
     "LoRA, batch 1, compiled": ["memory.compile=true"],
 }

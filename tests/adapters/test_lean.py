@@ -18,6 +18,8 @@ from sdtrain.adapters.lean import dora
 from sdtrain.adapters.lean.layers import make_plain
 
 KINDS: list[AdapterKind] = ["lora", "rslora", "dora", "loha", "lokr"]
+PIECES = [(8, 2), (64, 4), (2**20, 64)]
+"""Numbers of a weight that are computed at once, and of how many rows a piece has a multiple."""
 LINEARS = st.fixed_dictionaries(
     {
         "in_features": st.integers(1, 24),
@@ -96,14 +98,14 @@ def require_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shapes", [LINEARS, CONVOLUTIONS], ids=["linear", "convolution"])
 def test_outputs_and_gradients_are_those_of_peft(kind: AdapterKind, shapes: st.SearchStrategy[dict[str, Any]]) -> None:
-    @given(shapes, st.integers(1, 3), st.integers(1, 6), st.integers(1, 24), st.sampled_from([8, 64, 2**20]))
+    @given(shapes, st.integers(1, 3), st.integers(1, 6), st.integers(1, 24), st.sampled_from(PIECES))
     @settings(max_examples=20, deadline=None, derandomize=True, database=None)
-    def check(sizes: dict[str, Any], num: int, rank: int, eighths: int, piece: int) -> None:
+    def check(sizes: dict[str, Any], num: int, rank: int, eighths: int, piece: tuple[int, int]) -> None:
         if kind not in ("loha", "lokr") and "dilation" in sizes:
             sizes["dilation"] = 1  # peft forgets it in the down convolution of a LoRA
         layer = layer_of(sizes)
         network = adapted(layer, kind, rank, rank * eighths / 8).double()  # peft rounds LoHa's scale to float32
-        with patch.object(dora, "PIECE", piece):
+        with patch.object(dora, "PIECE", piece[0]), patch.object(dora, "ALIGNED", piece[1]):
             require_equal(*both(network, inputs_of(layer, num)), tolerance=1e-10)
 
     check()

@@ -69,10 +69,16 @@ def _rows(activations: Tensor) -> Tensor:
 
 def _add_matrices(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Add left @ right in place."""
-    if total.is_contiguous():  # only then a matrix of it is the same memory
+    if _has_rows(total):
         total.view(-1, total.shape[-1]).addmm_(_rows(left), right)
         return total
     return total.add_(left @ right)
+
+
+def _has_rows(activations: Tensor) -> bool:
+    """Whether a matrix of these, or of some of their columns, is the same memory."""
+    sizes, strides = activations.shape, activations.stride()
+    return strides[-1] == 1 and all(strides[at] == sizes[at + 1] * strides[at + 1] for at in range(len(sizes) - 2))
 
 
 def _convolution_gradients(
