@@ -135,6 +135,11 @@ def may_split(config: Config) -> bool:
     return config.parallel.kind != "ddp" and not any(against_shards(config))
 
 
+def split_over(config: Config, processes: int) -> int:
+    """Return over how many of the processes of a run what is trained is split; 1 where each holds all of it."""
+    return processes // config.parallel.replicas if processes > 1 and may_split(config) else 1
+
+
 def against_shards(config: Config) -> Iterator[str]:
     """Yield the settings because of which weights cannot be split over processes, each with the reason."""
     if isinstance(config.method, LoraConfig):

@@ -14,7 +14,7 @@ from sdtrain.diffusion.schedule import NoiseSchedule
 from sdtrain.diffusion.words import Prediction, Sampler
 from sdtrain.families.family import Family
 from sdtrain.families.modelspec import Description
-from sdtrain.families.words import NoCaption
+from sdtrain.families.words import Component, NoCaption
 from sdtrain.models.checkpoints.single_file import Change
 from sdtrain.models.tiles import InTiles
 
@@ -127,3 +127,7 @@ class Model(Protocol):
         dtype: the type in which all weights are stored; None stores each network as it was stored before.
         change: gives the value to write instead of a weight, for example the weight with its adapter merged in.
         """
+        ...
+
+    def order_of_weights(self, dtype: torch.dtype | None) -> list[tuple[Component, str]]:
+        """Return the parameters in the order in which one file of the whole model asks `change` for them."""

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from sdtrain.config.schema import ModelConfig
 from sdtrain.families.modelspec import Description
+from sdtrain.families.words import Component
 from sdtrain.models import latent_diffusion
 from sdtrain.models.checkpoints.components import Components
-from sdtrain.models.checkpoints.single_file import Change
+from sdtrain.models.checkpoints.single_file import Change, order_of_weights
 from sdtrain.models.model import Layout
 from sdtrain.models.placing import sent
 from sdtrain.models.prompts import token_chunks
@@ -97,3 +98,7 @@ class SD:
     ) -> None:
         """Write the whole model as its networks are now, as one file in the original layout or a diffusers folder."""
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
+
+    def order_of_weights(self, dtype: torch.dtype | None) -> list[tuple[Component, str]]:
+        """Return the parameters in the order in which one file of the whole model asks for them."""
+        return order_of_weights(self.components, dtype)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, assert_never
@@ -21,14 +21,14 @@ from sdtrain.config.settings.export import ExportConfig
 from sdtrain.data.examples import Example
 from sdtrain.errors import user_error
 from sdtrain.families.words import Component
-from sdtrain.models.checkpoints.single_file import Change
+from sdtrain.models.checkpoints.single_file import Change, weights_of
 from sdtrain.models.model import Model
 from sdtrain.training.describing.facts import description_of, file_facts
+from sdtrain.training.ranks.shards import is_split
+from sdtrain.training.ranks.streams import Stream
 from sdtrain.training.weights_files import weights_files
 
 Format = Literal["sd-scripts", "diffusers", "single-file", "folder"]
-Weights = Mapping[str, Mapping[str, Tensor]]
-"""Parameters by network and name."""
 TOLD_ERROR, LARGE_ERROR = 1e-3, 0.05
 """The shares of the change whose loss is told, and that are worth advice."""
 
@@ -45,14 +45,14 @@ def export_weights(
     folder: Path,
     form: Form = "native",
     strength: float = 1.0,
-    whole: Weights | None = None,
+    whole: Stream | None = None,
 ) -> float:
     """Write the weights that the networks hold now to `path`, whole or not at all.
 
     Call it inside `averaged(optimizer)`. A whole checkpoint of a LoRA run has the adapters merged in. folder: that of
     the run. form: of adapters. strength: how often the change is counted, written into the file. Returns the share of
     the change that is lost in the form, |dW - written| / |dW|. whole: the weights of networks that are split over
-    processes, put together; None: none is. Raises UserError for a full disk, for weights that are
+    processes, in the order of `split_weights`; None: none is. Raises UserError for a full disk, for weights that are
     not finite, and for adapter names of a run that has no adapters.
     """
     adapters = trained_adapters(model, config)
@@ -73,7 +73,7 @@ def export_weights(
                 raise user_error(str(path), "--strength", what)
             dtype = None if adapters else stored_dtype(config.export)
             description = description_of(config, step, examples, groups, folder)
-            change = merging(adapters, strength) if whole is None else taken_from(whole)
+            change = merging(adapters, strength) if whole is None else taken_from(whole, model)
             model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=change)
             return 0.0
         case _:
@@ -109,7 +109,7 @@ def export_files(
     examples: Sequence[Example],
     groups: Sequence[GroupMetrics],
     folder: Path,
-    whole: Weights | None = None,
+    whole: Stream | None = None,
 ) -> list[Written]:
     """Write the files that a run leaves, the main one to `path`; return them, the main one last. folder: the run's.
     whole: see `export_weights`.
@@ -176,11 +176,19 @@ def merging(adapters: Adapters, strength: float = 1.0) -> Change:
     return change
 
 
-def taken_from(whole: Weights) -> Change:
-    """Return a change that takes the values of weights that are split over processes from whole ones."""
+def split_weights(model: Model, config: Config) -> dict[str, Tensor]:
+    """Return the weights that are split over processes, by network and name, in the order in which they are written."""
+    named = {component: weights_of(network) for component, network in model.networks.items() if is_split(network)}
+    order = model.order_of_weights(stored_dtype(config.export))
+    return {f"{component}/{name}": named[component][name] for component, name in order if component in named}
+
+
+def taken_from(whole: Stream, model: Model) -> Change:
+    """Return a change that takes the values of weights that are split over processes from where they come whole."""
+    split = {component for component, network in model.networks.items() if is_split(network)}
 
     def change(component: Component, name: str, weight: Tensor) -> Tensor:
-        return whole[component][name] if component in whole else weight
+        return whole.take(f"{component}/{name}") if component in split else weight
 
     return change
 

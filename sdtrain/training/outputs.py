@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from optim import averaged
 from sdtrain.errors import NotFiniteError, UserError
@@ -23,11 +22,11 @@ from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.memory import release
 from sdtrain.training.ending.rescue import Kept, Saving, keep, sentence
 from sdtrain.training.ending.signals import GivenUpError, StopRequests
-from sdtrain.training.export import Written, export_files
+from sdtrain.training.export import Written, export_files, split_weights
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Numbers, UnusableNumbersError, numbers_of, save_state
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.ranks.shards import is_split, whole_tensors
+from sdtrain.training.ranks.shards import whole_one_by_one
 from sdtrain.training.run import autocast
 from sdtrain.training.training import Training
 from sdtrain.training.watching.grid import save_picture
@@ -279,8 +278,10 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
         return
     written: list[Written] = []
     with averaged(optimizer):
-        whole = _whole_weights(training) if training.is_sharded else None
-        with training.first_writes():
+        whole = whole_one_by_one(split_weights(training.model, run.config)) if training.is_sharded else None
+        if whole is not None and not run.ranks.is_first:
+            whole.run_dry()  # what the first one takes
+        with training.first_writes(), whole or nullcontext():
             if run.ranks.is_first:
                 written = export_files(
                     training.model,
@@ -296,13 +297,6 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
         watchers.tell(SavedRecord(step, file.path, "weights"))
         if file.note:
             watchers.tell(NoteRecord(step, f"note: {file.note}"))
-
-
-def _whole_weights(training: Training) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of networks that are split over processes, on the first one; all put them together."""
-    networks = {name: network for name, network in training.model.networks.items() if is_split(network)}
-    keep = training.run.ranks.is_first
-    return {name: whole_tensors(dict(net.named_parameters()), keep=keep) for name, net in networks.items()}
 
 
 def leave(training: Training, watchers: Watchers, cause: str | Exception) -> list[str]:

@@ -20,7 +20,7 @@ from sdtrain.families.sdxl import SDXL
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import open_model
-from sdtrain.models.checkpoints.single_file import write_single_file
+from sdtrain.models.checkpoints.single_file import order_of_weights, weights_of, write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, copy_tokenizer, load_tokenizer
 
 BUILTIN = "builtin:tiny-sdxl"
@@ -141,6 +141,22 @@ def test_a_change_is_applied_to_every_weight_as_it_is_written(tiny: Components, 
     write_single_file(tiny, tmp_path / "new.safetensors", DESCRIPTION, dtype=torch.float32, change=change)
     written = load_file(tmp_path / "new.safetensors")["conditioner.embedders.1.model.text_projection"]
     assert torch.equal(written, tiny.networks["text_encoder_2"].text_projection.weight.T + 1)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_the_order_in_which_weights_are_asked_for_is_known_before(
+    tiny: Components, tmp_path: Path, dtype: torch.dtype | None
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def note(component: str, name: str, weight: torch.Tensor) -> torch.Tensor:
+        asked.append((component, name))
+        return weight
+
+    write_single_file(tiny, tmp_path / "noted.safetensors", DESCRIPTION, dtype=dtype, change=note)
+    assert asked == order_of_weights(tiny, dtype)
+    every = {(component, name) for component in SDXL.components for name in weights_of(tiny.networks[component])}
+    assert set(asked) == every and len(asked) == len(every)
 
 
 def test_adapters_stay_out_of_the_file(tmp_path: Path, single_file: Path) -> None:

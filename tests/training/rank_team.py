@@ -160,6 +160,7 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
     records, later, gradients = settling.group_records, settling.group_records_later, fit.gradients
     store, losses, step = encoding._store, HeldOut.losses, 0
     loss, save_state, drawing = Objective.loss, outputs.save_state, outputs._drawn
+    export_files = outputs.export_files
     all_reduce, calls, num_bytes = dist.all_reduce, 0, 0
 
     def seen_all_reduce(tensor: Any, *arguments: Any, **options: Any) -> Any:
@@ -245,7 +246,20 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         found = seen_records(optimizer)
         return lambda: found
 
+    def seen_export(*arguments: Any, whole: Any = None, **options: Any) -> Any:
+        if whole is not None and events.get("full disk for weights", (-1, 0))[0] == told.rank:
+            take, left = whole.take, iter(range(events["full disk for weights"][1]))
+
+            def taken(name: str) -> Any:
+                if next(left, None) is None:
+                    raise OSError(errno.ENOSPC, "No space left on device", name)
+                return take(name)
+
+            whole.take = taken
+        return export_files(*arguments, whole=whole, **options)
+
     settling.group_records, settling.group_records_later = seen_records, seen_later
+    outputs.export_files = seen_export
     fit.gradients, encoding._store = seen_gradients, seen_store
     outputs._drawn = seen_drawing
     HeldOut.losses = seen_losses  # type: ignore[method-assign]
@@ -257,5 +271,5 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
             setattr(dist, name, original)
         dist.all_reduce, Objective.loss, outputs.save_state = all_reduce, loss, save_state  # type: ignore[method-assign]
         settling.group_records, settling.group_records_later, fit.gradients = records, later, gradients
-        outputs._drawn = drawing
+        outputs._drawn, outputs.export_files = drawing, export_files
         encoding._store, HeldOut.losses = store, losses  # type: ignore[method-assign]

@@ -193,6 +193,21 @@ def test_a_disk_that_is_full_for_a_state_is_told_and_tried_again(
     assert json.loads((_parameters(Path(base["output"]) / name).parent / "state.json").read_text())["step"] == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("taken", [0, 100])
+def test_a_disk_that_is_full_for_the_weights_ends_all_ranks_with_a_state(
+    team: Team, base: dict[str, Any], alone: Path, taken: int
+) -> None:
+    """However many of the weights were written before: nobody waits for the others' parts."""
+    settings = {"name": f"no-weights-{taken}"}
+    told = team.run(2, job(base, settings, events={"full disk for weights": (0, taken)}))
+    assert codes(told) == [2, 2], told
+    assert "could not be written: No space left on device" in " ".join(told[0].text.split())
+    assert "could not be written" not in told[1].text
+    assert codes(team.run(2, job(base, settings, resume=True))) == [0, 0]
+    assert_same_run(Path(base["output"]) / settings["name"], alone)
+
+
 @pytest.mark.parametrize(
     ("changes", "where", "what"),
     [

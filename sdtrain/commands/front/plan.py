@@ -49,9 +49,10 @@ def plan_config(
 
     found: dict[str, object] = {}
     if budget:
-        choice, plan = fit_to(config, budget_bytes(budget), planned)
+        choice, plan = fit_to(config, budget_bytes(budget), planned, processes=gpus)
         console.print(facts_table(lines_of(plan)))
-        _tell(choice, budget, console)
+        plan = plan.whole or plan
+        _tell(choice, f"{budget} on each of {gpus} cards" if gpus > 1 else budget, console)
         config, found = choice.config, {"fits_into": budget, "settings": choice.settings, "costs": choice.costs}
     else:
         plan = planned(config)

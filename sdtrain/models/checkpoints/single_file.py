@@ -24,7 +24,7 @@ from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER
 from sdtrain.families.words import Component
 from sdtrain.files.hashes import Hashes
 from sdtrain.files.header import Entry, Header
-from sdtrain.files.tensors import NAMES, Planned, write_safetensors
+from sdtrain.files.tensors import NAMES, Planned, in_order, write_safetensors
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.configs_from_shapes import config_of
 from sdtrain.models.checkpoints.markers import (
@@ -60,11 +60,7 @@ def write_single_file(
     family = components.family
     if family.no_single_file:
         raise user_error(str(path), "format", family.no_single_file)
-    tensors: dict[str, Planned] = {}
-    for component in family.components:
-        weights = changed_weights(component, components.networks[component], change)
-        tensors |= original_tensors(family, component, weights, dtype or components.stored_dtypes[component])
-    tensors |= constant_tensors(components, dtype)
+    tensors = planned_tensors(components, dtype, change)
     metadata = {
         "format": "pt",
         **spec_metadata(description, family, components.scheduler_config),
@@ -73,6 +69,29 @@ def write_single_file(
     }
     hashes = write_safetensors(path, tensors, metadata, seal=seal, finite_only=True)
     return f"0x{hashes.data}"
+
+
+def planned_tensors(components: Components, dtype: torch.dtype | None, change: Change | None) -> dict[str, Planned]:
+    """Return the tensors of a whole checkpoint by their original names."""
+    tensors: dict[str, Planned] = {}
+    for component in components.family.components:
+        weights = changed_weights(component, components.networks[component], change)
+        tensors |= original_tensors(components.family, component, weights, dtype or components.stored_dtypes[component])
+    return tensors | constant_tensors(components, dtype)
+
+
+def order_of_weights(components: Components, dtype: torch.dtype | None) -> list[tuple[Component, str]]:
+    """Return the parameters in the order in which `write_single_file` asks `change` for them: nothing is written."""
+    asked: list[tuple[Component, str]] = []
+
+    def note(component: Component, name: str, weight: Tensor) -> Tensor:
+        asked.append((component, name))
+        return torch.empty(weight.shape, device="meta")
+
+    tensors = planned_tensors(components, dtype, note)
+    for name in in_order({name: tensor.dtype for name, tensor in tensors.items()}):
+        tensors[name].values()
+    return asked
 
 
 def seal(hashes: Hashes) -> dict[str, str]:

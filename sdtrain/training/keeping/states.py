@@ -90,8 +90,7 @@ class Numbers:
         Where they are split over processes, the others must `send` them meanwhile. Those which the block did not ask
         for are put together at its end, whether it failed or not, so that nobody waits for them.
         """
-        stream = Stream(self._in_a_row())
-        try:
+        with Stream(self._in_a_row()) as stream:
             yield {
                 file: {
                     name: Planned(piece.part.dtype, tuple(piece.shape), partial(stream.take, f"{file}/{name}"))
@@ -99,8 +98,6 @@ class Numbers:
                 }
                 for file, pieces in self.pieces.items()
             }
-        finally:
-            stream.run_dry()
 
     def send(self) -> None:
         """Give what is here to the first process, which has them handed out."""

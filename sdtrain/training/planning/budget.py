@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sdtrain import __version__
+from sdtrain.config.method_rules import split_over
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.errors import UserError, user_error
@@ -20,7 +21,6 @@ from sdtrain.files.writer import write_text
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.training.keeping.disk import size
 from sdtrain.training.keeping.standing import cache_folder
-from sdtrain.training.parameters import shards
 from sdtrain.training.planning.levers import budget_bytes, fit_to
 from sdtrain.training.planning.plan import Plan, largest_bucket, plan_run
 from sdtrain.training.planning.trace import Part, Phase
@@ -91,15 +91,15 @@ def expected(
 
     try:
         if budget == "off":
-            return Expected(config, planned(config), processes=ranks if shards(config, ranks) else 1)
-        num_bytes = _budget(budget, device)
-        choice, plan = fit_to(config, num_bytes, planned, "memory.budget")
+            return Expected(config, planned(config), processes=split_over(config, ranks))
+        choice, plan = fit_to(config, _budget(budget, device), planned, "memory.budget", ranks)
     finally:
         plans.keep()
+    plan, split = plan.whole or plan, split_over(choice.config, ranks)
     if not choice.settings:
-        return Expected(config, plan)
+        return Expected(config, plan, processes=split)
     told = f"memory.budget = {budget}: {', '.join(choice.settings)}"
-    return Expected(choice.config, plan, (told, *(f"  costs {cost}" for cost in choice.costs)))
+    return Expected(choice.config, plan, (told, *(f"  costs {cost}" for cost in choice.costs)), split)
 
 
 def _budget(text: str, device: torch.device) -> int:

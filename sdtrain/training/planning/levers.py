@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate as sums
 
+from sdtrain.config.method_rules import split_over
 from sdtrain.config.schema import Config, FullConfig
 from sdtrain.config.settings.values import memory_bytes
 from sdtrain.errors import Problem, UserError
@@ -49,7 +50,9 @@ def fits(plan: Plan, num_bytes: int) -> bool:
     return plan.tightest.least_bytes <= USABLE * num_bytes
 
 
-def attempts(config: Config, num_bytes: int, plan: Callable[[Config], Plan]) -> Iterator[tuple[Choice, Plan]]:
+def attempts(
+    config: Config, num_bytes: int, plan: Callable[[Config], Plan], processes: int = 1
+) -> Iterator[tuple[Choice, Plan]]:
     """Yield the config as it is with its plan, then with more and more given up, in the order of what it costs.
 
     A recomputed part costs its arithmetic, a smaller micro-batch a busy GPU, a packed base the exact weights. For each,
@@ -60,7 +63,7 @@ def attempts(config: Config, num_bytes: int, plan: Callable[[Config], Plan]) -> 
         for choice in _smaller(start):
             planned = plan(choice.config)
             yield choice, planned
-            for fused in _fused(choice):
+            for fused in _fused(choice) if processes == 1 else ():
                 choice, planned = fused, plan(fused.config)
                 yield choice, planned
             if not (choice.config.memory.gradient_checkpointing or choice.config.memory.recompute):
@@ -148,14 +151,19 @@ def _smaller(choice: Choice) -> Iterator[Choice]:
 
 
 def fit_to(
-    config: Config, num_bytes: int, plan: Callable[[Config], Plan], where: str = "--fit-to"
+    config: Config, num_bytes: int, plan: Callable[[Config], Plan], where: str = "--fit-to", processes: int = 1
 ) -> tuple[Choice, Plan]:
     """Return the first choice whose plan fits into a memory of `num_bytes`, with its plan.
 
-    where: what holds the budget. Raises UserError where none does, with what the smallest would need, by part.
+    where: what holds the budget. processes: on how many cards of that memory; the plan is that of each. Raises
+    UserError where none does, with what the smallest would need, by part.
     """
     smallest: tuple[Choice, Plan] | None = None
-    for choice, planned in attempts(config, num_bytes, plan):
+
+    def of_each(one: Config) -> Plan:
+        return plan(one).of_each(split_over(one, processes), offload=one.parallel.offload)
+
+    for choice, planned in attempts(config, num_bytes, of_each, processes):
         if fits(planned, num_bytes):
             return choice, planned
         if smallest is None or planned.tightest.least_bytes < smallest[1].tightest.least_bytes:

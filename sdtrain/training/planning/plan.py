@@ -48,6 +48,8 @@ class Plan:
     """What is trained, its gradients and the optimizer's state, which `fsdp` splits over processes."""
     travel: Travel = NOTHING_TRAVELS
     """What travels between processes where that is split."""
+    whole: Plan | None = None
+    """What all processes need together, where this is what each of them needs."""
 
     @property
     def worst(self) -> Phase:
@@ -67,7 +69,7 @@ class Plan:
         here = self.travel.layer_bytes + (0 if offload else self.trained_bytes // processes)
         encode, *others = self.phases
         split = [replace(one, parts={**one.parts, "elsewhere": here - self.trained_bytes}) for one in others]
-        return replace(self, phases=(encode, *split))
+        return replace(self, phases=(encode, *split), whole=self)
 
     @property
     def tightest(self) -> Phase:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
+from sdtrain.config.method_rules import split_over
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import training_examples
@@ -202,7 +203,7 @@ def scaling_lines(config: Config, plan: Plan, runs: Sequence[Scaled]) -> dict[st
             rows[f"{run.cards} cards"] += f" over InfiniBand; over Ethernet {run.step_s(ETHERNET.name):.3g} s, {slow}"
     rows["pays"] = _paying(runs)
     if last.is_split:
-        group = last.cards // config.parallel.replicas
+        group = split_over(config, last.cards)
         most = size(plan.of_each(group, offload=config.parallel.offload).worst.peak_bytes)
         rows["fsdp"] = (
             f"on {last.cards} cards each holds {size(plan.trained_bytes // group)} of the {size(plan.trained_bytes)} "

@@ -2,7 +2,7 @@
 optimizer's state, and has whole layers for a moment only (FSDP2, `fully_shard`; arXiv 2304.11277).
 
 Whatever a network computes, all processes must compute together, as often and in the same order. What is written is
-whole: `whole_tensors` puts it together on the first process, and `share_of` is what each needs of what was read.
+whole: `whole_one_by_one` puts it together, and `share_of` is what each needs of what was read.
 """
 
 from __future__ import annotations
@@ -103,13 +103,9 @@ def is_split(network: nn.Module) -> bool:
     return any(map(is_sharded, network.parameters()))
 
 
-def whole_tensors(tensors: Mapping[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Return the whole of tensors on the CPU, which all processes must do together; empty without `keep`."""
-    stream = Stream({name: piece_of(tensor) for name, tensor in tensors.items()})
-    if keep:
-        return {name: stream.take(name).to("cpu", copy=True) for name in tensors}
-    stream.run_dry()
-    return {}
+def whole_one_by_one(tensors: Mapping[str, Tensor]) -> Stream:
+    """Return a stream of the whole of tensors, in their order, which all processes must take or run dry together."""
+    return Stream({name: piece_of(tensor) for name, tensor in tensors.items()})
 
 
 def share_of(parameter: nn.Parameter, whole: Tensor) -> Tensor:

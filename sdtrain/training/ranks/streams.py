@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 from torch import Tensor
 
@@ -12,12 +13,19 @@ from optim import Piece, in_turn, put_together
 class Stream:
     """Hands out whole tensors in the order of their pieces, which all processes keep.
 
-    The next few are put together at once, on all processes alike. Each is let go when it was handed out.
+    The next few are put together at once, on all processes alike. Each is let go when it was handed out. At the end of
+    a block with it, what nobody took is put together all the same.
     """
 
     def __init__(self, pieces: Mapping[str, Piece]) -> None:
         self._turns = in_turn(pieces.items())
         self._there: dict[str, Tensor] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.run_dry()
 
     def take(self, name: str) -> Tensor:
         """Return the next tensor, which is called `name`, on the device of its pieces. Raises RuntimeError where

@@ -76,6 +76,43 @@ def test_plans_are_remembered_by_all_that_they_follow_from(
     assert asks(config), "a file that holds no plans is no reason to fail"
 
 
+@pytest.mark.parametrize(
+    ("ranks", "parallel", "settings"),
+    [
+        (1, {}, ["memory.fused_back_pass=true"]),
+        (2, {}, []),
+        (2, {"kind": "ddp"}, ["memory.gradient_checkpointing=true"]),
+        (4, {"replicas": 4}, ["memory.gradient_checkpointing=true"]),
+        (4, {"replicas": 2}, []),
+        (2, {"offload": True}, []),
+    ],
+)
+def test_a_budget_is_that_of_each_card_of_a_split_run(
+    table: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    parallel: dict[str, Any],
+    settings: list[str],
+) -> None:
+    """80 MiB are trained: half of them fit beside the rest, all of them do not; no levers that several refuse."""
+
+    def full(config: Config, *_: object) -> Plan:
+        saved = config.memory.gradient_checkpointing or config.memory.fused_back_pass
+        train = Phase("train", {"trained": 80 * MIB, "kept for backward": 0 if saved else 40 * MIB})
+        encode = Phase("encode", {"weights": MIB})
+        return Plan("a CPU", (96, 96), (encode, train), {}, 7, trained_bytes=80 * MIB)
+
+    monkeypatch.setattr(budget, "plan_run", full)
+    method = {"kind": "full", "train": ["unet"]}
+    asked = table | {"method": method, "parallel": parallel, "memory": {"budget": "100MB"}}
+    config = resolve(asked, "test config")
+    found = expected(config, None, [Example(Path("a.png"), "a", 96, 96, repeats=1)], "base", CPU, ranks)  # type: ignore[arg-type]
+    assert found.notes == ((f"memory.budget = 100MB: {', '.join(settings)}", *found.notes[1:]) if settings else ())
+    assert found.plan == full(found.config), "which is that of all, as it is judged"
+    share = 0 if parallel.get("offload") else 40 if not settings else 80
+    assert f"{share + (0 if settings else 40):.1f} MiB to train" in found.line()
+
+
 @pytest.mark.usefixtures("planned")
 def test_a_budget_that_nothing_fits_is_told_before_anything_is_written(train: Train, table: dict[str, Any]) -> None:
     with pytest.raises(UserError) as caught:
