@@ -6,11 +6,13 @@ import io
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -116,8 +118,9 @@ def _train(rank: int, job: Job) -> Told:
     from sdtrain.training.ranks.group import ToldElsewhereError
     from tests.conftest import merged
 
-    if job.events.keys() & {"freeze", "slow disk"}:
-        pulse.BEAT_S, pulse.LOST_S = 0.5, 5.0
+    if job.events.keys() & {"freeze", "freeze in a step", "slow disk"}:
+        pulse.BEAT_S, pulse.LOST_S, pulse.LEAVE_S = 0.5, 5.0, 20.0
+        sys.stderr = Path(job.table["output"], f"said-by-{rank}.txt").open("w")  # noqa: SIM115 - what it says as it is ended
     told, screen = Told(rank, 0), io.StringIO()
     config = sdtrain.Config.model_validate(merged(job.table, job.changes.get(rank, {})))
     try:
@@ -230,6 +233,8 @@ def _watched(told: Told, events: dict[str, tuple[int, int]]) -> Iterator[None]:
         if events.get("no memory") == (told.rank, step - 1):
             del events["no memory"]
             raise torch.OutOfMemoryError("CUDA out of memory")
+        if events.get("freeze in a step") == (told.rank, step - 1):
+            os.kill(os.getpid(), signal.SIGSTOP)
         found = loss(*arguments)
         is_due = "nan" in events and told.rank == events["nan"][0] and step >= events["nan"][1]
         return found * float("nan") if is_due else found

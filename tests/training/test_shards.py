@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -265,3 +267,25 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_newest_state_goes_on(base
     finally:
         team.end()
     assert_same_run(Path(base["output"]) / "killed", alone)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_silent_ends_the_others_of_a_split_run(base: dict[str, Any], alone: Path) -> None:
+    """They wait for its share of a layer in a call that cannot be left, so that only their end ends it."""
+    team = Team(2)
+    team.run(2, job(base, {"name": "spoken", "steps": 1}))
+    began = time.monotonic()
+    try:
+        (told, *_) = team.run(2, job(base, {"name": "silent"}, events={"freeze in a step": (1, 1)}), of=1)
+        assert time.monotonic() - began < 60
+        assert told.code == -signal.SIGKILL, "nothing was answered, for the process ended"
+    finally:
+        team.end()
+    said = (Path(base["output"]) / "said-by-0.txt").read_text()
+    assert "rank 1 has not been heard of for 5 s" in said and "start the run again with --resume" in said
+    team = Team(2)
+    try:
+        assert codes(team.run(2, job(base, {"name": "silent"}, resume=True))) == [0, 0]
+    finally:
+        team.end()
+    assert_same_run(Path(base["output"]) / "silent", alone)

@@ -21,6 +21,10 @@ LOST_S = 180.0
 """A process that has said nothing for so long is lost, and so is one that does not reach the store for so long."""
 LEAVE_S = 600.0
 """So long a process may take to save and to end once another one is lost; a call on a card may never come back."""
+STUCK = (
+    "this process waits for it in a call that nothing can end, and so is ended: start the run again with --resume, "
+    "which goes on from its newest training state"
+)
 LAST_S = 20.0
 """So long it may take to end once it has nothing left to do."""
 
@@ -35,14 +39,14 @@ class Pulse:
         self._heard = {other: now for other in range(size) if other != rank}
         self._reached, self._ends_at = now, now + LEAVE_S
         self._stopped = threading.Event()
-        self.lost = ""
+        self.lost, self._is_over = "", False
         for name, what in (("pulse", self._beat), ("pulse of the others", self._watch)):
             threading.Thread(target=what, name=name, daemon=True).start()
 
     def stop(self) -> None:
         """End: the run has ended on all ranks, or this one does; where one is lost it ends within `LAST_S`."""
         if self.lost:
-            self._ends_at = time.monotonic() + LAST_S
+            self._is_over, self._ends_at = True, time.monotonic() + LAST_S
         else:
             self._stopped.set()
 
@@ -80,6 +84,8 @@ class Pulse:
         self._release()
         while time.monotonic() < self._ends_at:
             time.sleep(min(0.1, BEAT_S))
+        if not self._is_over:
+            sys.stderr.write(f"\n{self.lost}; {STUCK}\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)
