@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,15 @@ def merged(table: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
             inner = inner.setdefault(name, {})
         inner[last] = value
     return result
+
+
+def one_in(num: int, cases: Iterable[Any]) -> list[Any]:
+    """Return the cases of a test with all but each so many-th, from the first on, marked slow."""
+
+    def slow(case: Any) -> Any:
+        return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
+
+    return [case if at % num == 0 else slow(case) for at, case in enumerate(cases)]
 
 
 @pytest.fixture

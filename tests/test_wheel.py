@@ -76,6 +76,7 @@ def test_the_wheel_holds_every_file_of_the_packages_and_nothing_else(wheel: Path
     assert held == there
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_from_the_wheel_without_a_clone(python: Path, tmp_path: Path) -> None:
     where = run([python, "-c", "import sdtrain, optim; print(sdtrain.__file__, optim.__file__)"], tmp_path).split()
     assert all(Path(file).is_relative_to(python.parent.parent) for file in where), "that of the wheel, not of the clone"

@@ -46,14 +46,14 @@ QUICK: list[Cell] = [
     (("text_encoder",), "dora", "float32", "checkpointing"),
     (("text_encoder",), "full", "bfloat16", "fused"),
     (("text_encoder_2",), "loha", "bfloat16", "accumulation"),
-    (("text_encoder_2",), "lora", "float32", "plain"),
+    (("text_encoder_2",), "loha", "float32", "checkpointing"),
     (("unet", "text_encoder"), "lokr", "bfloat16", "checkpointing"),
     (("unet", "text_encoder"), "oft", "float32", "accumulation"),
     (("unet", "text_encoder_2"), "dora", "bfloat16", "accumulation"),
     (("unet", "text_encoder_2"), "lokr", "float32", "plain"),
     (("text_encoder", "text_encoder_2"), "full", "mixed", "accumulation"),
     (("text_encoder", "text_encoder_2"), "oft", "bfloat16", "checkpointing"),
-    (NETWORKS, "loha", "float32", "checkpointing"),
+    (NETWORKS, "lora", "float32", "plain"),
     (("text_encoder",), "full", "float32", "fused"),
 ]
 """Those of the default suite."""
@@ -75,7 +75,7 @@ def name_of(cell: Cell) -> str:
 LOOKED_AT: list[Cell] = [
     (("unet",), "lora", "bfloat16", "accumulation"),
     (("text_encoder",), "full", "float32", "fused"),
-    (NETWORKS, "loha", "float32", "checkpointing"),
+    (NETWORKS, "lora", "float32", "plain"),
 ]
 """Those that are previewed, validated and saved as well."""
 

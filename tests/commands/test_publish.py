@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
+import shutil
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -18,12 +20,16 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sdtrain.cli import app
+from sdtrain.commands.fit import fit
+from sdtrain.config.read import resolve
 from sdtrain.errors import UserError
 from sdtrain.files.header import read_header
 from sdtrain.files.tensors import read_tensors
+from tests.conftest import merged, small_run
 
 Train = Callable[..., tuple[Path, str]]
 EVIL = 'a "ring": {x}\n---\n- [click](http://evil) <script>alert(1)</script> | `$(rm)` \x1b[31m # no'
@@ -36,8 +42,8 @@ def run_command(*arguments: object) -> str:
     return result.output.replace("\n", " ")
 
 
-@pytest.fixture
-def run(train: Train) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, pictures: Path) -> Path:
     changes = {
         "steps": 2,
         "optimizer.d0": 1e-2,
@@ -49,8 +55,14 @@ def run(train: Train) -> Path:
         "export.about.tags": ["rings"],
         "export.about.trigger_words": ["zorbit"],
     }
-    folder, _ = train(changes)
-    return folder
+    table = merged(small_run(tmp_path_factory.mktemp("published"), pictures), changes)
+    return fit(resolve(table, "test config"), console=Console(file=io.StringIO())).folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A run of its own for each test."""
+    return Path(shutil.copytree(trained, tmp_path / "runs" / trained.name))
 
 
 def head_of(folder: Path) -> dict[str, Any]:
@@ -109,11 +121,12 @@ def test_the_weights_are_the_run_s_under_the_same_hashes_with_what_is_said_now(r
     assert "strength 0.8" in (run / "publish" / "README.md").read_text()
 
 
-def test_nothing_of_this_machine_is_told(run: Path, tmp_path: Path) -> None:
+def test_nothing_of_this_machine_is_told(run: Path, trained: Path) -> None:
     run_command("card", run)
-    assert str(tmp_path).encode() in (run / "weights" / "small.safetensors").read_bytes(), "or this test shows nothing"
+    place = trained.parents[1]
+    assert str(place).encode() in (run / "weights" / "small.safetensors").read_bytes(), "or this test shows nothing"
     for path in (run / "publish").rglob("*"):
-        for word in (str(tmp_path), str(tmp_path.parent), str(Path.home()) + "/"):
+        for word in (str(place), str(place.parent), str(Path.home()) + "/"):
             assert not path.is_file() or word.encode() not in path.read_bytes(), (path, word)
 
 

@@ -210,7 +210,7 @@ def test_a_picture_says_what_it_was_drawn_from_in_the_words_of_others(train: Tra
 SMALL = ["preview.num_inference_steps=2", "preview.width_px=64", "preview.height_px=64"]
 
 
-@pytest.mark.parametrize("step", [None, 4], ids=["file", "state"])
+@pytest.mark.parametrize("step", [None, pytest.param(4, marks=pytest.mark.slow)], ids=["file", "state"])
 def test_strength_0_is_the_base_1_is_all_and_a_half_lies_between(train: Train, step: int | None) -> None:
     run, _ = train({"optimizer.d0": 0.05})
 

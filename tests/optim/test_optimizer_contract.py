@@ -6,6 +6,7 @@ import inspect
 import pickle
 import re
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from optim import ProdigyPlusScheduleFree, averaged, stepper, waiting
 from optim.ranks import sharding
 from optim.settings import Settings
 from optim.steps import cpu, trial
+from tests.conftest import one_in
 
 SHAPES = [(16, 48), (48, 16), (16, 48), (40, 8, 3, 3), (7,), (33, 40)]
 PATHS = [False] + ([True] if not cpu.unavailable() else [])
@@ -206,8 +208,7 @@ def test_fused_is_not_fused_to_the_bit(dtype: torch.dtype, compile_step: bool) -
     assert same(plain, fused)
 
 
-@pytest.mark.parametrize("eps", [None, 1e-8])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "eps"), one_in(3, product([torch.float32, torch.bfloat16], [None, 1e-8])))
 def test_fused_is_not_fused_on_several_threads_either(dtype: torch.dtype, eps: float | None) -> None:
     """torch deals a large sum out to threads, in as many parts as there are."""
     torch.set_num_threads(2)  # the fixture of this folder sets it back

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optim import ProdigyPlusScheduleFree, stepper
 from optim.steps import cuda, trial
+from tests.conftest import one_in
 from tests.optim.small_runs import unnoticed_by_trial
 
 has_triton = importlib.util.find_spec("triton") is not None
@@ -97,7 +99,7 @@ def assert_kernels_follow_plain(settings: dict[str, Any], dtype: torch.dtype, de
 
 @interpreted
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(n, torch.float32) for n in SETTINGS] + [(n, torch.bfloat16) for n in ROUNDED]
+    ("name", "dtype"), one_in(2, [*product(SETTINGS, [torch.float32]), *product(ROUNDED, [torch.bfloat16])])
 )
 def test_the_kernels_follow_the_plain_path(on_kernels: None, name: str, dtype: torch.dtype) -> None:
     assert_kernels_follow_plain(SETTINGS[name], dtype, "cpu", num_steps=3)

@@ -25,6 +25,7 @@ from sdtrain.training.computing.objective import Objective
 from sdtrain.training.validating.held_out import HeldOut
 from sdtrain.training.validating.history import History, Validation, is_better, read_history, write_history
 from sdtrain.training.watching.records import NoteRecord, Record, StepRecord, ValidationRecord
+from tests.conftest import one_in
 
 Train = Callable[..., tuple[Path, str]]
 SHARE = {"validation.share": 0.5, "validation.every": 2, "validation.noise_levels": 2}
@@ -65,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", one_in(3, METHODS))
 def test_validations_do_not_change_the_training(train: Train, others: dict[str, Any], method: str) -> None:
     without, _ = train(METHODS[method] | {"name": "without"})
     validated, _ = train(METHODS[method] | others | {"name": "with", "validation.every": 1})

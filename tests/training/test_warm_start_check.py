@@ -28,6 +28,7 @@ from sdtrain.files.header import read_header
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.training.start import draft_run, inspect_run
 from sdtrain.training.warm_start_check import Layers, unet_layers
+from tests.conftest import one_in
 
 BASE = "builtin:tiny-sdxl"
 BUILTIN = Path(__file__).parents[2] / "sdtrain" / "builtin" / "tiny-sdxl"
@@ -199,7 +200,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]
 
 @pytest.mark.parametrize("base", ["folder", "file"])
 @pytest.mark.parametrize("names", ["sd-scripts", "diffusers"])
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("kind", one_in(2, ["lora", "dora", "lokr", "loha", "oft"]))
 @pytest.mark.parametrize("targets", ["attention+ff", "all"])
 def test_what_a_run_writes_a_run_of_the_same_targets_starts_from(
     problems: Problems,
@@ -231,7 +232,7 @@ def test_what_a_run_writes_a_run_of_the_same_targets_starts_from(
 
 
 @pytest.mark.parametrize("base", ["folder", "file"])
-@pytest.mark.parametrize("kind", ["lora", "dora", "loha", "lokr", "oft"])
+@pytest.mark.parametrize("kind", one_in(2, ["lora", "dora", "lokr", "loha", "oft"]))
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize(
     "layer", ["mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1"]

@@ -25,7 +25,7 @@ from sdtrain.training.keeping.leftovers import remove_leftovers
 from sdtrain.training.keeping.newest import find_newest
 from sdtrain.training.keeping.states import load_state
 from sdtrain.training.watching.log import Log
-from tests.conftest import merged
+from tests.conftest import merged, one_in
 from tests.faults.disk.calls import Call, Perform, calls_to_disk
 from tests.faults.disk.kills import differences, sit
 from tests.faults.disk.power import Disk, Tree, fates_of, put
@@ -210,7 +210,9 @@ def test_the_log_of_calls_tells_what_is_on_the_disk_where_nothing_is_lost(tmp_pa
     assert one == other and len(one) > 10
 
 
-@pytest.mark.parametrize("again", [False, True], ids=["once", "over one that is there"])
+@pytest.mark.parametrize(
+    "again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["once", "over one that is there"]
+)
 def test_whatever_a_power_cut_leaves_a_run_goes_on_from_the_newest_state_that_was_saved(
     tmp_path: Path, unflushed: None, *, again: bool
 ) -> None:
@@ -233,7 +235,7 @@ def test_a_log_that_was_flushed_is_on_the_disk_with_its_name(tmp_path: Path) -> 
     assert disk.changes and disk.pending(disk.num_calls) == []
 
 
-@pytest.mark.parametrize("left_out", FLUSHES)
+@pytest.mark.parametrize("left_out", one_in(3, FLUSHES))
 def test_each_flush_that_is_left_out_is_noticed(tmp_path: Path, unflushed: None, left_out: str) -> None:
     """Else the test above would prove nothing of it."""
     recorded = record(tmp_path / "runs")

@@ -84,7 +84,7 @@ def counted(config: Config) -> dict[str, int]:
             marks=pytest.mark.slow,
         ),
         pytest.param({"method.kind": "full", "data.gradient_accumulation": 2}, marks=pytest.mark.slow),
-        {"method.kind": "full", "memory.fused_back_pass": True, "preview.every": 1},
+        {"method.kind": "full", "memory.fused_back_pass": True},
         pytest.param({"model.base_precision": "int8", "preview.every": 1}, marks=pytest.mark.slow),
         pytest.param({"model.base_precision": "nf4", "method.adapter": "dora"}, marks=pytest.mark.slow),
     ],
