@@ -19,8 +19,8 @@ from rich.console import Console
 
 from tests.forked import forking
 
-DAY_S = 120.0
-"""How long a test waits for a rank."""
+DAY_S = 400.0
+"""How long a test waits for a rank, which may compile kernels on a busy machine."""
 SLOW_S = 8.0
 """What a slow disk takes for a state: longer than a rank may be silent in these tests."""
 

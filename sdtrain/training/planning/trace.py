@@ -233,9 +233,9 @@ class _Trace:
     def step(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree, batch: Batch) -> _Step:
         """Make one step, of which the last micro-batch is looked at: gradients of others are there by then.
 
-        The optimizer makes its state in a step before it.
+        The optimizer makes its state while it steps, and where it does so within backward in a step before.
         """
-        state = self._state(trainable, optimizer)
+        state = self._state(trainable, optimizer) if self.config.memory.fused_back_pass else 0
         tracker, flops, operations = self.tracker, self.tracker.flops, self.tracker.operations
         gradients = 0
         if self.config.data.gradient_accumulation > 1 or (self.tracker.on_gpu and wants_graphs(self.config)):
@@ -249,10 +249,14 @@ class _Trace:
             backward(loss)
         flops, operations = tracker.flops - flops, tracker.operations - operations
         del loss
+        moment = tracker.peak_bytes - before
+        tracker.begin_peak()
         optimizer.step()
         trainable.limit_norms(optimizer)
-        moment = tracker.peak_bytes - before
+        most = tracker.peak_bytes - before
         optimizer.zero_grad(set_to_none=True)
+        state = state or tracker.bytes_now - before + gradients
+        moment = max(moment, most if self.config.memory.fused_back_pass else most - state)
         return _Step(gradients, kept, moment - kept, state, flops, operations)
 
     def _state(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
