@@ -61,11 +61,14 @@ class Team:
     """`size` processes, each the rank of its number."""
 
     def __init__(self, size: int) -> None:
-        context = forking()
         self.size = size
+        self._begin()
+
+    def _begin(self) -> None:
+        context = forking()
         self._pipes: list[Connection] = []
         self._processes = []
-        for _ in range(size):
+        for _ in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
@@ -82,7 +85,10 @@ class Team:
         told = []
         for rank, pipe in enumerate(self._pipes[: of or ranks]):
             try:
-                assert pipe.poll(DAY_S), f"rank {rank} does not answer"
+                if not pipe.poll(DAY_S):
+                    self.end()
+                    self._begin()  # or the next test would hear the answer to this one
+                    raise AssertionError(f"rank {rank} does not answer")
                 told.append(pipe.recv())
             except EOFError:
                 told.append(Told(rank, -signal.SIGKILL))
