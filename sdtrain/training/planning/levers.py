@@ -14,7 +14,7 @@ from sdtrain.config.settings.values import memory_bytes
 from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
 from sdtrain.training.keeping.disk import size
-from sdtrain.training.planning.plan import Plan
+from sdtrain.training.planning.plan import Plan, listed
 from sdtrain.training.planning.trace import Part
 
 USABLE = 0.9
@@ -171,7 +171,7 @@ def fit_to(
     assert smallest is not None
     choice, planned = smallest
     tight = planned.tightest
-    parts = ", ".join(f"{what} {size(part)}" for what, part in tight.parts.items() if part)
+    parts = listed(tight.parts)
     with_what = f"even with {', '.join(choice.settings)}" if choice.settings else "with no setting left to give up"
     what = (
         f"{size(num_bytes)} are too little {with_what}: {tight.name} needs {size(tight.least_bytes)} "

@@ -66,9 +66,11 @@ class Plan:
         """
         if processes == 1:
             return self
-        here = self.travel.layer_bytes + (0 if offload else self.trained_bytes // processes)
+        away = self.trained_bytes - (0 if offload else self.trained_bytes // processes)
+        where = "that the other cards and the host hold" if offload else "that the other cards hold"
         encode, *others = self.phases
-        split = [replace(one, parts={**one.parts, "elsewhere": here - self.trained_bytes}) for one in others]
+        more = {"a layer while it is whole": self.travel.layer_bytes, where: -away}
+        split = [replace(one, parts={**one.parts, **more}) for one in others]
         return replace(self, phases=(encode, *split), whole=self)
 
     @property
@@ -147,14 +149,19 @@ def lines_of(plan: Plan) -> dict[str, str]:
     rows = {"for": f"{plan.device}; the largest pictures are {width} x {height}"}
     for phase in plan.phases:
         away = f"; {size_text(phase.least_bytes)} where the U-Net leaves to decode" if phase.away_bytes else ""
-        rows[phase.name] = f"{size_text(phase.peak_bytes)}: {_listed(phase.parts)}{away}"
+        rows[phase.name] = f"{size_text(phase.peak_bytes)}: {listed(phase.parts)}{away}"
     rows["most"] = f"{size_text(plan.worst.peak_bytes)}, to {plan.worst.name}; a GPU's driver and allocator take more"
     if plan.bases:
-        rows["the U-Net"] = f"{_listed(plan.bases)}: see model.base_precision"
-    rows["disk"] = f"{size_text(sum(plan.disk.values()))}: {_listed(plan.disk)}"
+        rows["the U-Net"] = f"{listed(plan.bases)}: see model.base_precision"
+    rows["disk"] = f"{size_text(sum(plan.disk.values()))}: {listed(plan.disk)}"
     rows["a step"] = f"{plan.flops / 1e12:.3g} TFLOP"
     return rows
 
 
-def _listed(parts: Mapping[str, int]) -> str:
-    return ", ".join(f"{what} {size_text(size)}" for what, size in parts.items() if size)
+def listed(parts: Mapping[str, int]) -> str:
+    """Return parts of a memory as a person reads them; what lies elsewhere is taken off."""
+    return ", ".join(
+        f"{what} {size_text(size)}" if size > 0 else f"less {size_text(-size)} {what}"
+        for what, size in parts.items()
+        if size
+    )

@@ -17,7 +17,7 @@ from sdtrain.data.examples import Example
 from sdtrain.errors import UserError
 from sdtrain.training.planning import budget
 from sdtrain.training.planning.budget import Expected, expected
-from sdtrain.training.planning.plan import Plan
+from sdtrain.training.planning.plan import Plan, lines_of
 from sdtrain.training.planning.trace import Phase
 
 Train = Callable[..., tuple[Path, str]]
@@ -111,6 +111,11 @@ def test_a_budget_is_that_of_each_card_of_a_split_run(
     assert found.plan == full(found.config), "which is that of all, as it is judged"
     share = 0 if parallel.get("offload") else 40 if not settings else 80
     assert f"{share + (0 if settings else 40):.1f} MiB to train" in found.line()
+    each = found.plan.of_each(found.processes, offload=found.config.parallel.offload)
+    away = "the other cards and the host hold" if parallel.get("offload") else "the other cards hold"
+    assert (f"less {80 - share:.1f} MiB that {away}" in lines_of(each)["train"]) == (
+        not settings and found.processes > 1
+    )
 
 
 @pytest.mark.usefixtures("planned")
