@@ -22,14 +22,14 @@ from sdtrain.families.family import Family, TextEncoder, Words
 from sdtrain.families.known import FAMILIES
 from sdtrain.families.modelspec import Description
 from sdtrain.families.published_configs import CLIP_L_TEXT, SCHEDULER, SDXL_UNET, SDXL_VAE
-from sdtrain.families.words import FamilyName
+from sdtrain.families.words import Component, FamilyName
 from sdtrain.files.locations import BUILTIN_FOLDER
 from sdtrain.models import latent_diffusion
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.inspect import OpenedModel, inspect_model, open_model
 from sdtrain.models.checkpoints.networks import empty_network
-from sdtrain.models.checkpoints.single_file import Change, write_single_file
+from sdtrain.models.checkpoints.single_file import Change, order_of_weights, write_single_file
 from sdtrain.models.checkpoints.tokenizers import TokenizerSource, load_tokenizer
 from sdtrain.models.model import Layout, Model
 from sdtrain.models.prompts import token_chunks
@@ -149,6 +149,9 @@ class Pond:
         change: Change | None = None,
     ) -> None:
         latent_diffusion.write_checkpoint(self.components, path, description, layout, dtype, change)
+
+    def order_of_weights(self, dtype: torch.dtype | None) -> list[tuple[Component, str]]:
+        return order_of_weights(self.components, dtype)
 
 
 @pytest.fixture(autouse=True)
