@@ -7,6 +7,8 @@ from collections.abc import Mapping
 HEEDED = {
     "CUDA_VISIBLE_DEVICES": "which cards are seen; empty: none",
     "OMP_NUM_THREADS": "threads of the CPU; with `--gpus` 1 for each process unless it is set",
+    "GOMP_SPINCOUNT": "how long these wait for each other without sleep; 1000 where others compute as a command starts",
+    "OMP_WAIT_POLICY": "the same in a word: active or passive",
     "PYTORCH_CUDA_ALLOC_CONF": "how torch shares out a card's memory",
     "CUBLAS_WORKSPACE_CONFIG": "how cuBLAS repeats its bits; `:4096:8` with `deterministic = true` unless it is set",
     "HF_HOME": "where hub models are kept",

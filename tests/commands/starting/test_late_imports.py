@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,3 +59,31 @@ def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> No
     libraries.process_is_ours()
     libraries.import_less(a_config("full"))
     assert sys.modules["torchao"] is sys
+
+
+@pytest.mark.parametrize(
+    ("load", "chosen", "spins"),
+    [
+        ("0.00 0.01 0.05 1/345 12\n", {}, None),
+        ("0.00 0.01 0.05 2/345 12\n", {}, "1000"),
+        ("9.00 9.01 9.05 2/345 12\n", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("9.00 9.01 9.05 2/345 12\n", {"OMP_WAIT_POLICY": "active"}, None),
+        ("", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_threads_sleep_while_they_wait_where_other_programs_compute(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, load: str | None, chosen: dict[str, str], spins: str | None
+) -> None:
+    told = tmp_path / "loadavg"
+    if load is not None:
+        told.write_text(load)
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    others = libraries.others_compute
+    monkeypatch.setattr(libraries, "others_compute", lambda: others(told))
+    libraries.process_is_ours()
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    os.environ.pop("GOMP_SPINCOUNT", None)
