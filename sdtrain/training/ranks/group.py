@@ -388,7 +388,8 @@ def _told_if_lost() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, dist.DistError) as error:
-        what = f"ended or cannot be reached any more ({str(error).splitlines()[0]}); what it said stands above"
+        why = str(error).splitlines()[0].partition(". This is typically")[0]  # what follows is a guess, and a joke
+        what = f"ended or cannot be reached any more ({why}); what it said stands above"
         raise LostRankError("the ranks of this run", [Problem("another rank", what)]) from error
 
 
