@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+import weakref
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
+from optim import Piece
 from sdtrain.commands.front.plan import plan_config
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.read import resolve
 from sdtrain.errors import UserError
+from sdtrain.training.ranks import streams
 from sdtrain.training.ranks.refused import rank_problems
+from sdtrain.training.ranks.shards import whole_one_by_one
 from tests.conftest import merged, small_run
 from tests.training.rank_team import Job, Team
 from tests.training.test_ranks import RAGGED, assert_same_run, codes, log, validations
@@ -96,6 +100,24 @@ def test_weights_and_gradients_travel_as_the_plan_says(team: Team, base: dict[st
             rows = (more - num_bytes) / expected[size]
             assert 1 <= rows <= 1.02, "rows are dealt out evenly, a few of them empty"
     assert plan["cards"][1]["is_split"] and plan["trained_bytes"] > 0
+
+
+def test_weights_are_whole_a_few_at_a_time_while_they_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty of 8 MiB: no more than 64 MiB of them are there together, and the one that is in hand."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def put_together(pieces: dict[str, Piece]) -> dict[str, torch.Tensor]:
+        found = {name: piece.part.clone() for name, piece in pieces.items()}
+        made.extend(map(weakref.ref, found.values()))
+        return found
+
+    monkeypatch.setattr(streams, "put_together", put_together)
+    weights = {str(at): torch.full((2**21,), float(at)) for at in range(20)}
+    with whole_one_by_one(weights) as stream:
+        for name, weight in weights.items():
+            assert torch.equal(stream.take(name), weight)
+            assert sum(one() is not None for one in made) <= 8
+    assert len(made) == 20 and not any(one() is not None for one in made)
 
 
 def _parameters(run: Path) -> Path:
