@@ -133,3 +133,13 @@ def test_bfloat16_differs_from_the_truth_by_the_rounding_of_products(kind: Adapt
     for name, wanted in truth.items():
         error = (ours[name].double() - wanted).norm() / wanted.norm()
         assert error < 3 * 2**-9, f"{name}: {error * 2**9:.2f} x 2^-9"
+
+
+@given(st.integers(1, 20_000), st.integers(1, 2**24))
+@settings(deadline=None, derandomize=True, database=None)
+def test_pieces_are_all_rows_once_begin_where_cards_are_fast_and_are_never_one_row(num: int, width: int) -> None:
+    found = list(dora.pieces_of(num, width))
+    assert [row for piece in found for row in range(piece.start, piece.stop)] == list(range(num))
+    assert all(piece.start % 64 == 0 for piece in found)
+    assert all(piece.stop - piece.start > 1 for piece in found) or num == 1
+    assert all((piece.stop - piece.start) * width <= max(dora.PIECE, 64 * width) + width for piece in found)
