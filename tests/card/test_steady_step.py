@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from optim import ProdigyPlusScheduleFree, averaged
+from sdtrain.training import fit
+from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.watching.records import RunRecord, StepRecord
 from tests.card.fake_card import NAME, Card, card_in_use
 from tests.card.test_matrix import MEMORY, settings_of
@@ -191,3 +193,18 @@ def test_the_card_holds_no_copy_of_the_weights_in_training_where_they_wait_in_th
             places = {str(state["y"].device.type) for state in optimizer.state_dict()["state"].values()}
         assert (held, places) == ((0, {"cpu"}) if on_cpu else (3 * 64 * 64 * 4, {NAME}))
         assert {parameter.device.type for parameter in params} == {NAME}
+
+
+@pytest.mark.parametrize("memory", ["fused", "plain"])
+def test_weights_are_set_aside_on_the_host_where_they_move_within_backward(
+    on_card: Callable[..., Card], monkeypatch: pytest.MonkeyPatch, memory: str
+) -> None:
+    built: list[ProdigyPlusScheduleFree] = []
+
+    def build(*arguments: Any) -> ProdigyPlusScheduleFree:
+        built.append(build_optimizer(*arguments))
+        return built[0]
+
+    monkeypatch.setattr(fit, "build_optimizer", build)
+    on_card({**settings_of(("text_encoder",), "full", "bfloat16", memory), "steps": 1})
+    assert built[0].settings.set_aside_on_cpu == (memory == "fused")
