@@ -32,7 +32,7 @@ from sdtrain.training.ranks.group import Ranks, joined
 from sdtrain.training.ranks.place import place_of
 from sdtrain.training.ranks.refused import facts_of, rank_problems
 from sdtrain.training.start import draft_run, inspect_run, run_folder
-from sdtrain.training.watching.progress import ProgressLines
+from sdtrain.training.watching.progress import ProgressLines, waiting
 from sdtrain.training.watching.records import Watcher
 from sdtrain.training.watching.report.about import Told
 from sdtrain.training.watching.terminal import Consoles, outliving
@@ -212,7 +212,8 @@ def _fit_written(
         device = pick_device(begun.config, ranks.place.local_rank)
         held.enter_context(repeatable(begun.config, device))
         standing, size = begun.standing, ranks.place.size
-        will = expected(begun.config, begun.opened, standing.examples, standing.base, device, size)
+        with waiting(console, "planning the memory"):
+            will = expected(begun.config, begun.opened, standing.examples, standing.base, device, size)
         say(console, *will.notes)
         ranks.require_same(facts_of(will.config, begun.standing, versions()))
         config, folder = will.config, run_folder(will.config.output, will.config.name)

@@ -16,6 +16,7 @@ from sdtrain.data.report.previewed import with_prompts
 from sdtrain.training.ending.signals import speaker, stop_requests
 from sdtrain.training.ranks.refused import rank_problems
 from sdtrain.training.start import inspect_run
+from sdtrain.training.watching.progress import waiting
 from sdtrain.training.watching.text import facts_table, say
 
 if TYPE_CHECKING:
@@ -44,8 +45,14 @@ def plan_config(
     from sdtrain.training.planning.levers import budget_bytes, fit_to
     from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
 
+    tried = 0
+
     def planned(config: Config) -> Plan:
-        return plan_run(config, opened, examples)
+        nonlocal tried
+        tried += 1
+        what = f"planning, choice {tried} of what could be given up" if tried > 1 else "planning"
+        with waiting(console, what):
+            return plan_run(config, opened, examples)
 
     found: dict[str, object] = {}
     if budget:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -12,6 +13,11 @@ from sdtrain.training.watching.text import duration, say
 
 LINE_EVERY_S = 10.0
 """Seconds between two lines where there is no terminal: under nohup, in a container or on a cluster."""
+
+
+def waiting(console: Console, what: str) -> AbstractContextManager[object]:
+    """Show on a terminal that something is under way of which nobody knows how long it takes; it vanishes after it."""
+    return console.status(what, spinner="line") if console.is_terminal else nullcontext()
 
 
 class ProgressLines:
