@@ -21,7 +21,7 @@ from optim.state import State
 from optim.stepper import Stepper
 from optim.steps import stacks
 from optim.sums import note_squares, sum_up
-from optim.waiting import Waiting
+from optim.waiting import Waiting, hook_for
 
 
 @dataclass(eq=False)
@@ -213,6 +213,12 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         which = {self._kept.group_of[index] for index in indices}
         return self._groups.marks(which, len(self.param_groups), self._sums.device)
 
+    def _hook_parameters(self) -> None:
+        note = weakref.WeakMethod(self._note_gradient)
+        for index, p in enumerate(self._kept.parameters):
+            if index not in self._hooked and p.requires_grad:
+                self._hooked[index] = p.register_post_accumulate_grad_hook(hook_for(note, index))  # type: ignore[no-untyped-call]
+
     def _note_gradient(self, index: int) -> None:
         """Takes the gradient of a parameter within a fused backward; steps those that wait, once they are many."""
         self._refuse_while_averaged("backward() with fused_back_pass")
@@ -229,10 +235,11 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
 
     def _step_waiting(self, current: StepInProgress) -> None:
         """Makes the whole step of the parameters that wait within a fused backward, and drops their gradients."""
-        if self._waiting.indices:
-            self._build_missing(self._waiting.indices)
-            self._advance(self._waiting.indices, current)
-            self._drop_waiting()
+        present = [index for index in self._waiting.indices if self._kept.parameters[index].grad is not None]
+        if present:  # else somebody has dropped them
+            self._build_missing(present)
+            self._advance(present, current)
+        self._drop_waiting()
 
     def _drop_waiting(self) -> None:
         for index in self._waiting.take():
@@ -307,6 +314,7 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         """
         self._follow_groups()
         saving.unpack(self._kept, self.param_groups, state_dict)
+        self._drop_waiting()
         self._current = None
         self._stepper.changed()
 
@@ -373,14 +381,6 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         ]
         return sorted(bad)
 
-    # ------------------------------------------------------------------ fused backward
-
-    def _hook_parameters(self) -> None:
-        me = weakref.ref(self)
-        for index, p in enumerate(self._kept.parameters):
-            if index not in self._hooked and p.requires_grad:
-                self._hooked[index] = p.register_post_accumulate_grad_hook(_hook_for(me, index))  # type: ignore[no-untyped-call]
-
     # ------------------------------------------------------------------ refusals
 
     @property
@@ -394,13 +394,3 @@ class ProdigyPlusScheduleFree(torch.optim.Optimizer):
         raise TypeError(
             "a ProdigyPlusScheduleFree cannot be pickled or copied: save its state_dict() and load it into a new one"
         )
-
-
-def _hook_for(me: "weakref.ref[ProdigyPlusScheduleFree]", index: int) -> Callable[[Tensor], None]:
-    @torch.no_grad()
-    def hook(_: Tensor) -> None:
-        optimizer = me()
-        if optimizer is not None:
-            optimizer._note_gradient(index)
-
-    return hook

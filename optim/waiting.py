@@ -1,5 +1,8 @@
 """The gradients that wait to be stepped together within a fused backward."""
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 SHARE = 32
@@ -32,3 +35,18 @@ class Waiting:
         """All that waited; nothing waits any more."""
         taken, self.indices, self._held = self.indices, [], 0
         return taken
+
+
+def hook_for(note: Callable[[], Callable[[int], None] | None], index: int) -> Callable[[Tensor], None]:
+    """A hook that hands the index of a parameter, once its gradient is there, to a method while its owner lives.
+
+    note: a `weakref.WeakMethod`.
+    """
+
+    @torch.no_grad()
+    def hook(_: Tensor) -> None:
+        found = note()
+        if found is not None:
+            found(index)
+
+    return hook

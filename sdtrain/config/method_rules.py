@@ -135,9 +135,14 @@ def may_split(config: Config) -> bool:
     return config.parallel.kind != "ddp" and not any(against_shards(config))
 
 
-def split_over(config: Config, processes: int) -> int:
+def shards(config: Config, num_ranks: int) -> bool:
+    """Return whether what is trained is split over the processes of a run."""
+    return num_ranks > 1 and may_split(config)
+
+
+def split_over(config: Config, num_ranks: int) -> int:
     """Return over how many of the processes of a run what is trained is split; 1 where each holds all of it."""
-    return processes // config.parallel.replicas if processes > 1 and may_split(config) else 1
+    return num_ranks // config.parallel.replicas if shards(config, num_ranks) else 1
 
 
 def against_shards(config: Config) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor
 
-from optim import GroupMetrics
+from optim import GroupMetrics, is_sharded
 from sdtrain.adapters.attach import adapter_weights
 from sdtrain.adapters.conversion import Form, converted
 from sdtrain.adapters.formats.lora_file import write_lora
@@ -24,7 +24,7 @@ from sdtrain.families.words import Component
 from sdtrain.models.checkpoints.single_file import Change, weights_of
 from sdtrain.models.model import Model
 from sdtrain.training.describing.facts import description_of, file_facts
-from sdtrain.training.ranks.shards import is_split
+from sdtrain.training.ranks.shards import whole_one_by_one
 from sdtrain.training.ranks.streams import Stream
 from sdtrain.training.weights_files import weights_files
 
@@ -73,7 +73,7 @@ def export_weights(
                 raise user_error(str(path), "--strength", what)
             dtype = None if adapters else stored_dtype(config.export)
             description = description_of(config, step, examples, groups, folder)
-            change = merging(adapters, strength) if whole is None else taken_from(whole, model)
+            change = merging(adapters, strength) if adapters or whole is None else taken_from(whole)
             model.write_checkpoint(path, description, layout=kind, dtype=dtype, change=change)
             return 0.0
         case _:
@@ -176,19 +176,24 @@ def merging(adapters: Adapters, strength: float = 1.0) -> Change:
     return change
 
 
-def split_weights(model: Model, config: Config) -> dict[str, Tensor]:
-    """Return the weights that are split over processes, by network and name, in the order in which they are written."""
-    named = {component: weights_of(network) for component, network in model.networks.items() if is_split(network)}
-    order = model.order_of_weights(stored_dtype(config.export))
-    return {f"{component}/{name}": named[component][name] for component, name in order if component in named}
+def split_weights(model: Model, config: Config) -> Stream:
+    """Return those of the weights that are split over processes, whole, in the order in which they are written."""
+    split = {
+        f"{component}/{name}": weight
+        for component, network in model.networks.items()
+        for name, weight in weights_of(network).items()
+        if is_sharded(weight)
+    }
+    order = model.order_of_weights(stored_dtype(config.export)) if split else []
+    names = [f"{component}/{name}" for component, name in order]
+    return whole_one_by_one({name: split[name] for name in names if name in split})
 
 
-def taken_from(whole: Stream, model: Model) -> Change:
+def taken_from(whole: Stream) -> Change:
     """Return a change that takes the values of weights that are split over processes from where they come whole."""
-    split = {component for component, network in model.networks.items() if is_split(network)}
 
     def change(component: Component, name: str, weight: Tensor) -> Tensor:
-        return whole.take(f"{component}/{name}") if component in split else weight
+        return whole.take(f"{component}/{name}") if is_sharded(weight) else weight
 
     return change
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from sdtrain.training.export import Written, export_files, split_weights
 from sdtrain.training.keeping.manifest import SavedState, saved_states
 from sdtrain.training.keeping.states import Numbers, UnusableNumbersError, numbers_of, save_state
 from sdtrain.training.ranks.group import ToldElsewhereError
-from sdtrain.training.ranks.shards import whole_one_by_one
 from sdtrain.training.run import autocast
 from sdtrain.training.training import Training
 from sdtrain.training.watching.grid import save_picture
@@ -178,7 +177,7 @@ def save(training: Training, watchers: Watchers, *, keep_all: bool = False, behi
         loss_scale=training.scale.state,
         keep_all=keep_all,
     )
-    with training.first_writes(numbers):
+    with training.first_writes(numbers.send):
         if is_first:
             watchers.keep_log()
         if is_first and behind and training.behind.has_room_for(numbers):
@@ -278,10 +277,8 @@ def export(training: Training, watchers: Watchers, path: Path) -> None:
         return
     written: list[Written] = []
     with averaged(optimizer):
-        whole = whole_one_by_one(split_weights(training.model, run.config)) if training.is_sharded else None
-        if whole is not None and not run.ranks.is_first:
-            whole.run_dry()  # what the first one takes
-        with training.first_writes(), whole or nullcontext():
+        whole = split_weights(training.model, run.config)
+        with training.first_writes(whole.run_dry), whole:
             if run.ranks.is_first:
                 written = export_files(
                     training.model,

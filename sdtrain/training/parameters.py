@@ -16,8 +16,8 @@ from sdtrain.adapters.dropout import AdapterDropout, DropoutRates
 from sdtrain.adapters.loading.warm_start import start_from
 from sdtrain.adapters.norms import LimitedLayer, change_norms, limited_layers, shares_within
 from sdtrain.adapters.targets import select_parameters, select_targets
-from sdtrain.config.method_rules import may_split
-from sdtrain.config.schema import Config, FullConfig, LoraConfig
+from sdtrain.config.method_rules import shards
+from sdtrain.config.schema import FullConfig, LoraConfig
 from sdtrain.errors import user_error
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model
@@ -190,11 +190,6 @@ def compile_blocks(unet: Any, **options: Any) -> None:
     for block in unet.modules():
         if type(block).__name__.removeprefix("FSDP") in unet._repeated_blocks:
             block.compile(dynamic=True, **options)
-
-
-def shards(config: Config, num_ranks: int) -> bool:
-    """Return whether what is trained is split over the processes of a run."""
-    return num_ranks > 1 and may_split(config)
 
 
 def _sharded(

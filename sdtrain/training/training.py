@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from optim import ProdigyPlusScheduleFree
+from sdtrain.config.method_rules import shards
 from sdtrain.errors import UserError
 from sdtrain.models.model import Model
 from sdtrain.training.behind import Behind
@@ -14,8 +15,8 @@ from sdtrain.training.computing.graphs import Graphs
 from sdtrain.training.ending.memory import explained, is_out_of_memory
 from sdtrain.training.ending.scaling import LossScale
 from sdtrain.training.ending.signals import StopRequests
-from sdtrain.training.keeping.states import Background, Numbers
-from sdtrain.training.parameters import Trainable, shards
+from sdtrain.training.keeping.states import Background
+from sdtrain.training.parameters import Trainable
 from sdtrain.training.prepare import Prepared
 from sdtrain.training.ranks.place import Place
 from sdtrain.training.run import Run
@@ -74,13 +75,13 @@ class Training:
         """Return what is heeded while this process looks: nothing where the others would wait for it."""
         return StopRequests(lambda _: None, leave=False) if self.is_sharded else stop
 
-    def first_writes(self, numbers: Numbers | None = None) -> AbstractContextManager[None]:
+    def first_writes(self, send: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
         """Let the first process write in the block, of which the others then learn whether it could.
 
-        numbers: those of a state that it has handed out in the block, for which the others send their parts.
+        send: gives what the others have of what the first one is handed out in the block.
         """
-        if numbers is not None and not self.run.ranks.is_first:
-            numbers.send()
+        if not self.run.ranks.is_first:
+            send()
         return self.run.ranks.first_alone() if self.is_sharded else nullcontext()
 
     def all_agree_to_end(self, stop: StopRequests) -> bool:

@@ -238,6 +238,40 @@ def test_a_second_gradient_before_step_is_refused_when_fused(size: int) -> None:
     params[0].square().sum().backward()
 
 
+def fused_of_many() -> tuple[list[nn.Parameter], ProdigyPlusScheduleFree]:
+    params = [nn.Parameter(torch.full((4,), 1.0 + index)) for index in range(200)]
+    return params, ProdigyPlusScheduleFree(params, d0=1e-3, fused_back_pass=True, compile=False)
+
+
+def pull(params: list[nn.Parameter]) -> list[int]:
+    """One backward; return which parameters wait for the step after it."""
+    sum(p.square().sum() for p in params).backward()  # type: ignore[union-attr]
+    return [index for index, p in enumerate(params) if p.grad is not None]
+
+
+def test_gradients_that_waited_and_were_dropped_move_nothing() -> None:
+    params, optimizer = fused_of_many()
+    waited = pull(params)
+    assert 0 < len(waited) < 10
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in params]
+    optimizer.step()
+    assert all(torch.equal(p, old) for p, old in zip(params, before, strict=True))
+    pull(params)
+    optimizer.step()
+    assert not any(torch.equal(params[index], before[index]) for index in waited)
+
+
+def test_a_state_that_is_loaded_within_a_fused_step_leaves_no_gradient_of_it() -> None:
+    params, optimizer = fused_of_many()
+    pull(params)
+    optimizer.step()
+    state = optimizer.state_dict()
+    assert pull(params)
+    optimizer.load_state_dict(state)
+    assert all(p.grad is None for p in params)
+
+
 @pytest.mark.parametrize("compile_step", PATHS)
 def test_many_small_parameters_step_together_in_a_fused_backward(
     monkeypatch: pytest.MonkeyPatch, compile_step: bool

@@ -272,42 +272,33 @@ def test_groups_that_hold_the_weights_between_them_train_the_same_run(base: dict
     assert_same_run(Path(base["output"]) / "groups", Path(base["output"]) / "no-groups")
 
 
+def assert_goes_on(base: dict[str, Any], name: str, alone: Path) -> None:
+    """A new pair of processes ends the run as the one of one process ended."""
+    with Team(2) as team:
+        assert codes(team.run(2, job(base, {"name": name}, resume=True))) == [0, 0]
+    assert_same_run(Path(base["output"]) / name, alone)
+
+
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_others_and_the_newest_state_goes_on(base: dict[str, Any], alone: Path) -> None:
     """Nobody has the whole weights any more: what was not saved before is lost, which is said."""
-    team = Team(2)
-    try:
+    with Team(2) as team:
         told = team.run(2, job(base, {"name": "killed"}, events={"kill": (1, 2)}))
         assert told[0].code == 1, told[0]
         assert "another rank" in told[0].text or "another process" in told[0].text, told[0].text
         assert "not all of them could put them together any more" in " ".join(told[0].text.split())
-    finally:
-        team.end()
-    team = Team(2)
-    try:
-        assert codes(team.run(2, job(base, {"name": "killed"}, resume=True))) == [0, 0]
-    finally:
-        team.end()
-    assert_same_run(Path(base["output"]) / "killed", alone)
+    assert_goes_on(base, "killed", alone)
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_silent_ends_the_others_of_a_split_run(base: dict[str, Any], alone: Path) -> None:
     """They wait for its share of a layer in a call that cannot be left, so that only their end ends it."""
-    team = Team(2)
-    team.run(2, job(base, {"name": "spoken", "steps": 1}))
-    began = time.monotonic()
-    try:
+    with Team(2) as team:
+        team.run(2, job(base, {"name": "spoken", "steps": 1}))
+        began = time.monotonic()
         (told, *_) = team.run(2, job(base, {"name": "silent"}, events={"freeze in a step": (1, 1)}), of=1)
         assert time.monotonic() - began < 60
         assert told.code == -signal.SIGKILL, "nothing was answered, for the process ended"
-    finally:
-        team.end()
     said = (Path(base["output"]) / "said-by-0.txt").read_text()
     assert "rank 1 has not been heard of for 5 s" in said and "start the run again with --resume" in said
-    team = Team(2)
-    try:
-        assert codes(team.run(2, job(base, {"name": "silent"}, resume=True))) == [0, 0]
-    finally:
-        team.end()
-    assert_same_run(Path(base["output"]) / "silent", alone)
+    assert_goes_on(base, "silent", alone)

@@ -58,7 +58,6 @@ def plan_config(
     if budget:
         choice, plan = fit_to(config, budget_bytes(budget), planned, processes=gpus)
         console.print(facts_table(lines_of(plan)))
-        plan = plan.whole or plan
         _tell(choice, f"{budget} on each of {gpus} cards" if gpus > 1 else budget, console)
         config, found = choice.config, {"fits_into": budget, "settings": choice.settings, "costs": choice.costs}
     else:
@@ -67,9 +66,10 @@ def plan_config(
     if gpus > 1:
         from sdtrain.training.planning.scaling import scaled_runs, scaling_answer, scaling_lines
 
-        runs = scaled_runs(config, plan, examples, gpus)
-        console.print(facts_table(scaling_lines(config, plan, runs)))
-        found |= {"gpus": scaling_answer(plan, runs)}
+        whole = plan.whole or plan
+        runs = scaled_runs(config, whole, examples, gpus)
+        console.print(facts_table(scaling_lines(config, whole, runs)))
+        found |= {"gpus": scaling_answer(whole, runs)}
     if measure:
         from sdtrain.training.planning.measure import measure_steps
 

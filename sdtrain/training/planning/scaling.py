@@ -12,14 +12,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from sdtrain.config.method_rules import split_over
+from sdtrain.config.method_rules import shards, split_over
 from sdtrain.config.schema import Config
 from sdtrain.data.examples import Example
 from sdtrain.data.identity.held_out import training_examples
 from sdtrain.data.order import Order
 from sdtrain.data.placing import placements_of
 from sdtrain.training.keeping.disk import size
-from sdtrain.training.parameters import shards
 from sdtrain.training.planning.plan import Plan
 from sdtrain.training.ranks.group import Exchanged
 from sdtrain.training.ranks.shards import Travel

@@ -249,15 +249,15 @@ class _Trace:
             backward(loss)
         flops, operations = tracker.flops - flops, tracker.operations - operations
         del loss
-        moment = tracker.peak_bytes - before
+        backward_moment = tracker.peak_bytes - before
+        without_state = tracker.bytes_now
         tracker.begin_peak()
         optimizer.step()
+        made = max(0, tracker.bytes_now - without_state)  # less than before where that was a fused backward's end
         trainable.limit_norms(optimizer)
-        most = tracker.peak_bytes - before
+        moment = max(backward_moment, tracker.peak_bytes - before - made)
         optimizer.zero_grad(set_to_none=True)
-        state = state or tracker.bytes_now - before + gradients
-        moment = max(moment, most if self.config.memory.fused_back_pass else most - state)
-        return _Step(gradients, kept, moment - kept, state, flops, operations)
+        return _Step(gradients, kept, moment - kept, state + made, flops, operations)
 
     def _state(self, trainable: Trainable, optimizer: ProdigyPlusScheduleFree) -> int:
         """Let the optimizer make its state; return its bytes."""
@@ -285,9 +285,7 @@ class _Trace:
         """Put the averaged weights in the place of those in training, which are set aside; look through them, as saving
         does, and draw as many pictures as are drawn at once, in one step."""
         start = self.tracker.bytes_now
-        if self.tracker.on_gpu and sets_aside_on_cpu(
-            self.config
-        ):  # the fake device's tensors lie on the CPU themselves
+        if self.tracker.on_gpu and sets_aside_on_cpu(self.config):  # what is fake lies on the CPU already
             start += sum(map(_bytes, trainable.named_parameters().values()))
         self.tracker.begin_peak()
         phases: list[Phase] = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from optim import is_sharded, piece_of
+from optim import piece_of
 from sdtrain.training.ranks.place import Place
 from sdtrain.training.ranks.streams import Stream
 
@@ -96,11 +96,6 @@ def mesh_of(place: Place, replicas: int, device: torch.device) -> DeviceMesh:
     if replicas == 1:
         return init_device_mesh(device.type, (place.size,))
     return init_device_mesh(device.type, (replicas, place.size // replicas), mesh_dim_names=("replicate", "shard"))
-
-
-def is_split(network: nn.Module) -> bool:
-    """Return whether a network is split over processes."""
-    return any(map(is_sharded, network.parameters()))
 
 
 def whole_one_by_one(tensors: Mapping[str, Tensor]) -> Stream:

@@ -8,6 +8,7 @@ from typing import assert_never
 from rich.panel import Panel
 
 from optim import ProdigyPlusScheduleFree
+from sdtrain.config.method_rules import shards
 from sdtrain.config.schema import Config, FullConfig, LoraConfig
 from sdtrain.data.batches import Batches
 from sdtrain.data.examples import Example
@@ -15,7 +16,7 @@ from sdtrain.data.report.names import about
 from sdtrain.data.report.previewed import previews_text
 from sdtrain.training.computing.graphs import uses_graphs
 from sdtrain.training.ending.rescue import Kept
-from sdtrain.training.parameters import Trainable, shards
+from sdtrain.training.parameters import Trainable
 from sdtrain.training.run import Run
 from sdtrain.training.validating.history import Validation
 from sdtrain.training.watching.text import duration, facts_table, shell_word, shown
