@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,6 +70,14 @@ def runner(table: dict[str, Any], cache: Path) -> Run:
         return ran
 
     return go
+
+
+def until(there: Callable[[], bool], seconds: float = 60) -> None:
+    """Waits for what another thread does."""
+    deadline = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < deadline, f"not there after {seconds:.0f} s"
+        time.sleep(0.005)
 
 
 @pytest.fixture(autouse=True)

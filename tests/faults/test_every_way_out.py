@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from sdtrain.training.computing.objective import Objective
 from sdtrain.training.ending.signals import StopRequests
 from sdtrain.training.watching.log import Log
 from sdtrain.training.watching.screen import Screen
-from tests.faults.conftest import Ran, Run
+from tests.faults.conftest import Ran, Run, until
 
 FULL = {"method": {"kind": "full"}, "memory.fused_back_pass": True}
 
@@ -119,10 +120,12 @@ def test_a_repeated_signal_of_a_machine_changes_nothing(run: Run, monkeypatch: p
 
 def test_a_second_ctrl_c_leaves_at_once_and_says_what_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sdtrain.training.ending.signals.SAME_PRESS_S", 0.0)
-    original = Objective.__call__
+    original, calls = Objective.__call__, itertools.count(1)
 
     def impatient(self: Objective, *arguments: Any) -> torch.Tensor:
-        if (Path(self.config.output) / "small" / "checkpoints" / "step-000002").exists():
+        if next(calls) == 3:
+            # States are written beside the training: the one of step 2 may not be there yet.
+            until(lambda: (Path(self.config.output) / "small" / "checkpoints" / "step-000002").exists())
             signal.raise_signal(signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
         return original(self, *arguments)

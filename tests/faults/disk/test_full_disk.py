@@ -15,7 +15,7 @@ from sdtrain import NoteRecord, Record, StepRecord
 from sdtrain.errors import UserError
 from sdtrain.training import outputs
 from sdtrain.training.keeping.newest import find_newest
-from tests.faults.conftest import Ran, Run
+from tests.faults.conftest import Ran, Run, until
 from tests.faults.disk.calls import Call
 from tests.faults.disk.full import Disk, disk_in, filled_at
 
@@ -87,11 +87,13 @@ def test_a_disk_that_is_full_while_the_training_can_do_without_is_a_note(
     place, said = NOTES[writer]
     changes = WATCHED | {"output": str(disk.folder)}
 
-    def make_room(record: Record) -> None:
-        if isinstance(record, StepRecord) and record.step == room_at:
-            disk.make_room()
-
     with filled_at(disk, writes_to(place)) as met:
+
+        def make_room(record: Record) -> None:
+            if isinstance(record, StepRecord) and record.step == room_at:
+                until(lambda: bool(met))  # states are written beside the training
+                disk.make_room()
+
         ran = run(changes, watchers=[make_room])
     assert len(met) == 1, "the writer was met"
     notes = [record.text for record in ran.records if isinstance(record, NoteRecord)]
