@@ -55,8 +55,9 @@ class ModelConfig(Settings):
     base_precision: BasePrecision = Field(
         default="full",
         description="How the frozen U-Net's linear layers are held while adapters are trained: `full` as `dtype` says; "
-        "`int8`, `fp8`: in 8 bits, a scale an output; `nf4`: in 4 bits, a scale for 64 neighbours. They are unpacked "
-        "for each product. Files, `merge` and `sample` are of the model as it is. `pip install sdtrain[quantised]`.",
+        "`int8`, `fp8`: in 8 bits, a scale an output; `nf4`: in 4 bits, a scale for 64 neighbours, and in `int8` the "
+        "eighth that counts most. They are unpacked for each product. Files, `merge` and `sample` are of the model as "
+        "it is. `pip install sdtrain[quantised]`.",
     )
 
 

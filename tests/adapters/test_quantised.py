@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import get_args
 
@@ -124,6 +125,17 @@ def test_layers_that_tell_the_timestep_and_the_size_stay_as_they_are(make_networ
     kept_linear = {name for name, layer in network.named_modules() if type(layer) is nn.Linear}
     assert kept_linear and all("time" in name or "add_embedding" in name for name in kept_linear)
     assert all("attentions" in name for name, layer in network.named_modules() if isinstance(layer, QuantisedLinear))
+
+
+def test_four_bits_keep_the_layers_that_count_most_in_eight(make_networks: MakeNetworks) -> None:
+    network, _ = packed_unet(make_networks, "nf4")
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, QuantisedLinear)}
+    in_eight = {re.sub(r".*attentions\.\d+\.(transformer_blocks\.\d+\.)?", "", name)
+                for name, one in layers.items() if one.packing == "int8"}  # fmt: skip
+    assert in_eight == {"proj_in", "proj_out", "attn2.to_v", "attn2.to_out.0"}
+    assert {one.packing for one in layers.values()} == {"int8", "nf4"}
+    network, _ = packed_unet(make_networks, "fp8")
+    assert {one.packing for one in network.modules() if isinstance(one, QuantisedLinear)} == {"fp8"}
 
 
 @pytest.mark.parametrize(("kind", "packing"), PAIRS)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from itertools import accumulate as sums
 
+from sdtrain.adapters.quantised.packages import package_problems
 from sdtrain.config.method_rules import split_over
-from sdtrain.config.schema import Config, FullConfig
+from sdtrain.config.schema import BasePrecision, Config, FullConfig
 from sdtrain.config.settings.values import memory_bytes
 from sdtrain.errors import Problem, UserError
 from sdtrain.training.ending.memory import RECOMPUTING
@@ -19,8 +19,8 @@ from sdtrain.training.planning.trace import Part
 
 USABLE = 0.9
 """The share of a card that tensors may take: the rest is the driver's, and what lies between them."""
-PACKAGES = {"int8": "torchao", "nf4": "bitsandbytes"}
-"""What packs a base, where it is installed."""
+PRECISIONS: tuple[BasePrecision, ...] = ("int8", "nf4")
+"""How a base may be packed, where what packs it is installed."""
 FUSED = "a few seconds whenever the averaged weights are looked at, for those in training wait in the host's memory"
 ROUNDED = "the frozen base is rounded and unpacked for every product; files and merges come from the exact one"
 
@@ -74,8 +74,8 @@ def _precisions(config: Config) -> Iterator[Choice]:
     yield Choice(config, (), ())
     if isinstance(config.method, FullConfig) or config.model.base_precision != "full":
         return
-    for word, package in PACKAGES.items():
-        if find_spec(package):
+    for word in PRECISIONS:
+        if not package_problems(word):
             model = config.model.model_copy(update={"base_precision": word})
             yield Choice(config.model_copy(update={"model": model}), (f'model.base_precision="{word}"',), (ROUNDED,))
 
