@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 
 from rich.console import Console
 
-from sdtrain.commands.libraries import import_less, quiet_libraries, quiet_pillow, versions
+from sdtrain.commands.libraries import import_less, imported, quiet_libraries, quiet_pillow, versions
 from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.from_python import chosen_settings
@@ -219,7 +219,7 @@ def _fit_written(
         config, folder = will.config, run_folder(will.config.output, will.config.name)
         steps, is_finished = train(
             *(config, begun.opened, begun.standing, console, stop),
-            watchers=watchers,
+            watchers=(imported, *watchers),
             ranks=ranks,
             told=begun.told,
             expected=will,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from sdtrain import __version__
 from sdtrain.config.schema import Config
+from sdtrain.training.watching.records import Record, RunRecord
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 """The libraries whose versions decide what a run does."""
@@ -59,6 +61,12 @@ def _version(distribution: str) -> str:
         return "is not installed"
 
 
+USUALLY = gc.get_threshold()
+SELDOM = (50_000, 20, 100)
+"""How often garbage that refers to itself is looked for while libraries are imported. They make a million objects that
+all stay; looking through them again and again takes a fifth of the time until a run's first step."""
+
+
 class _Process:
     is_ours = False
 
@@ -66,8 +74,15 @@ class _Process:
 def process_is_ours() -> None:
     """Tell that nothing but a command of sdtrain runs in this process; call it before torch is imported."""
     _Process.is_ours = True
+    gc.set_threshold(*SELDOM)
     if "OMP_WAIT_POLICY" not in os.environ and others_compute():
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def imported(record: Record) -> None:
+    """Look for garbage as usual from the record on with which a training begins: all libraries are there by then."""
+    if _Process.is_ours and isinstance(record, RunRecord):
+        gc.set_threshold(*USUALLY)
 
 
 def others_compute(load: Path = Path("/proc/loadavg")) -> bool:

@@ -1,10 +1,12 @@
-"""Packages for quantised weights are not imported by a run without them; other people's processes keep them."""
+"""A process of its own imports no packages that a run does not use, and imports fast; others' stay as they are."""
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from sdtrain.commands import libraries
 from sdtrain.config.from_python import make_config
 from sdtrain.config.schema import Config
+from sdtrain.training.watching.records import NoteRecord, RunRecord
 
 
 def a_config(precision: str) -> Config:
@@ -27,10 +30,13 @@ def a_config(precision: str) -> Config:
 
 
 @pytest.fixture(autouse=True)
-def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(libraries._Process, "is_ours", False)
     for name in libraries.QUANTISERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
+    before = gc.get_threshold()
+    yield
+    gc.set_threshold(*before)
 
 
 def is_found(name: str) -> bool:
@@ -87,3 +93,26 @@ def test_threads_sleep_while_they_wait_where_other_programs_compute(
     libraries.process_is_ours()
     assert os.environ.get("GOMP_SPINCOUNT") == spins
     os.environ.pop("GOMP_SPINCOUNT", None)
+
+
+def test_garbage_is_seldom_looked_for_while_libraries_are_imported_and_as_usual_from_the_first_record_on() -> None:
+    usual, begun = gc.get_threshold(), RunRecord("a", Path("a"), 1, 0, 1e-6, "")
+    libraries.process_is_ours()
+    assert gc.get_threshold() == libraries.SELDOM and gc.isenabled()
+    libraries.imported(NoteRecord(0, "still loading"))
+    assert gc.get_threshold() == libraries.SELDOM
+    libraries.imported(begun)
+    assert gc.get_threshold() == usual
+
+
+def test_a_run_in_the_process_of_others_leaves_their_garbage_to_them() -> None:
+    gc.set_threshold(12345, 6, 7)
+    libraries.imported(RunRecord("a", Path("a"), 1, 0, 1e-6, ""))
+    assert gc.get_threshold() == (12345, 6, 7)
+
+
+def test_a_run_trains_with_garbage_looked_for_as_usual(train: Callable[..., tuple[Path, str]]) -> None:
+    usual, seen = gc.get_threshold(), list[tuple[int, int, int]]()
+    libraries.process_is_ours()
+    train({"steps": 1, "data.resolution_px": 64}, watchers=[lambda _: seen.append(gc.get_threshold())])
+    assert set(seen) == {usual}
