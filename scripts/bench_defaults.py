@@ -317,7 +317,7 @@ def listed(text: str) -> list[str]:
 
 @app.command()
 def run(
-    chosen: Annotated[str, typer.Option("--tasks")] = ",".join(tasks.TASKS),
+    chosen: Annotated[str, typer.Option("--tasks")] = ",".join(tasks.MEASURED),
     contestants: Annotated[str, typer.Option(help="separated by ;")] = "ours;sweep;free;schedulefree",
     lengths: str = "100,400",
     seeds: str = "0",

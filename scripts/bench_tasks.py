@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +20,12 @@ import numpy as np
 import picture_judge
 import picture_world as world
 import torch
+from bench_folded import FoldedUNet, live_adapters
 from PIL import Image
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 import sdtrain
-from sdtrain.adapters.attach import adapter_weights
-from sdtrain.adapters.kinds import LoraWeights
 from sdtrain.config.read import resolve
 from sdtrain.config.schema import Config
 from sdtrain.data.batches import Batch
@@ -33,12 +35,19 @@ from sdtrain.diffusion.prediction import training_target
 from sdtrain.families.words import DENOISER
 from sdtrain.models.model import Model, SamplingSettings
 from sdtrain.models.sampling import sample
+from sdtrain.training.computing.objective import Objective
+from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable, train_parameters
 from sdtrain.training.prepare import open_and_load
 from sdtrain.training.run import generator_of, open_run
 from sdtrain.training.start import trains_text
 from sdtrain.training.watching.preview import to_picture
 
+RELEASED = "builtin:tiny-sdxl"
+BUILTIN = Path(sdtrain.__file__).parent / "builtin" / "tiny-sdxl"
+TAUGHT_STEPS = 4000
+TAUGHT = Path(__file__).resolve().parents[1] / "build" / "bench-defaults" / f"epsilon-{TAUGHT_STEPS}"
+"""The built-in model, which predicts v under zero terminal SNR, after it was taught to predict the noise."""
 SIDE_PX = 128
 BATCH_SIZE = 4
 CAPTION_DROPOUT = 0.1  # as in the quickstart
@@ -55,7 +64,7 @@ class Task:
 
     method: the config's section of that name. Of `shapes` in `finish` there are `num` pictures, each seen `repeats`
     times an epoch, beside `num_known` plain ones of what the model knows. rolled: whether the palette is another one,
-    every picture's red, green and blue changing places.
+    every picture's red, green and blue changing places. model: the path of what is trained.
     """
 
     title: str
@@ -66,6 +75,7 @@ class Task:
     num_known: int = 0
     finish: str = "plain"
     rolled: bool = False
+    model: str = RELEASED
 
 
 NETWORKS = ["unet", "text_encoder", "text_encoder_2"]
@@ -101,6 +111,13 @@ TASKS = {
         rolled=True,
     ),
 }
+MEASURED = tuple(TASKS)
+"""The tasks that are run unless others are named."""
+TASKS |= {f"{name}-epsilon": replace(TASKS[name], model=str(TAUGHT)) for name in ("concept", "style")}
+TASKS["base-epsilon"] = Task(
+    "what the built-in model knows, to teach it another prediction", {"kind": "full"}, world.SHAPES, num=720,
+    model=str(TAUGHT),
+)  # fmt: skip
 
 Part = Literal["new", "known"]
 
@@ -126,7 +143,7 @@ def config_of(task: Task, steps: int, seed: int, settings: Sequence[str] = ()) -
         "steps": steps,
         "seed": seed,
         "device": "cpu",
-        "model": {"path": "builtin:tiny-sdxl", "dtype": "float32"},
+        "model": {"path": task.model, "dtype": "float32"},
         "method": task.method,
         "data": {"folder": [{"path": "builtin:quickstart"}], "batch_size": BATCH_SIZE},  # none of it is read
     }
@@ -176,9 +193,35 @@ def encode(model: Model, drawn: tuple[list[Image.Image], Pictures]) -> Pictures:
 
 
 @functools.cache
-def base_model() -> Model:
-    """Return the built-in model as it was released; runs train copies of it."""
-    return open_and_load(open_run(config_of(TASKS["concept"], 1, 0)))
+def base_model(path: str = RELEASED) -> Model:
+    """Return the built-in model as it was released, or as it was taught; runs train copies of it."""
+    if path == str(TAUGHT) and not TAUGHT.exists():
+        teach("base-epsilon")
+    task = replace(TASKS["concept"], model=path)
+    return open_and_load(open_run(config_of(task, 1, 0)))
+
+
+def teach(name: str) -> None:
+    """Write a model whose U-Net is the averaged one of a full fine-tune of the built-in one on a task."""
+    unfinished = TAUGHT.with_suffix(".part")
+    shutil.copytree(BUILTIN, unfinished, dirs_exist_ok=True)
+    schedule = unfinished / "scheduler" / "scheduler_config.json"
+    said = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False, "timestep_spacing": "leading"}
+    schedule.write_text(json.dumps(json.loads(schedule.read_text()) | said))
+    config = config_of(TASKS[name], TAUGHT_STEPS, 0, [f"model.path={unfinished}", "optimizer.d_coef=1.0"])
+    model: Any = open_and_load(open_run(config))
+    trainable = train_parameters(model, open_run(config))
+    optimizer, feed = build_optimizer(trainable, config), Feed(name, config)
+    objective = Objective(model, config, torch.device("cpu"))
+    for step in range(config.steps):
+        loss = objective(feed.at(step), functools.partial(generator_of, config.seed, "noise", step))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    optimizer.eval()
+    [file] = (unfinished / "unet").glob("*.safetensors")
+    save_file({key: value.detach().contiguous() for key, value in model.unet.state_dict().items()}, file)
+    unfinished.rename(TAUGHT)
 
 
 @functools.cache
@@ -206,56 +249,15 @@ def encoded_captions(captions: tuple[str, ...]) -> dict[str, Tensor]:
 # ---- a run's own model ----
 
 
-class FoldedUNet(nn.Module):
-    """A U-Net whose LoRA is added to its weights once per call.
-
-    It is the same function as the U-Net with adapter layers, to the last bits, in about half the time for a model as
-    small as this, where there is hardly more work in a layer than in starting it.
-    """
-
-    def __init__(self, plain: nn.Module, adapters: dict[str, LoraWeights]) -> None:
-        super().__init__()
-        self.plain = plain
-        self.adapters = adapters
-        self.dtype = torch.float32
-
-    def forward(
-        self,
-        noisy: Tensor,
-        timesteps: Tensor,
-        *,
-        encoder_hidden_states: Tensor,
-        added_cond_kwargs: dict[str, Tensor],
-        return_dict: bool,
-    ) -> tuple[Tensor]:
-        """Return what the U-Net predicts, in a tuple, as diffusers does."""
-        weights: dict[str, Tensor] = {
-            name: self.plain.get_parameter(name) + adapter.delta() for name, adapter in self.adapters.items()
-        }
-        conditioning = {"encoder_hidden_states": encoder_hidden_states, "added_cond_kwargs": added_cond_kwargs}
-        settings = {**conditioning, "return_dict": return_dict}
-        output: tuple[Tensor] = torch.func.functional_call(self.plain, weights, (noisy, timesteps), settings)
-        return output
-
-
 def trainable_copy(config: Config) -> tuple[Model, Trainable]:
     """Return a copy of the model, ready to be trained as the config says, and its parameters."""
-    model: Any = copy.deepcopy(base_model())
+    model: Any = copy.deepcopy(base_model(config.model.path))
     plain = copy.deepcopy(model.unet)
     trainable = train_parameters(model, open_run(config))
     if config.method.kind == "lora" and DENOISER in config.method.train:
         parameters = {group.name: group.parameters for group in trainable.groups}[DENOISER]
         model.unet = FoldedUNet(plain, live_adapters(model.networks[DENOISER], parameters))
     return model, trainable
-
-
-def live_adapters(network: nn.Module, parameters: Any) -> dict[str, LoraWeights]:
-    """Return a network's LoRA by the name of the weight that it changes, with the parameters that are trained."""
-    found = {}
-    for layer, weights in adapter_weights(network).items():
-        down, up = (parameters[f"{layer}.lora_{part}.default.weight"] for part in "AB")
-        found[f"{layer}.weight"] = LoraWeights(down, up, weights.alpha)
-    return found
 
 
 # ---- batches and measures ----
@@ -314,7 +316,7 @@ def held_out_losses(model: Model, name: str, *, encodes: bool) -> dict[str, floa
 @functools.cache
 def untouched_loss(name: str) -> float:
     """Return the held-out loss of the model as it was released."""
-    return held_out_losses(base_model(), name, encodes=False)["all"]
+    return held_out_losses(base_model(TASKS[name].model), name, encodes=False)["all"]
 
 
 def painted_rates(model: Model, name: str) -> dict[str, float]:
@@ -359,6 +361,5 @@ def paint(model: Model, scenes: list[world.Scene]) -> list[Image.Image]:
 
 def unet_hash() -> str:
     """Return the first digits of a digest of the built-in model's U-Net, which every result depends on."""
-    folder = Path(sdtrain.__file__).parent / "builtin" / "tiny-sdxl" / "unet"
-    [file] = folder.glob("*.safetensors")
+    [file] = (BUILTIN / "unet").glob("*.safetensors")
     return hashlib.sha256(file.read_bytes()).hexdigest()[:12]

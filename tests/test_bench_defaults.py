@@ -186,6 +186,23 @@ def test_a_contestant_trains_and_ships(contestant: str) -> None:
     assert math.isnan(contender.d()) == contestant.startswith(("adamw", "schedulefree"))
 
 
+def test_a_model_that_predicts_noise_is_taught_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "taught"
+    monkeypatch.setattr(tasks, "TAUGHT", path)
+    monkeypatch.setattr(tasks, "TAUGHT_STEPS", 2)
+    monkeypatch.setitem(tasks.TASKS, "base-epsilon", replace(tasks.TASKS["base-epsilon"], num=4, model=str(path)))
+    taught, released = tasks.base_model(str(path)), tasks.base_model()
+    assert (taught.prediction, released.prediction) == ("epsilon", "v_prediction")
+    last = torch.tensor([999])
+    signal, _ = taught.schedule.signal_and_noise(last, torch.zeros(1, 1, 1, 1))
+    assert float(signal) > 0.05, "without zero terminal SNR"
+    moved = dict(taught.networks["unet"].named_parameters())
+    assert any(not torch.equal(moved[name], value) for name, value in released.networks["unet"].named_parameters())
+    monkeypatch.setattr(tasks, "teach", lambda _: pytest.fail("it is there"))
+    tasks.base_model.cache_clear()
+    assert tasks.base_model(str(path)).prediction == "epsilon"
+
+
 def test_folding_a_lora_into_the_weights_changes_nothing() -> None:
     config = tasks.config_of(tasks.TASKS["style"], 4, 0)
     model, trainable = tasks.trainable_copy(config)
