@@ -1,6 +1,6 @@
 """`python -m sdtrain`: the command line."""
 
-from sdtrain.cli import main
+from sdtrain.cli import command
 
 if __name__ == "__main__":
-    main()
+    command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
 from sdtrain.commands.front.drawing import sample
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.front.training import add_training
-from sdtrain.commands.libraries import process_is_ours, quiet_libraries, versions
+from sdtrain.commands.libraries import end_process, process_is_ours, quiet_libraries, versions
 from sdtrain.commands.publish.command_line import add_publish_commands
 from sdtrain.errors import UserError, user_error
 from sdtrain.training.watching.text import hand_out, say
@@ -274,8 +274,20 @@ def options(
     """Options of every command."""
 
 
+def command() -> NoReturn:
+    """Entry point of a process that does nothing else: `main`, and a quick end."""
+    code = 0
+    try:
+        main()
+    except SystemExit as ended:
+        if not isinstance(ended.code, int | None):
+            raise
+        code = ended.code or 0
+    end_process(code)
+
+
 def main() -> None:
-    """Entry point: what the user can mend is told in plain words, with the error's exit code."""
+    """The command line: what the user can mend is told in plain words, with the error's exit code."""
     process_is_ours()
     try:
         app()
