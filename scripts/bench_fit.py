@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +33,7 @@ from torch import Tensor
 
 from sdtrain.data.examples import BUILTIN_FOLDERS
 from sdtrain.files.locations import BUILTIN_FOLDER
+from sdtrain.training.watching.pace import MEMORY
 
 SIDE_PX = 128
 MID_UNET = {
@@ -176,8 +177,15 @@ every = 0
     given = [word for one in settings for word in ("--set", one)]
     seconds, size = timed([sys.executable, "-m", "sdtrain", "fit", str(place / "ours.toml"), *given])
     lines = [json.loads(line) for line in (place / "runs" / "ours" / "log.jsonl").read_text().splitlines()]
-    rates = [setting.batch / line["images_per_s"] for line in lines if line.get("images_per_s")]
-    return Measured(seconds, median(rates[len(rates) // 4 :]), size)
+    each = step_seconds([setting.batch / line["images_per_s"] for line in lines if line.get("images_per_s")])
+    return Measured(seconds, median(each[len(each) // 4 :]), size)
+
+
+def step_seconds(means: Sequence[float]) -> list[float]:
+    """Return the seconds of each step of which a log holds the running means, see `Pace`."""
+    weights = list(accumulate(means, lambda weight, _: MEMORY * weight + 1, initial=0.0))
+    sums = [0.0, *(mean * weight for mean, weight in zip(means, weights[1:], strict=True))]
+    return [later - MEMORY * earlier for earlier, later in pairwise(sums)]
 
 
 def run_peer(place: Path, name: str, kind: str) -> Measured:
