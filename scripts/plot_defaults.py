@@ -270,7 +270,9 @@ def draw_all(found: Sequence[results.Result], folder: Path, *, settings: int = 1
     What a sweep is needed for is drawn where so many of its settings are there.
     """
     whole = results.whole_sweeps(found, settings)
-    drawings = {"lr": learning_rates(whole), "regret": regret(whole), "d": step_sizes(found)}
+    swept = {one.task for one in whole}  # others were run for one question alone
+    measured = [one for one in found if one.task in swept or not swept]
+    drawings = {"lr": learning_rates(whole), "regret": regret(whole), "d": step_sizes(measured)}
     paths = []
     for name, svg in drawings.items():
         if svg:
