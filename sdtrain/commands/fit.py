@@ -11,7 +11,14 @@ from typing import Literal, TypeAlias
 
 from rich.console import Console
 
-from sdtrain.commands.libraries import import_less, imported, quiet_libraries, quiet_pillow, versions
+from sdtrain.commands.libraries import (
+    import_less,
+    imported,
+    look_for_garbage,
+    quiet_libraries,
+    quiet_pillow,
+    versions,
+)
 from sdtrain.commands.notes import note_lines, picture_report_notes, setting_notes
 from sdtrain.config.draft import Written, draft_of
 from sdtrain.config.from_python import chosen_settings
@@ -217,6 +224,8 @@ def _fit_written(
         say(console, *will.notes)
         ranks.require_same(facts_of(will.config, begun.standing, versions()))
         config, folder = will.config, run_folder(will.config.output, will.config.name)
+        if not ranks.is_first:
+            look_for_garbage()  # it is handed no records
         steps, is_finished = train(
             *(config, begun.opened, begun.standing, console, stop),
             watchers=(imported, *watchers),

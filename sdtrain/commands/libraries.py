@@ -84,7 +84,13 @@ def process_is_ours() -> None:
 
 def imported(record: Record) -> None:
     """Look for garbage as usual from the record on with which a training begins: all libraries are there by then."""
-    if _Process.is_ours and isinstance(record, RunRecord):
+    if isinstance(record, RunRecord):
+        look_for_garbage()
+
+
+def look_for_garbage() -> None:
+    """Look for garbage as often as Python usually does."""
+    if _Process.is_ours:
         gc.set_threshold(*USUALLY)
 
 

@@ -183,7 +183,7 @@ def _levers(run: Run, weights: int, gradients: int) -> Sequence[str]:
         word = _half(run)
         levers.append(f"model.dtype = {word} halves the frozen weights, by {_gib(weights // 2)}, and the activations")
     if config.model.base_precision == "full" and isinstance(config.method, LoraConfig):
-        levers.append('model.base_precision = "int8" takes about half of the frozen weights, "nf4" a third')
+        levers.append('model.base_precision = "int8" takes about half of the frozen weights, "nf4" two fifths')
     return levers
 
 
