@@ -201,6 +201,9 @@ def learning_rates(found: Sequence[results.Result]) -> str:
     return page(panels, 4, legend, "Held-out loss over AdamW's learning rate") if panels else ""
 
 
+NUM_LRS = 5  # of schedule-free AdamW
+
+
 def regrets(losses: results.Losses, before: float) -> dict[str, float]:
     """Return what contestants lost against the best of the sweep, as a share of what that gained; by their name."""
     found: dict[str, float] = {}
@@ -209,7 +212,8 @@ def regrets(losses: results.Losses, before: float) -> dict[str, float]:
             found[name] = stands.share
             found["AdamW, the sweep's median"] = (stands.median - stands.best_loss) / (before - stands.best_loss)
     free = [results.standing(losses, name, before) for name in losses if name.startswith("schedulefree")]
-    if shares := [stands.share for stands in free if stands]:
+    shares = [stands.share for stands in free if stands]
+    if len(shares) == NUM_LRS:  # the best of fewer says less than it seems to
         found["schedulefree, its best"] = min(shares)
     return found
 
