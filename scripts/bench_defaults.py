@@ -39,7 +39,6 @@ from sdtrain.config.schema import Config
 from sdtrain.training.computing.objective import Objective
 from sdtrain.training.optimizers import build_optimizer
 from sdtrain.training.parameters import Trainable
-from sdtrain.training.run import generator_of
 from sdtrain.training.start import trains_text
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -194,8 +193,7 @@ def run_job(job: Job) -> list[results.Result]:
     looks = {step for length in job.lengths for step in look_at(length)}
     rates: dict[int, dict[str, float]] = {}
     for step in range(config.steps):
-        loss = objective(feed.at(step), functools.partial(generator_of, config.seed, "noise", step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        tasks.backward(objective, feed, config, step)
         with contextlib.redirect_stdout(io.StringIO()):  # one of them prints
             contestant.optimizer.step()
         contestant.optimizer.zero_grad(set_to_none=True)

@@ -214,8 +214,7 @@ def teach(name: str) -> None:
     optimizer, feed = build_optimizer(trainable, config), Feed(name, config)
     objective = Objective(model, config, torch.device("cpu"))
     for step in range(config.steps):
-        loss = objective(feed.at(step), functools.partial(generator_of, config.seed, "noise", step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        backward(objective, feed, config, step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     optimizer.eval()
@@ -289,6 +288,12 @@ class Feed:
             text = {key: value[rows] for key, value in encoded_captions((*all_captions, "")).items()}
         plan = (Piece(0, 0, len(numbers), len(numbers)),)
         return Batch(0, plan, self._pictures.at(numbers), captions, text, sizes_of(len(numbers)), ())
+
+
+def backward(objective: Objective, feed: Feed, config: Config, step: int) -> None:
+    """Leave the gradients of a step, counted from 0, in what is trained."""
+    loss = objective(feed.at(step), functools.partial(generator_of, config.seed, "noise", step))
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from rich.console import Console
 
 from sdtrain.commands.libraries import (
     import_less,
-    imported,
     look_for_garbage,
     quiet_libraries,
     quiet_pillow,
@@ -224,11 +223,10 @@ def _fit_written(
         say(console, *will.notes)
         ranks.require_same(facts_of(will.config, begun.standing, versions()))
         config, folder = will.config, run_folder(will.config.output, will.config.name)
-        if not ranks.is_first:
-            look_for_garbage()  # it is handed no records
+        look_for_garbage()
         steps, is_finished = train(
             *(config, begun.opened, begun.standing, console, stop),
-            watchers=(imported, *watchers),
+            watchers=watchers,
             ranks=ranks,
             told=begun.told,
             expected=will,

@@ -17,7 +17,6 @@ from typing import NoReturn
 
 from sdtrain import __version__
 from sdtrain.config.schema import Config
-from sdtrain.training.watching.records import Record, RunRecord
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 """The libraries whose versions decide what a run does."""
@@ -82,14 +81,8 @@ def process_is_ours() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
-def imported(record: Record) -> None:
-    """Look for garbage as usual from the record on with which a training begins: all libraries are there by then."""
-    if isinstance(record, RunRecord):
-        look_for_garbage()
-
-
 def look_for_garbage() -> None:
-    """Look for garbage as often as Python usually does."""
+    """Look for garbage as often as Python usually does, from when nearly all libraries are imported."""
     if _Process.is_ours:
         gc.set_threshold(*USUALLY)
 

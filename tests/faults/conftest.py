@@ -77,7 +77,7 @@ def until(there: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < deadline, f"not there after {seconds:.0f} s"
-        time.sleep(0.005)
+        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

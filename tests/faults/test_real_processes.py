@@ -19,6 +19,7 @@ import pytest
 from sdtrain.config.read import resolve
 from sdtrain.config.write import config_to_toml
 from tests.conftest import merged
+from tests.faults.conftest import until
 
 SDTRAIN = [sys.executable, "-m", "sdtrain.cli"]
 
@@ -78,10 +79,7 @@ def steps_in(log: Path) -> list[int]:
 
 
 def wait_for_steps(log: Path, num: int, seconds: float = 180) -> None:
-    deadline = time.monotonic() + seconds
-    while len(steps_in(log)) < num:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.05)
+    until(lambda: len(steps_in(log)) >= num, seconds)
 
 
 def cpu_of_children() -> float:

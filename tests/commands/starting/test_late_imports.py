@@ -14,7 +14,6 @@ import pytest
 from sdtrain.commands import libraries
 from sdtrain.config.from_python import make_config
 from sdtrain.config.schema import Config
-from sdtrain.training.watching.records import NoteRecord, RunRecord
 
 
 def a_config(precision: str) -> Config:
@@ -95,19 +94,17 @@ def test_threads_sleep_while_they_wait_where_other_programs_compute(
     os.environ.pop("GOMP_SPINCOUNT", None)
 
 
-def test_garbage_is_seldom_looked_for_while_libraries_are_imported_and_as_usual_from_the_first_record_on() -> None:
-    usual, begun = gc.get_threshold(), RunRecord("a", Path("a"), 1, 0, 1e-6, "")
+def test_garbage_is_seldom_looked_for_while_libraries_are_imported_and_as_usual_afterwards() -> None:
+    usual = gc.get_threshold()
     libraries.process_is_ours()
     assert gc.get_threshold() == libraries.SELDOM and gc.isenabled()
-    libraries.imported(NoteRecord(0, "still loading"))
-    assert gc.get_threshold() == libraries.SELDOM
-    libraries.imported(begun)
+    libraries.look_for_garbage()
     assert gc.get_threshold() == usual
 
 
 def test_a_run_in_the_process_of_others_leaves_their_garbage_to_them() -> None:
     gc.set_threshold(12345, 6, 7)
-    libraries.imported(RunRecord("a", Path("a"), 1, 0, 1e-6, ""))
+    libraries.look_for_garbage()
     assert gc.get_threshold() == (12345, 6, 7)
 
 
