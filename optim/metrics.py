@@ -20,6 +20,8 @@ class GroupMetrics:
     name: str
     d: float
     """The group's own estimate of the step size, times `d_coef` once it has stopped climbing."""
+    found_d: float
+    """The same without `d_coef`: what another optimizer of these parameters may start from."""
     applied_d: float
     """The d its last step was made with: its own, the mean over the groups, or the joint one."""
     lr: float
@@ -91,6 +93,7 @@ def _metrics(
             GroupMetrics(
                 name=name,
                 d=now["d"] * d_coef if settled else now["d"],
+                found_d=now["d"],
                 applied_d=now["applied_d"],
                 lr=lr,
                 effective_lr=now["applied_d"] * now["applied_lr"] * share if now["active"] else 0.0,

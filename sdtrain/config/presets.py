@@ -3,7 +3,7 @@
 Diffusion gradients keep rising and falling with the timestep that happens to be drawn, so that d, which can only grow,
 keeps creeping up long after it was large enough ("escape velocity"). The presets freeze it when a share of the planned
 steps is done and it is at rest, never while it climbs, start it where a run of that kind gets off the ground in few
-steps, and apply less of it the longer a run is.
+steps, and apply less of it the longer a run is, and more in a short one.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from sdtrain.errors import Problem
 from sdtrain.families.words import DENOISER, TRAINABLE_NETWORKS
 
 FREEZE_SHARE = 0.25
-WHOLE_D_STEPS, LEAST_D_COEF = 400, 0.25
-"""Runs of more steps than this make steps that are smaller than d, by this factor at most."""
+WHOLE_D_STEPS, LEAST_D_COEF, MOST_D_COEF = 400, 0.25, 2.0
+"""Runs of so many steps apply d as it is found. Longer ones apply less of it and shorter ones more, up to these."""
 LEAST_TRAVEL = 1e-4
 """Weights that move by less than this in all, even if every step goes in one direction, change no picture."""
 LIMIT_OF_GROWTH = 2**0.25
@@ -85,12 +85,15 @@ def with_preset(table: dict[str, Any]) -> dict[str, Any]:
 def d_coef_of(config: Config) -> float:
     """Return the factor of d with which a run begins: the longer it is planned, the smaller its steps.
 
-    What is found by looking at a few steps is the largest step that is still good. Repeated for long, it learns the
-    pictures by heart, as the best learning rate of AdamW falls with the length of a run (README, "Beside a swept
-    AdamW").
+    d is the size of step that is right for a few hundred. Repeated for long, it learns the pictures by heart, and a
+    hundred of them fall short, as the best learning rate of AdamW falls with the length of a run (README, "Beside a
+    swept AdamW"): with the inverse of a longer run's length, and with the root of it among short ones.
     """
     chosen = config.optimizer.d_coef
-    return chosen if chosen != "auto" else min(1.0, max(LEAST_D_COEF, WHOLE_D_STEPS / config.steps))
+    if chosen != "auto":
+        return chosen
+    share = WHOLE_D_STEPS / config.steps
+    return max(LEAST_D_COEF, share) if share < 1 else min(MOST_D_COEF, math.sqrt(share))
 
 
 def misfits(config: Config) -> Iterator[Problem]:

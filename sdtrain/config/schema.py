@@ -271,8 +271,8 @@ class OptimizerConfig(Settings):
     d0: Annotated[float, Field(gt=0)] = Field(default=1e-6, description="First guess of the step size d.")
     d_coef: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         default=1.0,
-        description="Factor on the d that is found; counts once d is at rest, and freezes it there. `auto`: 1, in runs "
-        "of more than 400 steps less, 0.25 at least.",
+        description="Factor on the d that is found; counts once d is at rest, and freezes it there. `auto`: 1 in "
+        "runs of 400 steps, more in shorter ones (2 up to 100 steps), less in longer ones (0.25 from 1,600 on).",
     )
     d_limiter: bool = Field(default=True, description="Let d grow by at most 2^(1/4) a step.")
     prodigy_steps: Whole | Literal["auto"] = Field(

@@ -89,7 +89,7 @@ def fit(
     report = report_writer(training.run, standing, told)
     others = [report.see, *trackers(config.tracking), *watchers]
     said: list[str] = []
-    record = _record_of(training.run, first_step)
+    record = _record_of(training.run, first_step, d_coef)
     try:
         with (
             watching(record, console, others, somebody_else=not ranks.is_first) as everybody,
@@ -253,7 +253,7 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
         say(console, f"d of {', '.join(thawed)} was frozen and is estimated again from step {training.step} on")
 
 
-def _record_of(run: Run, first_step: int) -> RunRecord:
+def _record_of(run: Run, first_step: int, d_coef: float) -> RunRecord:
     config = run.config
     return RunRecord(
         name=config.name,
@@ -262,4 +262,5 @@ def _record_of(run: Run, first_step: int) -> RunRecord:
         first_step=first_step,
         d0=config.optimizer.d0,
         config_toml=config_to_toml(config),
+        usual_weight=d_coef if config.optimizer.d_coef == "auto" else 1.0,
     )

@@ -81,6 +81,7 @@ def _records(
         GroupRecord(
             name=now.name,
             d=now.d,
+            found_d=now.found_d,
             applied_d=now.applied_d,
             effective_lr=now.effective_lr,
             frozen=now.frozen,

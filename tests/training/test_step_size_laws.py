@@ -81,13 +81,16 @@ def test_the_lr_of_a_network_weighs_its_step_on_the_quickstarts_pictures(
 
 
 def test_d_coef_is_a_factor_of_d(train: Train) -> None:
-    one = end_of(train, "one", 100, SETTINGS | SOONER)["unet"]["d"]
+    one = end_of(train, "one", 100, SETTINGS | SOONER | {"optimizer.d_coef": 1.0})["unet"]["d"]
     assert one > 1e-3
     less = end_of(train, "less", 100, SETTINGS | SOONER | {"optimizer.d_coef": 0.25})
     assert less["unet"]["d"] == pytest.approx(0.25 * one, rel=0.25)
 
 
-@pytest.mark.parametrize(("steps", "factor"), [(1, 1.0), (400, 1.0), (500, 0.8), (1600, 0.25), (10**6, 0.25)])
+@pytest.mark.parametrize(
+    ("steps", "factor"),
+    [(1, 2.0), (100, 2.0), (200, 2**0.5), (400, 1.0), (500, 0.8), (1600, 0.25), (10**6, 0.25)],
+)
 def test_a_longer_run_applies_less_of_d(table: dict[str, Any], steps: int, factor: float) -> None:
     config = resolve(merged(table, {"steps": steps, "optimizer": {}}), "test config")
     assert d_coef_of(config) == pytest.approx(factor)
@@ -107,8 +110,9 @@ def test_a_run_that_is_made_longer_goes_on_with_the_factor_it_began_with(
         records: list[Any] = []
         _, told = train(SETTINGS | changes, resume=resume, watchers=[records.append])
         (weight,) = {group.weight for record in records for group in getattr(record, "groups", ())}
-        found = re.search(r"(\S+) of it is applied", " ".join(told.split()))
+        found = re.search(r"(\S+) x d is applied", " ".join(told.split()))
         assert weight == (float(found[1]) if found else 1.0)
+        assert records[0].usual_weight == (1.0 if "optimizer.d_coef" in changes else weight)
         return float(weight)
 
     assert factor_of({"steps": 2}) == 1.0
@@ -121,7 +125,7 @@ def test_a_run_that_is_made_longer_goes_on_with_the_factor_it_began_with(
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("factor", [0.25, 0.5, 2.0])
 def test_d_coef_is_a_factor_of_d_on_the_quickstarts_pictures(train: Train, factor: float, seed: int) -> None:
-    settings = SETTINGS | SOONER | {"seed": seed}
+    settings = SETTINGS | SOONER | {"seed": seed, "optimizer.d_coef": 1.0}
     one = end_of(train, "one", 200, settings)["unet"]["d"]
     other = end_of(train, "other", 200, settings | {"optimizer.d_coef": factor})["unet"]["d"]
     assert other == pytest.approx(factor * one, rel=0.25)
@@ -155,7 +159,7 @@ def test_a_preset_does_not_freeze_a_d_that_climbs_and_says_so_where_the_run_ends
 @pytest.mark.slow
 def test_runs_of_any_length_find_the_same_d_or_say_why_not(train: Train, table: dict[str, Any]) -> None:
     table["optimizer"] = {}
-    settings = {key: value for key, value in SETTINGS.items() if key != "optimizer.d0"}
+    settings = {key: value for key, value in SETTINGS.items() if key != "optimizer.d0"} | {"optimizer.d_coef": 1.0}
     found = {}
     for steps in (20, 40, 80, 200, 400):
         run, said = train(settings | {"name": f"of-{steps}", "steps": steps})

@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from safetensors import safe_open
 
+from sdtrain.families.metadata import D_KEY
 from sdtrain.training.computing.objective import Objective
 from sdtrain.training.watching import advice
 from sdtrain.training.watching.advice import Adviser, stuck_at_d0, stuck_at_stored_d
@@ -325,6 +326,18 @@ def test_each_piece_of_advice_is_one_note_once_with_the_name_of_the_network(case
     assert notes[0][1].startswith("note: ") and text in notes[0][1]
 
 
+def test_a_weight_that_nobody_chose_is_not_told_of_where_it_did_not_count() -> None:
+    run = dataclasses.replace(RUN, steps=1, usual_weight=2.0)
+    for weight, is_told in ((2.0, False), (1.0, False), (1.5, True)):  # 1.5: 0.75 of `method.lr`
+        notes = told(run, step(1, changed(group(1e-3), weight=weight, settled=False)))
+        assert any("did not count" in text for _, text in notes) is is_told
+
+
+def test_a_factor_that_comes_to_count_late_is_no_d_that_doubled() -> None:
+    late = changed(GROWN, d=2 * GROWN.d, found_d=GROWN.d, weight=2.0)
+    assert told(RUN, *(step(number, GROWN if number < 700 else late) for number in range(1, 1001))) == []
+
+
 def test_each_network_is_told_of_at_its_own_time() -> None:
     useless = group(5e-8, start_d=1e-8, frozen=True)
     other = changed(useless, name="text_encoder")
@@ -375,7 +388,7 @@ def test_a_run_from_a_file_starts_at_the_files_d_before_and_after_it_is_resumed(
         "optimizer.d0": 1e-6,
     }
     _, text = train(warm | {"steps": 2}, watchers=[seen.append])
-    _, resumed = train(warm | {"steps": 4}, resume=True, watchers=[seen.append])
+    run, resumed = train(warm | {"steps": 4}, resume=True, watchers=[seen.append])
     steps = [record for record in seen if isinstance(record, StepRecord)]
     stored = json.loads((first / "log.jsonl").read_text().splitlines()[-1])["groups"]["unet"]["d"]
     assert stored > 1e-4
@@ -383,3 +396,7 @@ def test_a_run_from_a_file_starts_at_the_files_d_before_and_after_it_is_resumed(
     for said in (text, resumed):
         assert said.count("d of unet is still that of the file in method.init_from") == 1
         assert "is still d0" not in said
+    assert steps[-1].groups[0].d == pytest.approx(2 * stored), "a short run makes larger steps, from d_coef = auto"
+    with safe_open(run / "weights" / "warm.safetensors", "pt") as file:
+        handed_on = json.loads(file.metadata()[D_KEY])
+    assert handed_on == {"unet": pytest.approx(stored)}, "the factor would be put on it again and again"

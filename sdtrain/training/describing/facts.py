@@ -53,7 +53,7 @@ def file_facts(
         optimizer="optim.ProdigyPlusScheduleFree",
         tag_counts=tag_counts(examples),
         config_toml=config_to_toml(config),
-        d={group.name: group.d for group in groups},
+        d={group.name: group.found_d for group in groups},
         more={**author_entries(config, folder), **training_entries(config, examples, folder)},
     )
 
@@ -69,7 +69,7 @@ def description_of(
             CONFIG_KEY: config_to_toml(config),
             **steps_entry(step),
             TAGS_KEY: json.dumps(tag_counts(examples)),
-            D_KEY: json.dumps({group.name: group.d for group in groups}),
+            D_KEY: json.dumps({group.name: group.found_d for group in groups}),
             **author_entries(config, folder),
             **training_entries(config, examples, folder),
         },

@@ -49,8 +49,8 @@ def stuck_at_stored_d(run: RunRecord, step: StepRecord, group: GroupRecord) -> s
         return None
     return (
         f"note: after {step.step} steps d of {group.name} is still that of the file in method.init_from "
-        f"({group.d:.1e}). It learns at the file's pace, which is often right. If the previews do not change, look for "
-        "captions that do not fit the pictures, or gradients that cancel in a very small batch."
+        f"({group.start_d:.1e}). It learns at the file's pace, which is often right. If the previews do not change, "
+        "look for captions that do not fit the pictures, or gradients that cancel in a very small batch."
     )
 
 
@@ -95,8 +95,11 @@ def frozen_too_small(run: RunRecord, step: StepRecord, group: GroupRecord) -> st
 
 
 def weight_that_waited(run: RunRecord, step: StepRecord, group: GroupRecord) -> str | None:
-    """Return advice on a network whose weight never counted, because the run ended before its d was at rest."""
-    if group.stopped or group.settled or group.weight == 1 or step.step < run.steps:
+    """Return advice on a network whose weight never counted, because the run ended before its d was at rest.
+
+    One that nobody chose is not told of: that d was still climbing is.
+    """
+    if group.stopped or group.settled or group.weight in (1, run.usual_weight) or step.step < run.steps:
         return None
     return (
         f"note: the weight of {group.name} ({group.weight:g}, of method.lr, optimizer.lr and optimizer.d_coef) did not "
@@ -146,15 +149,15 @@ class RunningAway:
         """Return the advice, None where there is none."""
         if group.name not in self.before:
             late = 2 * step.step >= run.steps and not group.climbing
-            if group.d > CLIMBED * group.start_d and (group.settled or late):
-                self.before[group.name] = (group.d, step.step)
+            if _found(group) > CLIMBED * group.start_d and (group.settled or late):
+                self.before[group.name] = (_found(group), step.step)
             return None
         d, since = self.before[group.name]
-        if group.frozen or group.d < DOUBLED * d:
+        if group.frozen or _found(group) < DOUBLED * d:
             return None
         return (
-            f"note: d of {group.name} doubled late, from {d:.1e} at step {since} to {group.d:.1e}: it may run away. "
-            "Look at the previews; if they get worse, start again with a smaller optimizer.d_coef, or with "
+            f"note: d of {group.name} doubled late, from {d:.1e} at step {since} to {_found(group):.1e}: it may run "
+            "away. Look at the previews; if they get worse, start again with a smaller optimizer.d_coef, or with "
             f"optimizer.prodigy_steps = {since}, which freezes it there."
         )
 
@@ -167,7 +170,12 @@ def _is_unmoved(run: RunRecord, step: StepRecord, group: GroupRecord) -> bool:
     waited = min(STUCK_STEPS, max(FIRST_STEPS, (run.steps - run.first_step) // 2))
     if step.step < run.first_step + waited or group.stopped or group.given or not group.gradient:
         return False
-    return group.d <= group.start_d * (1 + 1e-6)
+    return _found(group) <= group.start_d * (1 + 1e-6)
+
+
+def _found(group: GroupRecord) -> float:
+    """Return d without the factor that is put on it, which may come to count at any step."""
+    return group.found_d or group.d
 
 
 def _after_first_steps(run: RunRecord) -> int:

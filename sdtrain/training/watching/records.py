@@ -26,6 +26,8 @@ class RunRecord:
     """The first guess of d in the settings; a network may start from another, see `GroupRecord.start_d`."""
     config_toml: str
     """All settings as TOML text, because a config object holds lists, which a watcher could change."""
+    usual_weight: float = 1.0
+    """The weight of a network that nobody gave one: the factor that `d_coef = "auto"` makes of the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class GroupRecord:
     """Whether the matrices of its adapters that begin at zero got no gradient yet: it changes no picture."""
     skipped: int = 0
     """How many steps of the run were left out so far, because a loss or a gradient was not finite."""
+    found_d: float = 0.0
+    """`d` as it was found, without `optimizer.d_coef`; 0: the same as `d`."""
     given: bool = False
     """Whether d is a value that was given and never estimated (`optimizer.prodigy_steps = 1`)."""
 
