@@ -92,7 +92,8 @@ def test_info_tells_what_a_run_wrote_into_its_file(train: Train) -> None:
 def test_a_run_can_start_from_an_earlier_file_and_its_d(train: Train) -> None:
     first, _ = train({"name": "first", "optimizer.d0": 2e-3})
     file = first / "weights" / "first.safetensors"
-    second, _ = train({"name": "second", "steps": 1, "method.init_from": str(file), "checkpoint.every": 1})
+    changes = {"name": "second", "steps": 1, "checkpoint.every": 1, "optimizer.d_coef": 1.0}
+    second, _ = train(changes | {"method.init_from": str(file)})
     before, after = load_file(file), load_file(second / "weights" / "second.safetensors")
     assert before.keys() == after.keys()
     up = [name for name in before if "lora_up" in name]
