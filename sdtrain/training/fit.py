@@ -240,7 +240,7 @@ def _go_on_from(standing: Standing, training: Training, console: Console) -> Non
     """Put everything back as it was in the state that a run goes on from; a d that is estimated again is told of."""
     if standing.state is None:
         return
-    # a run whose length is changed goes on with the d_coef it began with: what is averaged is of one size of step
+    # a run that is made longer goes on in the steps of a long run; one that is made shorter, in those it began with
     own = training.run.config.optimizer.d_coef != "auto"
     training.step = load_state(standing.state, training.trainable, training.optimizer, own_d_coef=own)
     training.saved_step = training.step

@@ -257,6 +257,15 @@ def test_d_coef_is_that_of_now_and_not_that_of_the_state(states: Path) -> None:
     assert [group["d_coef"] for group in run.optimizer.param_groups] == [0.5]
 
 
+@pytest.mark.parametrize(("now", "after"), [(0.5, 0.5), (2.0, 1.0)])
+def test_a_d_coef_that_follows_from_the_steps_only_falls(states: Path, now: float, after: float) -> None:
+    state = find_newest(states).state
+    assert state is not None
+    run = SmallRun(d_coef=now)
+    load_state(state, run.trainable, run.optimizer, own_d_coef=False)
+    assert [group["d_coef"] for group in run.optimizer.param_groups] == [after], "that of the state is 1"
+
+
 def test_a_state_in_float32_goes_on_in_bfloat16_and_back(states: Path) -> None:
     state = find_newest(states).state
     assert state is not None

@@ -100,7 +100,7 @@ def test_a_longer_run_applies_less_of_d(table: dict[str, Any], steps: int, facto
     assert d_coef_of(never) == 1.0
 
 
-def test_a_run_that_is_made_longer_goes_on_with_the_factor_it_began_with(
+def test_a_run_that_is_made_longer_goes_on_in_the_steps_of_a_long_one(
     train: Train, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(presets, "WHOLE_D_STEPS", 2)
@@ -116,7 +116,7 @@ def test_a_run_that_is_made_longer_goes_on_with_the_factor_it_began_with(
         return float(weight)
 
     assert factor_of({"steps": 2}) == 1.0
-    assert factor_of({"steps": 4}, resume=True) == 1.0
+    assert factor_of({"steps": 4}, resume=True) == 0.5
     assert factor_of({"steps": 4, "name": "at-once"}) == 0.5
     assert factor_of({"steps": 6, "optimizer.d_coef": 0.25}, resume=True) == 0.25, "who chooses one has it"
 

@@ -189,9 +189,9 @@ def load_state(
 ) -> int:
     """Put a saved state back, bit for bit; return its step.
 
-    own_d_coef: whether the optimizer keeps the d_coef it has, which may have been changed since. Weights that are
-    trained in another precision now are rounded to it. Raises UserError, before anything is changed, if the state is
-    damaged or of another run.
+    own_d_coef: whether the optimizer keeps the d_coef it has, which may have been changed since; else it takes the
+    smaller one. Weights that are trained in another precision now are rounded to it. Raises UserError, before anything
+    is changed, if the state is damaged or of another run.
     """
     wanted = trainable.named_parameters()
     files = {name: _header(state.folder / name) for name in (PARAMETERS, OPTIMIZER)}
@@ -207,9 +207,8 @@ def load_state(
         optimizer.load_state_dict(content)
     except ValueError as error:
         raise user_error(str(state.folder), "training state", f"cannot be used: {error}; {_OTHERWISE}") from None
-    if own_d_coef:
-        for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
-            group["d_coef"] = d_coef
+    for group, d_coef in zip(optimizer.param_groups, chosen, strict=True):
+        group["d_coef"] = d_coef if own_d_coef else min(d_coef, group["d_coef"])
     for name, parameter in wanted.items():
         put(parameter, parameters[name])
     return state.step

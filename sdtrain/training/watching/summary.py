@@ -80,7 +80,7 @@ def _optimizer(config: Config, d_coef: float) -> str:
         freeze = "d freezes when it has stopped growing" + (f", from step {after} on" if after else "")
     else:
         freeze = f"d freezes at step {steps}" if steps else "d never freezes"
-    coef = "" if d_coef == 1 else f", {d_coef:.3g} x d is applied"
+    coef = "" if d_coef == 1 else f", {d_coef:.3g} x d is applied once it rests"
     return f"Prodigy + Schedule-Free, preset {settings.preset}: {freeze}{coef}, d0 {settings.d0:g}"
 
 
