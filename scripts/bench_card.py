@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import shutil
 import statistics
 import subprocess
@@ -66,7 +67,14 @@ RUNS: dict[str, list[str]] = {
     "LoHa, batch 1": ['method.adapter="loha"'],
     "LoRA, batch 1, recomputed": ["memory.gradient_checkpointing=true"],
     "LoRA, batch 1, compiled": ["memory.compile=true"],
+    "LoRA, batch 1, on 8 GB": ['memory.budget="8GB"'],
+    "LoRA, batch 4, on 8 GB": ['memory.budget="8GB"', "data.batch_size=4"],
+    "full U-Net, on 16 GB": ['memory.budget="16GB"'],
+    "LoRA, batch 4, on 12 GB": ['memory.budget="12GB"', "data.batch_size=4"],
 }
+"""Where a name ends in the size of a card, PyTorch gets no more than such a card has for it."""
+OF_DRIVER = 0.6
+"""GiB of a card that its driver and CUDA's own memory take before PyTorch has any."""
 CONFIG = (
     HEAD
     + """
@@ -153,6 +161,7 @@ def measure(folder: Path, name: str, settings: list[str], steps: int, *, profile
             trace.after(record.step)
 
     torch.cuda.reset_peak_memory_stats()
+    set_card(name)
     began = time.monotonic()
     fit(path, overrides=settings, watchers=[see])
     peak = torch.cuda.max_memory_allocated() / 2**30
@@ -160,6 +169,14 @@ def measure(folder: Path, name: str, settings: list[str], steps: int, *, profile
     median = statistics.median(seconds[len(seconds) // 2 : -1])
     row = f"{name:<34}{median:8.3f}{ends[0] - began:8.1f}{peak:8.2f}"
     return row + trace.table()
+
+
+def set_card(name: str) -> None:
+    """Let PyTorch have what a card of the size has that a run is named after; all where it names none."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    size = re.search(r"on (\d+) GB$", name)
+    share = (int(size[1]) - OF_DRIVER) * 2**30 / total if size else 1.0
+    torch.cuda.set_per_process_memory_fraction(share)
 
 
 class Trace:
