@@ -13,6 +13,7 @@ the built-in one, and its parts around a U-Net of 120 M random parameters.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import statistics
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,9 +69,10 @@ LEVERS: dict[str, list[str]] = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A run: seconds of all of it and of a steady step, and the most memory of its process in MiB."""
+    """A run: seconds of all of it, to its first step and of a steady one, and the most memory of its process in MiB."""
 
     whole_s: float
+    first_s: float
     step_s: float
     peak_mib: float
 
@@ -96,7 +98,7 @@ def main(
         place = prepare(folder / name, name)
         others = LEVERS if levers else {kind: [] for kind in PEERS}
         print(f"{name}: {SETTINGS[name].steps} steps of {SETTINGS[name].batch} pictures", flush=True)
-        print(f"  {'':<24}{'whole':>8}{'step':>8}{'peak':>8}   ours: whole, step, peak", flush=True)
+        print(f"  {'':<24}{'whole':>8}{'first':>8}{'step':>8}{'peak':>8}   ours: whole, first, step, peak", flush=True)
         for other, settings in others.items():
             found = [compared(place, name, other, settings, turn) for turn in range(pairs)]
             print(row(other, found), flush=True)
@@ -104,16 +106,21 @@ def main(
 
 def row(other: str, found: Sequence[tuple[Measured, Measured]]) -> str:
     """Return a row: the other's medians, and how many times as fast, and how large, ours is."""
-    theirs = [median([pick(one[1]) for one in found]) for pick in (whole, step, peak)]
-    ratios = [median([pick(one[1]) / pick(one[0]) for one in found]) for pick in (whole, step)]
+    theirs = [median([pick(one[1]) for one in found]) for pick in (whole, first, step, peak)]
+    ratios = [median([pick(one[1]) / pick(one[0]) for one in found]) for pick in (whole, first, step)]
     size = median([peak(one[0]) / peak(one[1]) for one in found])
-    text = f"  {other:<24}{theirs[0]:7.1f}s{theirs[1]:7.3f}s{theirs[2]:5.0f}MiB"
-    return f"{text}   {ratios[0]:.2f} x as fast, {ratios[1]:.2f} x, {size:.2f} x the memory"
+    text = f"  {other:<24}{theirs[0]:7.1f}s{theirs[1]:7.1f}s{theirs[2]:7.3f}s{theirs[3]:5.0f}MiB"
+    return f"{text}   {ratios[0]:.2f} x as fast, {ratios[1]:.2f} x, {ratios[2]:.2f} x, {size:.2f} x the memory"
 
 
 def whole(one: Measured) -> float:
     """Return the seconds of all of a run."""
     return one.whole_s
+
+
+def first(one: Measured) -> float:
+    """Return the seconds from the start of a process to the end of its first step."""
+    return one.first_s
 
 
 def step(one: Measured) -> float:
@@ -175,10 +182,11 @@ every = 0
 """
     (place / "ours.toml").write_text(config)
     given = [word for one in settings for word in ("--set", one)]
-    seconds, size = timed([sys.executable, "-m", "sdtrain", "fit", str(place / "ours.toml"), *given])
-    lines = [json.loads(line) for line in (place / "runs" / "ours" / "log.jsonl").read_text().splitlines()]
+    log = place / "runs" / "ours" / "log.jsonl"
+    one = timed([sys.executable, "-m", "sdtrain", "fit", str(place / "ours.toml"), *given], log)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
     each = step_seconds([setting.batch / line["images_per_s"] for line in lines if line.get("images_per_s")])
-    return Measured(seconds, median(each[len(each) // 4 :]), size)
+    return replace(one, step_s=median(each[len(each) // 4 :]))
 
 
 def step_seconds(means: Sequence[float]) -> list[float]:
@@ -190,18 +198,24 @@ def step_seconds(means: Sequence[float]) -> list[float]:
 
 def run_peer(place: Path, name: str, kind: str) -> Measured:
     """Run the plain loop."""
-    seconds, size = timed([sys.executable, __file__, str(place), "--models", name, "--peer", kind])
-    return Measured(seconds, float((place / "peer.txt").read_text()), size)
+    (place / "peer.log").unlink(missing_ok=True)
+    one = timed([sys.executable, __file__, str(place), "--models", name, "--peer", kind], place / "peer.log")
+    return replace(one, step_s=float((place / "peer.txt").read_text()))
 
 
-def timed(command: Sequence[str]) -> tuple[float, float]:
-    """Run a process; return its seconds and its peak in MiB."""
+def timed(command: Sequence[str], log: Path) -> Measured:
+    """Run a process that writes to `log` after its first step; ours does so a step late, when the loss is there."""
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    while process.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.01)
+    first_s = time.perf_counter() - started
+    if process.returncode is not None:
+        raise typer.Exit(1)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise typer.Exit(1)
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    return Measured(time.perf_counter() - started, first_s, math.nan, usage.ru_maxrss / 1024)
 
 
 # ---- models and pictures ----
@@ -303,6 +317,8 @@ def be_the_peer(place: Path, setting: Setting, *, cached: bool) -> None:
             optimizer.zero_grad()
             loss.item()  # for the progress bar
             ends.append(time.perf_counter())
+            if len(ends) == 1:
+                (place / "peer.log").write_text("1")
             if len(ends) == setting.steps:
                 break
     tensors = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))

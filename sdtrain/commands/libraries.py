@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from sdtrain import __version__
+from sdtrain.commands.starting.bare import CROWDED, hold_back
 from sdtrain.config.schema import Config
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
@@ -116,6 +117,10 @@ def import_less(config: Config) -> None:
 
     That saves two seconds. From Python, where others use the same libraries, everything is imported as ever.
     """
-    if _Process.is_ours and config.model.base_precision == "full":
+    if not _Process.is_ours:
+        return
+    if config.model.base_precision == "full":
         for name in QUANTISERS:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to Python: not there
+    for name in CROWDED:
+        hold_back(name)

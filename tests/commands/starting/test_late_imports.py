@@ -31,6 +31,7 @@ def a_config(precision: str) -> Config:
 @pytest.fixture(autouse=True)
 def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(libraries._Process, "is_ours", False)
+    monkeypatch.setattr(libraries, "CROWDED", ())  # see test_bare.py
     for name in libraries.QUANTISERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     before = gc.get_threshold()
