@@ -103,3 +103,21 @@ def test_tensors_with_numbers_are_never_remembered() -> None:
         out, _ = replay.call(aten.add.Tensor, (torch.tensor(number), 1), {})
         assert out.item() == number + 1 and not isinstance(out, FakeTensor)
     assert not replay._known
+
+
+class PartOfALargerOne:
+    """An operation that keeps more than it returns, as kernels that pad do."""
+
+    namespace, overloadpacket, tags = "aten", None, ()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x.new_empty(16)[:4]
+
+
+def test_memory_beyond_what_is_returned_is_remembered() -> None:
+    replay, operation = Replay(lambda *_: 0), PartOfALargerOne()
+    with FakeTensorMode():
+        x = torch.empty(4, 4)
+        first, again = (facts(replay.call(operation, (x,), {})[0], (x,)) for _ in range(2))
+    assert len(replay._known) == 1 and first == again
+    assert first[1][6] == 16 * 4
