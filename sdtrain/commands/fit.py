@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias
 from rich.console import Console
 
 from sdtrain.commands.libraries import (
-    import_less,
+    importing_less,
     look_for_garbage,
     quiet_libraries,
     quiet_pillow,
@@ -209,10 +209,13 @@ def _fit_written(
             return begun
         stop.doing = "loading PyTorch"
         quiet_libraries()  # not before: fetching a model shows its progress
-        import_less(begun.config)
-        from sdtrain.training.fit import fit as train  # what can be told without torch has been told
-        from sdtrain.training.planning.budget import expected
-        from sdtrain.training.run import pick_device, repeatable
+        with importing_less(begun.config):  # what can be told without torch has been told
+            from sdtrain.models.checkpoints.networks import import_networks
+            from sdtrain.training.fit import fit as train
+            from sdtrain.training.planning.budget import expected
+            from sdtrain.training.run import pick_device, repeatable
+
+            import_networks(begun.opened.family)
 
         stop.doing = "planning the memory"
         device = pick_device(begun.config, ranks.place.local_rank)

@@ -11,12 +11,15 @@ import platform
 import sys
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
 from sdtrain import __version__
 from sdtrain.commands.starting.bare import CROWDED, hold_back
+from sdtrain.commands.starting.uncompiled import unmarked
 from sdtrain.config.schema import Config
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
@@ -66,8 +69,8 @@ def _version(distribution: str) -> str:
 
 USUALLY = gc.get_threshold()
 SELDOM = (50_000, 20, 100)
-"""How often garbage that refers to itself is looked for while libraries are imported. They make a million objects that
-all stay; looking through them again and again takes a fifth of the time until a run's first step."""
+"""How often garbage that refers to itself is looked for. Libraries make a million objects that all stay while they are
+imported; looking through them again and again takes a fifth of the time until a run's first step."""
 
 
 class _Process:
@@ -83,8 +86,10 @@ def process_is_ours() -> None:
 
 
 def look_for_garbage() -> None:
-    """Look for garbage as often as Python usually does, from when nearly all libraries are imported."""
+    """Look for garbage as often as usual, from when nearly all libraries are imported, but not in what they hold."""
     if _Process.is_ours:
+        gc.freeze()
+        gc.enable()
         gc.set_threshold(*USUALLY)
 
 
@@ -112,15 +117,21 @@ def others_compute(load: Path = Path("/proc/loadavg")) -> bool:
     return False
 
 
-def import_less(config: Config) -> None:
+@contextmanager
+def importing_less(config: Config) -> Iterator[None]:
     """Keep away from this process what a run with these settings has no use for, unless somebody has it already.
 
-    That saves two seconds. From Python, where others use the same libraries, everything is imported as ever.
+    That saves three seconds. Until `look_for_garbage` no garbage is looked for. From Python, where others use the same
+    libraries, everything is imported as ever.
     """
     if not _Process.is_ours:
+        yield
         return
+    gc.disable()
     if config.model.base_precision == "full":
         for name in QUANTISERS:
             sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to Python: not there
-    for name in CROWDED:
-        hold_back(name)
+    with nullcontext() if config.memory.compile else unmarked():
+        for name in CROWDED:
+            hold_back(name)
+        yield

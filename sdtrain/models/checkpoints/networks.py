@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from sdtrain.errors import Problem, UserError, user_error
 from sdtrain.families.family import Family
@@ -112,10 +113,28 @@ def empty_network(family: Family, component: Component, config: dict[str, Any]) 
     """
     build = _builder(family, component)
     try:
-        with torch.device("meta"):  # for the building alone: an import makes tensors that must be real
+        with torch.device("meta"), _Unfilled():  # for the building alone: an import makes tensors that must be real
             return build(config)
     except (TypeError, ValueError) as error:
         raise user_error(component, "config.json", f"describes no network that can be built: {error}") from None
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leave parameters without first values, which on the meta device are no more than a way to PyTorch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
+
+
+def import_networks(family: Family) -> None:
+    """Import the classes of a family's networks, which otherwise happens when the first of each is built."""
+    for component in family.components:
+        _builder(family, component)
 
 
 def _builder(family: Family, component: Component) -> Callable[[dict[str, Any]], nn.Module]:

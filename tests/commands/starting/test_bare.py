@@ -23,14 +23,15 @@ from sdtrain.commands import libraries
 from sdtrain.commands.starting.bare import CROWDED
 from sdtrain.config.from_python import make_config
 libraries.process_is_ours()
-libraries.import_less(make_config({
+config = make_config({
     "name": "a", "steps": 1, "model": {"path": "m"}, "method": {"kind": "lora"},
     "data": {"folder": [{"path": "p"}], "resolution_px": 64, "batch_size": 1},
-}))
-import sdtrain.training.fit
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from transformers.models.clip.modeling_clip import CLIPTextModel
+})
+with libraries.importing_less(config):
+    import sdtrain.training.fit
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    from transformers.models.clip.modeling_clip import CLIPTextModel
 assert all(sys.modules[name].is_bare for name in CROWDED), "a run asks for a name"
 import diffusers, transformers
 from diffusers.models.transformers import Transformer2DModel
@@ -102,7 +103,7 @@ def test_a_run_asks_the_crowded_packages_for_nothing_and_others_get_what_they_ho
 
 
 def test_in_the_process_of_others_no_package_is_held_back() -> None:
-    text = A_RUN.replace("libraries.process_is_ours()\n", "").partition("import sdtrain.training.fit")[0]
+    text = A_RUN.replace("libraries.process_is_ours()\n", "").partition("import sdtrain.training.fit")[0] + "pass\n"
     text += f"assert not set({CROWDED!r}) & set(sys.modules)\n"
     subprocess.run([sys.executable, "-c", text], check=True)
     assert libraries.CROWDED == CROWDED

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -32,11 +33,14 @@ def a_config(precision: str) -> Config:
 def a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(libraries._Process, "is_ours", False)
     monkeypatch.setattr(libraries, "CROWDED", ())  # see test_bare.py
+    monkeypatch.setattr(libraries, "unmarked", nullcontext)  # see test_uncompiled.py
     for name in libraries.QUANTISERS:
         monkeypatch.delitem(sys.modules, name, raising=False)
     before = gc.get_threshold()
     yield
     gc.set_threshold(*before)
+    gc.enable()
+    gc.unfreeze()
 
 
 def is_found(name: str) -> bool:
@@ -45,7 +49,8 @@ def is_found(name: str) -> bool:
 
 def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
     libraries.process_is_ours()
-    libraries.import_less(a_config("full"))
+    with libraries.importing_less(a_config("full")):
+        pass
     assert not any(is_found(name) for name in libraries.QUANTISERS)
     with pytest.raises(ImportError):
         import torchao  # noqa: F401
@@ -56,15 +61,30 @@ def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, precision: st
     if ours:
         libraries.process_is_ours()
     before = dict(sys.modules)
-    libraries.import_less(a_config(precision))
+    with libraries.importing_less(a_config(precision)):
+        assert sys.modules == before
     assert sys.modules == before
+
+
+@pytest.mark.parametrize(("ours", "compiles"), [(True, False), (True, True), (False, False)])
+def test_the_compiler_is_left_away_in_a_process_of_its_own_that_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, ours: bool, compiles: bool
+) -> None:
+    asked = list[bool]()
+    monkeypatch.setattr(libraries, "unmarked", lambda: nullcontext(asked.append(True)))
+    if ours:
+        libraries.process_is_ours()
+    config = a_config("full")
+    memory = config.memory.model_copy(update={"compile": compiles})
+    with libraries.importing_less(config.model_copy(update={"memory": memory})):
+        assert bool(asked) == (ours and not compiles)
 
 
 def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", sys)
     libraries.process_is_ours()
-    libraries.import_less(a_config("full"))
-    assert sys.modules["torchao"] is sys
+    with libraries.importing_less(a_config("full")):
+        assert sys.modules["torchao"] is sys
 
 
 @pytest.mark.parametrize(
@@ -95,18 +115,24 @@ def test_threads_sleep_while_they_wait_where_other_programs_compute(
     os.environ.pop("GOMP_SPINCOUNT", None)
 
 
-def test_garbage_is_seldom_looked_for_while_libraries_are_imported_and_as_usual_afterwards() -> None:
+def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as_usual_but_not_in_them() -> None:
     usual = gc.get_threshold()
     libraries.process_is_ours()
     assert gc.get_threshold() == libraries.SELDOM and gc.isenabled()
+    with libraries.importing_less(a_config("full")):
+        assert not gc.isenabled()
     libraries.look_for_garbage()
-    assert gc.get_threshold() == usual
+    assert gc.get_threshold() == usual and gc.isenabled()
+    kept = gc.get_freeze_count()
+    assert kept > 10_000 and len(gc.get_objects()) < kept / 10
 
 
 def test_a_run_in_the_process_of_others_leaves_their_garbage_to_them() -> None:
     gc.set_threshold(12345, 6, 7)
+    with libraries.importing_less(a_config("full")):
+        assert gc.isenabled()
     libraries.look_for_garbage()
-    assert gc.get_threshold() == (12345, 6, 7)
+    assert gc.get_threshold() == (12345, 6, 7) and gc.get_freeze_count() == 0
 
 
 def test_a_run_trains_with_garbage_looked_for_as_usual(train: Callable[..., tuple[Path, str]]) -> None:

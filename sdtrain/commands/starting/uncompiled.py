@@ -1,0 +1,63 @@
+"""PyTorch's compiler is not imported for a run that compiles nothing, though the libraries tell it about themselves.
+
+Importing it takes half a second and 900 modules. diffusers and transformers do so to mark functions and classes for it,
+and an optimizer, when a method of it is called, to keep that method from it. Without the compiler a mark means nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from sdtrain.commands.starting.bare import BarePackage
+
+COMPILER = "torch._dynamo"
+MARKS = ("allow_in_graph", "assume_constant_result", "disable")
+"""What libraries ask of the compiler while they are imported."""
+
+PART = "torch._dynamo._trace_wrapped_higher_order_op"
+"""A module of the compiler that needs none of its others. transformers asks for it, later than for marks."""
+
+
+@contextmanager
+def unmarked() -> Iterator[None]:
+    """Let what is imported meanwhile stay unmarked, unless the compiler is there already.
+
+    Whoever asks the compiler for anything but marks gets it, and afterwards an import of it is one as ever.
+    """
+    if COMPILER in sys.modules or (spec := find_spec(COMPILER)) is None or COMPILER in sys.modules:
+        yield
+        return
+    package, last = COMPILER.split(".")
+    stand_in = BarePackage(spec)
+    vars(stand_in).update(dict.fromkeys(MARKS, mark))
+    sys.modules[COMPILER] = stand_in
+    setattr(sys.modules[package], last, stand_in)
+    try:
+        if find_spec(PART) is not None:
+            import_module(PART)
+        yield
+        if stand_in.is_bare:
+            spare_optimizers()
+    finally:
+        if stand_in.is_bare:
+            del sys.modules[COMPILER]
+            delattr(sys.modules[package], last)
+
+
+def mark(function: Any = None, *_: object, **__: object) -> Any:
+    """Return the function as it is, or what decorates one so."""
+    return (lambda given: given) if function is None else function
+
+
+def spare_optimizers() -> None:
+    """Let the methods of optimizers that torch keeps from its compiler run as they are, without asking it first."""
+    from torch.optim import Optimizer
+
+    for method in vars(Optimizer).values():
+        if (plain := getattr(method, "__wrapped__", None)) is not None:
+            setattr(plain, "__dynamo_disable", plain)  # where `torch._disable_dynamo` looks first

@@ -1,0 +1,78 @@
+"""A run that compiles nothing does not import PyTorch's compiler, and whoever wants it gets it as ever."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sdtrain.commands.starting.uncompiled import mark
+from sdtrain.config.read import resolve
+from sdtrain.config.write import config_to_toml
+
+RUN = """
+import sys
+from sdtrain.cli import main
+try:
+    main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print("imported" if "torch._dynamo" in sys.modules else "spared")
+"""
+IMPORTS = """
+import sys
+from sdtrain.commands.starting.uncompiled import unmarked
+with unmarked():
+    from diffusers.models.attention import BasicTransformerBlock
+    from torch.optim import SGD, Adam
+    {meanwhile}
+import torch
+"""
+EVER = """
+assert "_dynamo" not in vars(torch)
+adam = Adam([torch.nn.Parameter(torch.ones(2))])
+adam.load_state_dict(adam.state_dict())
+adam.zero_grad()
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo
+assert torch._dynamo.disable.__module__ == "torch._dynamo.decorators"
+assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+"""
+ASKED = """
+assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.disable.__module__ == "torch._dynamo.decorators"
+assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("meanwhile", "then"),
+    [("pass", EVER), ("import torch._dynamo; torch._dynamo.reset()", ASKED)],
+    ids=["nobody-asks", "somebody-asks"],
+)
+def test_the_compiler_is_the_one_it_always_is_once_somebody_wants_it(meanwhile: str, then: str) -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS.format(meanwhile=meanwhile) + then], check=True)
+
+
+def test_an_import_that_fails_leaves_nothing_in_the_place_of_the_compiler() -> None:
+    text = IMPORTS.format(meanwhile="raise ValueError").replace("with unmarked():", "try:\n  with unmarked():")
+    text = text.replace("import torch\n", "except ValueError:\n  import torch\nassert '_dynamo' not in vars(torch)\n")
+    subprocess.run([sys.executable, "-c", text + "assert 'torch._dynamo' not in sys.modules\n"], check=True)
+
+
+def test_a_run_that_compiles_nothing_ends_without_the_compiler(table: dict[str, Any], tmp_path: Path) -> None:
+    table |= {"steps": 1, "preview": table["preview"] | {"every": 1}, "checkpoint": {"every": 1}}
+    config = tmp_path / "config.toml"
+    config.write_text(config_to_toml(resolve(table, "test")), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", RUN, "fit", str(config)], check=True, capture_output=True, text=True)
+    assert done.stdout.split()[-1] == "spared"
+
+
+def test_a_mark_returns_what_it_marks_however_it_is_written() -> None:
+    def function() -> int:
+        return 7
+
+    assert mark(function) is function and mark(function, False, wrapping=False) is function
+    assert mark(recursive=False)(function) is function and mark()(function) is function
