@@ -115,6 +115,16 @@ def test_threads_sleep_while_they_wait_where_other_programs_compute(
     os.environ.pop("GOMP_SPINCOUNT", None)
 
 
+@pytest.mark.parametrize("idle_at", [0, 1, libraries.LOOKS - 1, None])
+def test_what_runs_for_a_moment_beside_the_start_does_not_compute(
+    monkeypatch: pytest.MonkeyPatch, idle_at: int | None
+) -> None:
+    looks = [look != idle_at for look in range(libraries.LOOKS)]
+    monkeypatch.setattr(libraries, "_others_run", lambda _: looks.pop(0))
+    assert libraries.others_compute() == (idle_at is None)
+    assert len(looks) == (0 if idle_at is None else libraries.LOOKS - 1 - idle_at)
+
+
 def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as_usual_but_not_in_them() -> None:
     usual = gc.get_threshold()
     libraries.process_is_ours()
