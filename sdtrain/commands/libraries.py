@@ -21,7 +21,6 @@ from typing import NoReturn
 from sdtrain import __version__
 from sdtrain.commands.starting.bare import CROWDED, hold_back
 from sdtrain.commands.starting.uncompiled import unmarked
-from sdtrain.config.schema import Config
 
 SHOWN = ("torch", "diffusers", "transformers", "peft")
 """The libraries whose versions decide what a run does."""
@@ -70,8 +69,8 @@ def _version(distribution: str) -> str:
 
 USUALLY = gc.get_threshold()
 SELDOM = (50_000, 20, 100)
-"""How often garbage that refers to itself is looked for. Libraries make a million objects that all stay while they are
-imported; looking through them again and again takes a fifth of the time until a run's first step."""
+"""How often garbage that refers to itself is looked for, and not at all while libraries are imported: they make a
+million objects that all stay. Looking through them again and again takes a fifth of the time until a first step."""
 
 
 class _Process:
@@ -87,10 +86,9 @@ def process_is_ours() -> None:
 
 
 def look_for_garbage() -> None:
-    """Look for garbage as often as usual, from when nearly all libraries are imported, but not in what they hold."""
+    """Look for garbage as often as Python usually does, but not in all that there is now."""
     if _Process.is_ours:
         gc.freeze()
-        gc.enable()
         gc.set_threshold(*USUALLY)
 
 
@@ -133,20 +131,24 @@ def _others_run(load: Path) -> bool:
 
 
 @contextmanager
-def importing_less(config: Config) -> Iterator[None]:
-    """Keep away from this process what a run with these settings has no use for, unless somebody has it already.
+def importing_less(*, compiles: bool = False, quantised: bool = True) -> Iterator[None]:
+    """Keep away from this process what its command has no use for, unless somebody has it already.
 
-    That saves three seconds. Until `look_for_garbage` no garbage is looked for. From Python, where others use the same
-    libraries, everything is imported as ever.
+    compiles: whether it compiles a network. quantised: whether it may need packed weights. Two to three seconds are
+    saved. From Python, where others use the same libraries, everything is imported as ever.
     """
     if not _Process.is_ours:
         yield
         return
     gc.disable()
-    if config.model.base_precision == "full":
-        for name in QUANTISERS:
-            sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to Python: not there
-    with nullcontext() if config.memory.compile else unmarked():
-        for name in CROWDED:
-            hold_back(name)
-        yield
+    try:
+        if not quantised:
+            for name in QUANTISERS:
+                sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # to Python: not there
+        with nullcontext() if compiles else unmarked():
+            for name in CROWDED:
+                hold_back(name)
+            yield
+    finally:
+        gc.freeze()
+        gc.enable()

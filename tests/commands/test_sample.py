@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 
 from sdtrain.cli import app
 from sdtrain.commands import sample as sample_command
+from sdtrain.commands.front.drawing import _may_be_packed
 from sdtrain.commands.sample import draw, sample_to_files
 from sdtrain.diffusion.words import Sampler
 from sdtrain.errors import UserError
+from sdtrain.families.metadata import CONFIG_KEY
 
 Train = Callable[..., tuple[Path, str]]
 
@@ -271,3 +273,25 @@ def test_strength_and_base_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("sdtrain.commands.sample.sample_to_files", lambda *given, **how: handed.update(how))
     assert asked("--prompt", "a", "--strength", "0.5", "--base", "a model", "--step", "3") is None
     assert handed == {"step": 3, "loras": [], "partial": False, "strength": 0.5, "base": "a model"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "overrides", "may_be"),
+    [
+        ('base_precision = "full"', [], False),
+        ('base_precision = "full"', ["model.dtype='float32'"], False),
+        ('base_precision = "full"', ["model.base_precision='nf4'"], True),
+        ('base_precision = "int8"', [], True),
+        (None, [], True),
+    ],
+)
+def test_a_glance_tells_whether_a_base_may_be_quantised(
+    tmp_path: Path, settings: str | None, overrides: list[str], may_be: bool
+) -> None:
+    file = tmp_path / "weights.safetensors"
+    save_file({"a": torch.ones(1)}, file, metadata={} if settings is None else {CONFIG_KEY: settings})
+    if settings is not None:
+        (tmp_path / "config.toml").write_text(settings, encoding="utf-8")
+    assert _may_be_packed(tmp_path, overrides) == may_be
+    assert _may_be_packed(file, overrides) == may_be
+    assert _may_be_packed(tmp_path / "absent.safetensors", overrides)

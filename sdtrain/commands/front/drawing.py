@@ -13,10 +13,13 @@ from rich.console import Console
 from sdtrain.commands.front.answers import answer
 from sdtrain.commands.front.command_line import Json
 from sdtrain.commands.front.options import Overrides, Step
-from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.libraries import importing_less, quiet_libraries
 from sdtrain.config.paths import toml_string
 from sdtrain.diffusion.words import Sampler
 from sdtrain.errors import Problem, UserError
+from sdtrain.families.metadata import CONFIG_KEY
+from sdtrain.files.header import read_header
+from sdtrain.training.keeping.stored import settings_path
 
 LEAST_SIDE_PX = 16
 _SIZE = re.compile(r"(\d{1,5})(?:[xX](\d{1,5}))?")
@@ -106,7 +109,11 @@ def sample(
         raise UserError("sample", problems)
     overrides = [*(set_ or []), *(f"preview.{key}={value}" for key, value in given.items() if value is not None)]
     quiet_libraries()
-    from sdtrain.commands.sample import SEEDS, sample_to_files
+    with importing_less(quantised=_may_be_packed(source, overrides)):
+        from sdtrain.commands.sample import SEEDS, sample_to_files
+        from sdtrain.models.checkpoints.networks import import_networks
+
+        import_networks()
 
     written = sample_to_files(
         *(source, prompts, seeds or SEEDS, out, overrides, Console(quiet=as_json)),
@@ -118,6 +125,19 @@ def sample(
     )
     if as_json:
         answer("sample", {"written": written})
+
+
+def _may_be_packed(source: Path, overrides: Sequence[str]) -> bool:
+    """Return whether a model's base may be quantised, as far as a glance tells."""
+    if any("base_precision" in one for one in overrides):
+        return True
+    try:
+        settings = (
+            settings_path(source).read_text("utf-8") if source.is_dir() else read_header(source).metadata[CONFIG_KEY]
+        )
+    except (OSError, ValueError, KeyError, UserError):  # which is told where the settings are read for good
+        return True
+    return 'base_precision = "full"' not in settings
 
 
 def _lines_of(file: Path, problems: list[Problem]) -> list[str]:

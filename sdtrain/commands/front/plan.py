@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from sdtrain.commands.libraries import importing_less
 from sdtrain.config.read import read_draft
 from sdtrain.config.schema import Config
 from sdtrain.data.report.previewed import with_prompts
@@ -42,8 +43,13 @@ def plan_config(
     draft = draft.with_problems(rank_problems(draft, gpus))
     opened, examples = inspect_run(draft, decode=False)
     config = with_prompts(draft.require_sound(), examples)
-    from sdtrain.training.planning.levers import budget_bytes, fit_to
-    from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
+    quantised = bool(budget) or config.model.base_precision != "full"
+    with importing_less(compiles=measure and config.memory.compile, quantised=quantised):
+        from sdtrain.models.checkpoints.networks import import_networks
+        from sdtrain.training.planning.levers import budget_bytes, fit_to
+        from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
+
+        import_networks()
 
     tried = 0
 

@@ -22,7 +22,7 @@ from sdtrain.commands.front.options import (
     Trigger,
     VerifyCache,
 )
-from sdtrain.commands.libraries import quiet_libraries
+from sdtrain.commands.libraries import importing_less, quiet_libraries
 from sdtrain.errors import Interrupted, Problem, UserError, user_error
 from sdtrain.training.ranks.group import ToldElsewhereError
 from sdtrain.training.watching.terminal import consoles
@@ -266,7 +266,12 @@ def cache(
     if size + prune + verify_cache > 1 or (yes and not prune):
         raise user_error("cache", "options", "give one of --size, --prune and --verify-cache; --yes belongs to --prune")
     quiet_libraries()
-    from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
+    with importing_less(quantised=False):  # the U-Net stays where it is
+        from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
+        from sdtrain.models.checkpoints.networks import import_networks
+
+        if not (size or prune):
+            import_networks()
 
     console, overrides = Console(quiet=as_json), set_ or []
     if size:

@@ -32,12 +32,18 @@ class BarePackage(ModuleType):
         if spec is None or spec.loader is None or (name.startswith("__") and name != "__all__"):
             raise AttributeError(name)
         if self.is_bare:
-            self.is_bare = False
-            spec.loader.exec_module(self)
+            self.run()
             return getattr(sys.modules[spec.name], name)
         if sys.modules[spec.name] is not self:  # its file put another in its place, and somebody holds this one
             return getattr(sys.modules[spec.name], name)
         raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
+
+    def run(self) -> None:
+        """Run the package's own file, once."""
+        spec = self.__spec__
+        if self.is_bare and spec is not None and spec.loader is not None:
+            self.is_bare = False
+            spec.loader.exec_module(self)
 
 
 def hold_back(name: str) -> None:

@@ -7,10 +7,13 @@ and an optimizer, when a method of it is called, to keep that method from it. Wi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 from sdtrain.commands.starting.bare import BarePackage
@@ -37,16 +40,52 @@ def unmarked() -> Iterator[None]:
     vars(stand_in).update(dict.fromkeys(MARKS, mark))
     sys.modules[COMPILER] = stand_in
     setattr(sys.modules[package], last, stand_in)
+    if find_spec(PART) is not None:
+        import_module(PART)
+    finder = InOrder(stand_in)
+    sys.meta_path.insert(0, finder)
     try:
-        if find_spec(PART) is not None:
-            import_module(PART)
         yield
         if stand_in.is_bare:
             spare_optimizers()
     finally:
+        sys.meta_path.remove(finder)
         if stand_in.is_bare:
             del sys.modules[COMPILER]
             delattr(sys.modules[package], last)
+
+
+class InOrder(MetaPathFinder):
+    """Runs the file of a package that is held back before any of its modules, as Python does: they import each other in
+    circles, which only come to an end from there."""
+
+    def __init__(self, package: BarePackage) -> None:
+        self.package = package
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if not (self.package.is_bare and fullname.startswith(self.package.__name__ + ".")):
+            return None
+        self.package.run()
+        if fullname not in sys.modules:
+            return None  # its file does not import it, so that the next finder does
+        module = sys.modules[fullname]
+        module.__spec__ = ModuleSpec(fullname, _Imported(module))  # else Python would load it a second time
+        return module.__spec__
+
+
+class _Imported(Loader):
+    """Gives a module that was imported while Python asked where to find it."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module, self.spec = module, module.__spec__
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return self.module
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__spec__ = self.spec
 
 
 def mark(function: Any = None, *_: object, **__: object) -> Any:

@@ -131,26 +131,34 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **given)
 
 
-def import_networks(family: Family) -> None:
-    """Import the classes of a family's networks, which otherwise happens when the first of each is built."""
-    for component in family.components:
-        _builder(family, component)
+def import_networks() -> None:
+    """Import the classes of all networks now, which otherwise happens when the first of each is built."""
+    _text_encoder_builder(with_projection=False)
+    _denoiser_builder()
+    _vae_builder()
 
 
 def _builder(family: Family, component: Component) -> Callable[[dict[str, Any]], nn.Module]:
-    # The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
     encoder = family.text_encoder(component)
     if encoder:
         return _text_encoder_builder(with_projection=encoder.pooled)
-    builder: Callable[[dict[str, Any]], nn.Module]
-    if component == DENOISER:
-        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+    return _denoiser_builder() if component == DENOISER else _vae_builder()
 
-        builder = UNet2DConditionModel.from_config
-    else:
-        from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
-        builder = AutoencoderKL.from_config
+# The classes' own files: diffusers and transformers import their pipelines and processors otherwise.
+
+
+def _denoiser_builder() -> Callable[[dict[str, Any]], nn.Module]:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    builder: Callable[[dict[str, Any]], nn.Module] = UNet2DConditionModel.from_config
+    return builder
+
+
+def _vae_builder() -> Callable[[dict[str, Any]], nn.Module]:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    builder: Callable[[dict[str, Any]], nn.Module] = AutoencoderKL.from_config
     return builder
 
 

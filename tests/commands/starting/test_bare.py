@@ -21,13 +21,8 @@ A_RUN = """
 import sys
 from sdtrain.commands import libraries
 from sdtrain.commands.starting.bare import CROWDED
-from sdtrain.config.from_python import make_config
 libraries.process_is_ours()
-config = make_config({
-    "name": "a", "steps": 1, "model": {"path": "m"}, "method": {"kind": "lora"},
-    "data": {"folder": [{"path": "p"}], "resolution_px": 64, "batch_size": 1},
-})
-with libraries.importing_less(config):
+with libraries.importing_less(quantised=False):
     import sdtrain.training.fit
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel

@@ -13,20 +13,6 @@ from pathlib import Path
 import pytest
 
 from sdtrain.commands import libraries
-from sdtrain.config.from_python import make_config
-from sdtrain.config.schema import Config
-
-
-def a_config(precision: str) -> Config:
-    return make_config(
-        {
-            "name": "a",
-            "data": {"folder": [{"path": "p"}], "resolution_px": 64, "batch_size": 1},
-            "steps": 1,
-            "model": {"path": "m", "base_precision": precision},
-            "method": {"kind": "lora"},
-        }
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -49,19 +35,19 @@ def is_found(name: str) -> bool:
 
 def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
     libraries.process_is_ours()
-    with libraries.importing_less(a_config("full")):
+    with libraries.importing_less(quantised=False):
         pass
     assert not any(is_found(name) for name in libraries.QUANTISERS)
     with pytest.raises(ImportError):
         import torchao  # noqa: F401
 
 
-@pytest.mark.parametrize(("ours", "precision"), [(False, "full"), (True, "int8")])
-def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, precision: str) -> None:
+@pytest.mark.parametrize(("ours", "quantised"), [(False, False), (True, True)])
+def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, quantised: bool) -> None:
     if ours:
         libraries.process_is_ours()
     before = dict(sys.modules)
-    with libraries.importing_less(a_config(precision)):
+    with libraries.importing_less(quantised=quantised):
         assert sys.modules == before
     assert sys.modules == before
 
@@ -74,16 +60,14 @@ def test_the_compiler_is_left_away_in_a_process_of_its_own_that_compiles_nothing
     monkeypatch.setattr(libraries, "unmarked", lambda: nullcontext(asked.append(True)))
     if ours:
         libraries.process_is_ours()
-    config = a_config("full")
-    memory = config.memory.model_copy(update={"compile": compiles})
-    with libraries.importing_less(config.model_copy(update={"memory": memory})):
+    with libraries.importing_less(compiles=compiles):
         assert bool(asked) == (ours and not compiles)
 
 
 def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", sys)
     libraries.process_is_ours()
-    with libraries.importing_less(a_config("full")):
+    with libraries.importing_less(quantised=False):
         assert sys.modules["torchao"] is sys
 
 
@@ -129,7 +113,7 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as
     usual = gc.get_threshold()
     libraries.process_is_ours()
     assert gc.get_threshold() == libraries.SELDOM and gc.isenabled()
-    with libraries.importing_less(a_config("full")):
+    with libraries.importing_less(quantised=False):
         assert not gc.isenabled()
     libraries.look_for_garbage()
     assert gc.get_threshold() == usual and gc.isenabled()
@@ -139,7 +123,7 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as
 
 def test_a_run_in_the_process_of_others_leaves_their_garbage_to_them() -> None:
     gc.set_threshold(12345, 6, 7)
-    with libraries.importing_less(a_config("full")):
+    with libraries.importing_less(quantised=False):
         assert gc.isenabled()
     libraries.look_for_garbage()
     assert gc.get_threshold() == (12345, 6, 7) and gc.get_freeze_count() == 0

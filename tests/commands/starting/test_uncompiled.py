@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +63,41 @@ def test_an_import_that_fails_leaves_nothing_in_the_place_of_the_compiler() -> N
     subprocess.run([sys.executable, "-c", text + "assert 'torch._dynamo' not in sys.modules\n"], check=True)
 
 
-def test_a_run_that_compiles_nothing_ends_without_the_compiler(table: dict[str, Any], tmp_path: Path) -> None:
+def ended(*words: str) -> str:
+    """Run a command in a process of its own; return whether it imported the compiler."""
+    done = subprocess.run([sys.executable, "-c", RUN, *words], check=True, capture_output=True, text=True)
+    return done.stdout.split()[-1]
+
+
+def test_what_compiles_nothing_ends_without_the_compiler(table: dict[str, Any], tmp_path: Path) -> None:
     table |= {"steps": 1, "preview": table["preview"] | {"every": 1}, "checkpoint": {"every": 1}}
     config = tmp_path / "config.toml"
     config.write_text(config_to_toml(resolve(table, "test")), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", RUN, "fit", str(config)], check=True, capture_output=True, text=True)
-    assert done.stdout.split()[-1] == "spared"
+    assert ended("fit", str(config)) == "spared"
+    run = tmp_path / "runs" / "small"
+    for source in (run, run / "weights" / "small.safetensors"):
+        assert ended("sample", str(source), "--prompt", "a red circle", "--seed", "0", "--steps", "1") == "spared"
+    assert ended("cache", str(config)) == "spared"
+
+
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_a_quantised_base_finds_all_that_its_packages_ask_for(table: dict[str, Any], tmp_path: Path) -> None:
+    table |= {"steps": 1, "model": table["model"] | {"base_precision": "int8"}}
+    config = tmp_path / "config.toml"
+    config.write_text(config_to_toml(resolve(table, "test")), encoding="utf-8")
+    assert ended("fit", str(config)) == "imported"
+    assert ended("sample", str(tmp_path / "runs" / "small"), "--prompt", "red", "--seed", "0", "--steps", "1")
+
+
+def test_its_modules_are_those_that_its_file_imports_whichever_is_asked_for_first() -> None:
+    then = """
+module = sys.modules["torch._dynamo.utils"]
+assert module is torch._dynamo.utils and module.__spec__.name == module.__name__
+assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
+assert torch._dynamo.exc.counters is torch._dynamo.utils.counters, "there are two of them"
+"""
+    meanwhile = "import torch._dynamo.utils; assert torch._dynamo.utils"
+    subprocess.run([sys.executable, "-c", IMPORTS.format(meanwhile=meanwhile) + then + ASKED], check=True)
 
 
 def test_a_mark_returns_what_it_marks_however_it_is_written() -> None:
