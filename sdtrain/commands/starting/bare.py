@@ -8,6 +8,7 @@ packages for nothing, so their own files need not run; whoever does ask gets wha
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
@@ -34,8 +35,8 @@ class BarePackage(ModuleType):
         if self.is_bare:
             self.run()
             return getattr(sys.modules[spec.name], name)
-        if sys.modules[spec.name] is not self:  # its file put another in its place, and somebody holds this one
-            return getattr(sys.modules[spec.name], name)
+        if (there := import_module(spec.name)) is not self:  # another is in its place, and somebody holds this one
+            return getattr(there, name)
         raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
 
     def run(self) -> None:

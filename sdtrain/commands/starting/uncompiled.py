@@ -51,6 +51,7 @@ def unmarked() -> Iterator[None]:
     finally:
         sys.meta_path.remove(finder)
         if stand_in.is_bare:
+            stand_in.is_bare = False  # whoever holds it finds in it what the compiler holds
             del sys.modules[COMPILER]
             delattr(sys.modules[package], last)
 

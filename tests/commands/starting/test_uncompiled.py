@@ -42,6 +42,11 @@ import torch._dynamo
 assert torch._dynamo.disable.__module__ == "torch._dynamo.decorators"
 assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
 """
+HELD = """
+assert "torch._dynamo" not in sys.modules
+assert held.config is sys.modules["torch._dynamo.config"] and held.utils is torch._dynamo.utils
+assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
+"""
 ASKED = """
 assert torch._dynamo is sys.modules["torch._dynamo"] and torch._dynamo.disable.__module__ == "torch._dynamo.decorators"
 assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
@@ -50,8 +55,8 @@ assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.one
 
 @pytest.mark.parametrize(
     ("meanwhile", "then"),
-    [("pass", EVER), ("import torch._dynamo; torch._dynamo.reset()", ASKED)],
-    ids=["nobody-asks", "somebody-asks"],
+    [("pass", EVER), ("import torch._dynamo; torch._dynamo.reset()", ASKED), ("import torch._dynamo as held", HELD)],
+    ids=["nobody-asks", "somebody-asks", "somebody-asks-later"],
 )
 def test_the_compiler_is_the_one_it_always_is_once_somebody_wants_it(meanwhile: str, then: str) -> None:
     subprocess.run([sys.executable, "-c", IMPORTS.format(meanwhile=meanwhile) + then], check=True)
