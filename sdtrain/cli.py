@@ -16,10 +16,10 @@ from rich.console import Console
 from sdtrain.commands.files.command_line import Force, add_file_commands, compared_as_files, left_out_lines
 from sdtrain.commands.front.answers import answer, refusal, wants_answer
 from sdtrain.commands.front.command_line import GroupedHelp, Json, add_commands
-from sdtrain.commands.front.drawing import sample
+from sdtrain.commands.front.drawing import may_be_packed, sample
 from sdtrain.commands.front.options import Overrides, Step
 from sdtrain.commands.front.training import add_training
-from sdtrain.commands.libraries import end_process, process_is_ours, quiet_libraries, versions
+from sdtrain.commands.libraries import end_process, importing_less, process_is_ours, quiet_libraries, versions
 from sdtrain.commands.publish.command_line import add_publish_commands
 from sdtrain.errors import UserError, user_error
 from sdtrain.training.watching.text import hand_out, say
@@ -80,7 +80,11 @@ def export(
 ) -> None:
     """Write the averaged weights of a run in another format, or of an earlier step."""
     quiet_libraries()
-    from sdtrain.commands.files.export import ExportOptions, export_run
+    with importing_less(quantised=may_be_packed(run, [])):
+        from sdtrain.commands.files.export import ExportOptions, export_run
+        from sdtrain.models.checkpoints.networks import import_networks
+
+        import_networks()
 
     if not abs(strength) < MOST_STRENGTH or strength == 0:
         raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
@@ -242,7 +246,11 @@ def compare(
     if compared_as_files(runs, base, [prompt, seed, strength, step, out, set_], as_json=as_json):
         return
     quiet_libraries()
-    from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
+    with importing_less(quantised=any(may_be_packed(run, set_ or []) for run in runs)):
+        from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
+        from sdtrain.models.checkpoints.networks import import_networks
+
+        import_networks()
 
     wanted = prompt or [], seed or [], strength or STRENGTHS, step or []
     written = compare_to_files(runs, *wanted, out, set_ or [], Console(quiet=as_json))

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from sdtrain.cli import app
 from sdtrain.commands import sample as sample_command
-from sdtrain.commands.front.drawing import _may_be_packed
+from sdtrain.commands.front.drawing import may_be_packed
 from sdtrain.commands.sample import draw, sample_to_files
 from sdtrain.diffusion.words import Sampler
 from sdtrain.errors import UserError
@@ -292,6 +292,6 @@ def test_a_glance_tells_whether_a_base_may_be_quantised(
     save_file({"a": torch.ones(1)}, file, metadata={} if settings is None else {CONFIG_KEY: settings})
     if settings is not None:
         (tmp_path / "config.toml").write_text(settings, encoding="utf-8")
-    assert _may_be_packed(tmp_path, overrides) == may_be
-    assert _may_be_packed(file, overrides) == may_be
-    assert _may_be_packed(tmp_path / "absent.safetensors", overrides)
+    assert may_be_packed(tmp_path, overrides) == may_be
+    assert may_be_packed(file, overrides) == may_be
+    assert may_be_packed(tmp_path / "absent.safetensors", overrides)

@@ -109,7 +109,7 @@ def sample(
         raise UserError("sample", problems)
     overrides = [*(set_ or []), *(f"preview.{key}={value}" for key, value in given.items() if value is not None)]
     quiet_libraries()
-    with importing_less(quantised=_may_be_packed(source, overrides)):
+    with importing_less(quantised=may_be_packed(source, overrides)):
         from sdtrain.commands.sample import SEEDS, sample_to_files
         from sdtrain.models.checkpoints.networks import import_networks
 
@@ -127,7 +127,7 @@ def sample(
         answer("sample", {"written": written})
 
 
-def _may_be_packed(source: Path, overrides: Sequence[str]) -> bool:
+def may_be_packed(source: Path, overrides: Sequence[str]) -> bool:
     """Return whether a model's base may be quantised, as far as a glance tells."""
     if any("base_precision" in one for one in overrides):
         return True
