@@ -82,9 +82,6 @@ def export(
     quiet_libraries()
     with importing_less(quantised=may_be_packed(run, [])):
         from sdtrain.commands.files.export import ExportOptions, export_run
-        from sdtrain.models.checkpoints.networks import import_networks
-
-        import_networks()
 
     if not abs(strength) < MOST_STRENGTH or strength == 0:
         raise user_error("export", "--strength", f"{strength:g} is no strength; use a number such as 0.8")
@@ -248,9 +245,6 @@ def compare(
     quiet_libraries()
     with importing_less(quantised=any(may_be_packed(run, set_ or []) for run in runs)):
         from sdtrain.commands.pages.compare import STRENGTHS, compare_to_files
-        from sdtrain.models.checkpoints.networks import import_networks
-
-        import_networks()
 
     wanted = prompt or [], seed or [], strength or STRENGTHS, step or []
     written = compare_to_files(runs, *wanted, out, set_ or [], Console(quiet=as_json))

@@ -211,12 +211,9 @@ def _fit_written(
         quiet_libraries()  # not before: fetching a model shows its progress
         compiles, quantised = begun.config.memory.compile, begun.config.model.base_precision != "full"
         with importing_less(compiles=compiles, quantised=quantised):  # what can be told without torch has been told
-            from sdtrain.models.checkpoints.networks import import_networks
             from sdtrain.training.fit import fit as train
             from sdtrain.training.planning.budget import expected
             from sdtrain.training.run import pick_device, repeatable
-
-            import_networks()
 
         stop.doing = "planning the memory"
         device = pick_device(begun.config, ranks.place.local_rank)

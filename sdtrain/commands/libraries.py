@@ -115,13 +115,11 @@ LOOKS, PAUSE_S = 6, 0.004
 
 def others_compute(load: Path = Path("/proc/loadavg")) -> bool:
     """Whether other programs compute on this machine all the time, which Linux tells; elsewhere it is not known."""
-    return all(_others_run(load) for _ in _looks())
-
-
-def _looks() -> Iterator[int]:
     for look in range(LOOKS):
         time.sleep(PAUSE_S if look else 0.0)
-        yield look
+        if not _others_run(load):
+            return False
+    return True
 
 
 def _others_run(load: Path) -> bool:
@@ -131,11 +129,12 @@ def _others_run(load: Path) -> bool:
 
 
 @contextmanager
-def importing_less(*, compiles: bool = False, quantised: bool = True) -> Iterator[None]:
+def importing_less(*, compiles: bool = False, quantised: bool = True, networks: bool = True) -> Iterator[None]:
     """Keep away from this process what its command has no use for, unless somebody has it already.
 
-    compiles: whether it compiles a network. quantised: whether it may need packed weights. Two to three seconds are
-    saved. From Python, where others use the same libraries, everything is imported as ever.
+    compiles: whether it compiles a network. quantised: whether it may need packed weights. networks: whether it builds
+    any, whose classes are imported here then. Two to three seconds are saved. From Python, where others use the same
+    libraries, everything is imported as ever.
     """
     if not _Process.is_ours:
         yield
@@ -149,6 +148,10 @@ def importing_less(*, compiles: bool = False, quantised: bool = True) -> Iterato
             for name in CROWDED:
                 hold_back(name)
             yield
+            if networks:
+                from sdtrain.models.checkpoints.networks import import_networks
+
+                import_networks()
     finally:
         atexit.register(gc.unfreeze)  # else triton takes what was not looked through for lost, and says so at the end
         gc.freeze()

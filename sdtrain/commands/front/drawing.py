@@ -111,9 +111,6 @@ def sample(
     quiet_libraries()
     with importing_less(quantised=may_be_packed(source, overrides)):
         from sdtrain.commands.sample import SEEDS, sample_to_files
-        from sdtrain.models.checkpoints.networks import import_networks
-
-        import_networks()
 
     written = sample_to_files(
         *(source, prompts, seeds or SEEDS, out, overrides, Console(quiet=as_json)),

@@ -45,11 +45,8 @@ def plan_config(
     config = with_prompts(draft.require_sound(), examples)
     quantised = bool(budget) or config.model.base_precision != "full"
     with importing_less(compiles=measure and config.memory.compile, quantised=quantised):
-        from sdtrain.models.checkpoints.networks import import_networks
         from sdtrain.training.planning.levers import budget_bytes, fit_to
         from sdtrain.training.planning.plan import Plan, lines_of, plan_answer, plan_run
-
-        import_networks()
 
     tried = 0
 

@@ -266,12 +266,8 @@ def cache(
     if size + prune + verify_cache > 1 or (yes and not prune):
         raise user_error("cache", "options", "give one of --size, --prune and --verify-cache; --yes belongs to --prune")
     quiet_libraries()
-    with importing_less(quantised=False):  # the U-Net stays where it is
+    with importing_less(quantised=False, networks=not (size or prune)):  # the U-Net stays where it is
         from sdtrain.commands.files.cache import fill_cache, prune_caches, size_up
-        from sdtrain.models.checkpoints.networks import import_networks
-
-        if not (size or prune):
-            import_networks()
 
     console, overrides = Console(quiet=as_json), set_ or []
     if size:

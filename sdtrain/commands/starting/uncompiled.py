@@ -32,7 +32,8 @@ def unmarked() -> Iterator[None]:
 
     Whoever asks the compiler for anything but marks gets it, and afterwards an import of it is one as ever.
     """
-    if COMPILER in sys.modules or (spec := find_spec(COMPILER)) is None or COMPILER in sys.modules:
+    spec = find_spec(COMPILER)  # which imports torch
+    if spec is None or COMPILER in sys.modules:
         yield
         return
     package, last = COMPILER.split(".")

@@ -35,7 +35,7 @@ def is_found(name: str) -> bool:
 
 def test_a_run_in_a_process_of_its_own_leaves_the_packages_away() -> None:
     libraries.process_is_ours()
-    with libraries.importing_less(quantised=False):
+    with libraries.importing_less(quantised=False, networks=False):
         pass
     assert not any(is_found(name) for name in libraries.QUANTISERS)
     with pytest.raises(ImportError):
@@ -47,7 +47,7 @@ def test_they_stay_for_others_and_for_a_quantised_base(ours: bool, quantised: bo
     if ours:
         libraries.process_is_ours()
     before = dict(sys.modules)
-    with libraries.importing_less(quantised=quantised):
+    with libraries.importing_less(quantised=quantised, networks=False):
         assert sys.modules == before
     assert sys.modules == before
 
@@ -60,14 +60,14 @@ def test_the_compiler_is_left_away_in_a_process_of_its_own_that_compiles_nothing
     monkeypatch.setattr(libraries, "unmarked", lambda: nullcontext(asked.append(True)))
     if ours:
         libraries.process_is_ours()
-    with libraries.importing_less(compiles=compiles):
+    with libraries.importing_less(compiles=compiles, networks=False):
         assert bool(asked) == (ours and not compiles)
 
 
 def test_what_somebody_has_imported_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", sys)
     libraries.process_is_ours()
-    with libraries.importing_less(quantised=False):
+    with libraries.importing_less(quantised=False, networks=False):
         assert sys.modules["torchao"] is sys
 
 
@@ -113,7 +113,7 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as
     usual = gc.get_threshold()
     libraries.process_is_ours()
     assert gc.get_threshold() == libraries.SELDOM and gc.isenabled()
-    with libraries.importing_less(quantised=False):
+    with libraries.importing_less(quantised=False, networks=False):
         assert not gc.isenabled()
     libraries.look_for_garbage()
     assert gc.get_threshold() == usual and gc.isenabled()
@@ -123,7 +123,7 @@ def test_no_garbage_is_looked_for_while_libraries_are_imported_and_afterwards_as
 
 def test_a_run_in_the_process_of_others_leaves_their_garbage_to_them() -> None:
     gc.set_threshold(12345, 6, 7)
-    with libraries.importing_less(quantised=False):
+    with libraries.importing_less(quantised=False, networks=False):
         assert gc.isenabled()
     libraries.look_for_garbage()
     assert gc.get_threshold() == (12345, 6, 7) and gc.get_freeze_count() == 0
