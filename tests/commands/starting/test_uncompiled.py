@@ -45,6 +45,7 @@ assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.one
 HELD = """
 assert "torch._dynamo" not in sys.modules
 assert held.config is sys.modules["torch._dynamo.config"] and held.utils is torch._dynamo.utils
+assert held.reset is torch._dynamo.reset, "its file ran twice"
 assert torch.compile(lambda x: x + 1, backend="eager", fullgraph=True)(torch.ones(1)) == 2
 """
 ASKED = """
