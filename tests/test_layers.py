@@ -14,6 +14,7 @@ LAYERS = {
     "files": 1,
     "families": 1,
     "diffusion": 1,
+    "matmul": 1,
     "optim": 1,
     "config": 2,
     "models": 3,

@@ -7,6 +7,7 @@ from typing import assert_never
 import torch
 
 from sdtrain.config.schema import ModelConfig
+from sdtrain.matmul import multiply_fast
 from sdtrain.models.checkpoints.components import Components, load_components
 from sdtrain.models.checkpoints.inspect import OpenedModel
 from sdtrain.models.model import Model
@@ -27,6 +28,8 @@ def load_model(
 
 def model_of(components: Components, config: ModelConfig, *, device: torch.device, caption_chunks: int = 1) -> Model:
     """Return the model that components in memory make: frozen, in evaluation mode, on the CPU; see `load_model`."""
+    for network in components.networks.values():
+        multiply_fast(network)
     family = components.family.name
     match family:
         case "sdxl":

@@ -214,7 +214,7 @@ SMALL = ["preview.num_inference_steps=2", "preview.width_px=64", "preview.height
 
 @pytest.mark.parametrize("step", [None, pytest.param(4, marks=pytest.mark.slow)], ids=["file", "state"])
 def test_strength_0_is_the_base_1_is_all_and_a_half_lies_between(train: Train, step: int | None) -> None:
-    run, _ = train({"optimizer.d0": 0.05})
+    run, _ = train({"optimizer.d0": 0.02})
 
     def drawn(strength: float) -> Image.Image:
         return draw(run, ["a red circle"], [0], step, SMALL, strength=strength).rows[0][0]

@@ -20,6 +20,7 @@ from sdtrain.adapters.lean.oft import Rotation, never_ask
 from sdtrain.adapters.lean.products import POINT, Product, Window
 from sdtrain.adapters.quantised.layer import QuantisedLinear, frozen_weight
 from sdtrain.families.adapter_names import ADAPTER as NAME
+from sdtrain.matmul import LINEAR
 
 
 def make_lean(network: nn.Module) -> None:
@@ -50,7 +51,7 @@ def _is_plain(base: nn.Module) -> bool:
     """Whether a frozen layer is one whose product we can take apart: of one group, padded with zeros."""
     if type(base) is nn.Conv2d:
         return base.groups == 1 and base.padding_mode == "zeros" and not isinstance(base.padding, str)
-    return type(base) in (nn.Linear, QuantisedLinear)
+    return type(base) in (*LINEAR, QuantisedLinear)
 
 
 def _is_usual(layer: Any, inputs: Tensor) -> bool:

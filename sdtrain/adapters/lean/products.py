@@ -11,6 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sdtrain.adapters.lean.inputs import Remade, kept_of
+from sdtrain.matmul import linear, matmul
+from sdtrain.matmul import weight_gradient as linear_weight_gradient
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ POINT = Window()
 def product(inputs: Tensor, weight: Tensor, window: Window | None, bias: Tensor | None = None) -> Tensor:
     """Return inputs (..., in) times a weight (out, in), or convolved: (n, in, h, w) and (out, in, kh, kw)."""
     if window is None:
-        return functional.linear(inputs, weight, bias)
+        return linear(inputs, weight, bias)
     return functional.conv2d(inputs, weight, bias, window.stride, window.padding, window.dilation)
 
 
@@ -43,7 +45,7 @@ def add_product(total: Tensor, inputs: Tensor, weight: Tensor, window: Window | 
 def input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
     """Return the gradient of the inputs, from that of the product. Of `inputs` only the shape is used."""
     if window is None:
-        return gradient @ weight
+        return matmul(gradient, weight)
     return _convolution_gradients(gradient, inputs, weight, window, inputs_too=True)[0]
 
 
@@ -58,7 +60,7 @@ def add_input_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, weight: 
 def weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
     """Return the gradient of the weight, in the type of `weight`; the products are in that of the activations."""
     if window is None:
-        return (_rows(gradient).T @ _rows(inputs)).to(weight.dtype)
+        return linear_weight_gradient(gradient, inputs).to(weight.dtype)
     small = weight.to(inputs.dtype)
     return _convolution_gradients(gradient, inputs, small, window, inputs_too=False)[1].to(weight.dtype)
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from sdtrain.adapters.quantised.packing import Packed, Packing, packed, packed_bytes
+from sdtrain.matmul import LINEAR, linear, matmul
 
 LEFT = ("time_embedding.*", "add_embedding.*", "*.time_emb_proj")
 """Layers that stay as they are: they tell every pixel the timestep and the size, and are 1 % of SDXL's U-Net."""
@@ -63,13 +63,13 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, inputs: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
         """Return the product, (..., out)."""
         ctx.packed = weight
-        return functional.linear(inputs, weight.unpacked(inputs.dtype), bias)
+        return linear(inputs, weight.unpacked(inputs.dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradient of the inputs."""
-        return gradient @ ctx.packed.unpacked(gradient.dtype), None, None
+        return matmul(gradient, ctx.packed.unpacked(gradient.dtype)), None, None
 
 
 def quantise(
@@ -107,7 +107,7 @@ def packing_of(name: str, packing: Packing) -> Packing:
 def _layers(network: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """Yield the layers that are packed, by name."""
     for name, layer in network.named_modules():
-        if type(layer) is nn.Linear and not any(fnmatchcase(name, pattern) for pattern in LEFT):
+        if type(layer) in LINEAR and not any(fnmatchcase(name, pattern) for pattern in LEFT):
             yield name, layer
 
 

@@ -1,0 +1,124 @@
+"""Products of float32 matrices on the CPU, by oneDNN where that is twice as fast.
+
+torch multiplies float32 matrices with MKL, which gives its AVX-512 kernels to processors of Intel only. oneDNN, with
+which torch convolves, gives them to every processor that has them. Which of both it is depends on the processor and on
+the sizes, never on a measurement: a run that goes on after a stop computes the same bits.
+"""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+WORTH_IT = 2**21
+"""Multiplications from which on oneDNN is faster: a call of it costs 10 microseconds more than one of MKL."""
+NARROW = 64
+"""Gradients of weights with fewer rows or columns are left to MKL: oneDNN copies one of their factors first."""
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Return whether this processor multiplies float32 matrices faster with oneDNN: AMD's, where it has AVX-512."""
+    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+
+
+def _processor() -> str:
+    """What the system says the processor is, its maker among it."""
+    described = Path("/proc/cpuinfo")
+    return described.read_text(encoding="utf-8").partition("\n\n")[0] if described.exists() else platform.processor()
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, its products by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """Return the product with the inputs, (..., out)."""
+        return linear(input, self.weight, self.bias)
+
+
+LINEAR = (nn.Linear, Linear)
+"""The classes of linear layers that compute a product, a bias, and nothing else."""
+
+
+def multiply_fast(network: nn.Module) -> None:
+    """Let the linear layers of a network compute with `linear`; their weights and names stay."""
+    for module in network.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
+def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return inputs (..., in) times a weight (out, in), and a bias (out,): torch's function of this name."""
+    if not _is_worth_it(inputs, weight, weight.shape[0]):
+        return functional.linear(inputs, weight, bias)
+    if torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (inputs, weight, bias)):
+        function: Any = _Linear
+        output = function.apply(inputs, weight, bias)
+        assert isinstance(output, Tensor)
+        return output
+    return _by_onednn(inputs, weight, bias)
+
+
+def matmul(left: Tensor, right: Tensor) -> Tensor:
+    """Return left (..., k) @ right (k, n), where nothing is kept for a backward."""
+    return _by_onednn(left, right.T) if _is_worth_it(left, right, right.shape[1]) else left @ right
+
+
+def weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
+    """Return the gradient of a weight (out, in), from that of its product (..., out) and the inputs (..., in)."""
+    gradient, inputs = _rows(gradient), _rows(inputs)
+    if min(gradient.shape[1], inputs.shape[1]) < NARROW or not _is_worth_it(gradient, inputs, inputs.shape[1]):
+        return gradient.T @ inputs
+    return _by_onednn(gradient.T, inputs.T)
+
+
+def _rows(activations: Tensor) -> Tensor:
+    return activations.reshape(-1, activations.shape[-1])
+
+
+def _is_worth_it(left: Tensor, right: Tensor, columns: int) -> bool:
+    """Whether oneDNN is to multiply: large float32 matrices that are nothing but numbers in the memory of the CPU.
+
+    A compiler, autocast, and whoever traces tensors without numbers is to see torch's own functions.
+    """
+    if torch.compiler.is_compiling() or left.numel() * columns < WORTH_IT or not onednn_is_faster():
+        return False
+    for one in (left, right):
+        if one.dtype != torch.float32 or one.device.type != "cpu" or type(one) not in (Tensor, nn.Parameter):
+            return False
+    return not torch.is_autocast_enabled("cpu")
+
+
+def _by_onednn(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    assert not torch.is_grad_enabled() or not (inputs.requires_grad or weight.requires_grad), "it has no backward"
+    output: Tensor = torch.ops.mkldnn._linear_pointwise.default(inputs, weight, bias, "none", [], "")
+    return output
+
+
+class _Linear(torch.autograd.Function):
+    """W x + bias. As with torch's own a frozen weight lets go of the inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return the product, (..., out)."""
+        of_inputs, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(inputs if of_weight else None, weight if of_inputs else None)
+        return _by_onednn(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the inputs, the weight and the bias, where they are wanted."""
+        inputs, weight = ctx.saved_tensors
+        of_inputs = None if weight is None else matmul(gradient, weight)
+        of_weight = None if inputs is None else weight_gradient(gradient, inputs)
+        return of_inputs, of_weight, _rows(gradient).sum(0) if ctx.needs_input_grad[2] else None
