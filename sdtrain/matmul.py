@@ -26,7 +26,8 @@ NARROW = 64
 @cache
 def onednn_is_faster() -> bool:
     """Return whether this processor multiplies float32 matrices faster with oneDNN: AMD's, where it has AVX-512."""
-    if not torch.backends.mkl.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    there: Any = torch.backends.mkl
+    if not there.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
 

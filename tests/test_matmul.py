@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdtrain import matmul
 from sdtrain.adapters.attach import AdapterSettings, attach_adapters
-from sdtrain.adapters.lean.layers import make_plain
+from sdtrain.adapters.lean.layers import LEAN, make_plain
+from sdtrain.adapters.quantised.layer import QuantisedLinear, quantise
 from sdtrain.config.schema import ModelConfig
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.load import load_model
@@ -155,6 +156,7 @@ def test_adapters_sit_on_fast_layers_as_on_plain_ones(asked: list[tuple[int, ...
         before = network(normal(ROWS, IN, seed=9)).detach()
         settings = AdapterSettings(kind, 16, 16.0)  # type: ignore[arg-type]
         adapters = attach_adapters(network, ["0", "2"], settings, generator())
+        assert kind == "oft" or all(type(network[at]) in LEAN.values() for at in (0, 2))
         close(network(normal(ROWS, IN, seed=9)).detach(), before.double())
         for seed, parameter in enumerate(adapters.values()):
             parameter.data += normal(*parameter.shape, seed=seed) / 50
@@ -191,6 +193,16 @@ def test_onednn_multiplies_on_processors_of_amd(
 
 def test_the_maker_of_this_processor_is_told() -> None:
     assert matmul._processor()
+
+
+def test_fast_layers_are_packed_as_plain_ones(asked: list[tuple[int, ...]]) -> None:
+    network = nn.Sequential(nn.Linear(IN, OUT))
+    matmul.multiply_fast(network)
+    quantise(network, "int8", torch.device("cpu"), lambda name: network.get_parameter(name))
+    inputs = normal(ROWS, IN).requires_grad_()
+    network(inputs).sum().backward()
+    assert type(network[0]) is QuantisedLinear
+    assert asked == [(ROWS, IN, OUT), (ROWS, OUT, IN)]
 
 
 def test_every_linear_layer_of_a_loaded_model_multiplies_fast() -> None:
