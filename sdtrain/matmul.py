@@ -20,7 +20,8 @@ from torch.nn import functional
 WORTH_IT = 2**21
 """Multiplications from which on oneDNN is faster: a call of it costs 10 microseconds more than one of MKL."""
 NARROW = 64
-"""Gradients of weights with fewer rows or columns are left to MKL: oneDNN copies one of their factors first."""
+"""Narrower factors are left to MKL where oneDNN would need a copy: of a factor for the gradient of a weight, and of the
+product to add it to something."""
 
 
 @cache
@@ -74,6 +75,15 @@ def matmul(left: Tensor, right: Tensor) -> Tensor:
     return _by_onednn(left, right.T) if _is_worth_it(left, right, right.shape[1]) else left @ right
 
 
+def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add left (..., k) @ right (k, n) to `total` (..., n), in place, and return it; of 16 bits it is rounded once."""
+    wide = left.shape[-1] >= NARROW and _is_worth_it(left, right, right.shape[1])
+    if wide or not _has_rows(total):
+        return total.add_(matmul(left, right))
+    total.view(-1, total.shape[-1]).addmm_(_rows(left), right)
+    return total
+
+
 def weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
     """Return the gradient of a weight (out, in), from that of its product (..., out) and the inputs (..., in)."""
     gradient, inputs = _rows(gradient), _rows(inputs)
@@ -84,6 +94,12 @@ def weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 def _rows(activations: Tensor) -> Tensor:
     return activations.reshape(-1, activations.shape[-1])
+
+
+def _has_rows(activations: Tensor) -> bool:
+    """Whether a matrix of these, or of some of their columns, is the same memory."""
+    sizes, strides = activations.shape, activations.stride()
+    return strides[-1] == 1 and all(strides[at] == sizes[at + 1] * strides[at + 1] for at in range(len(sizes) - 2))
 
 
 def _is_worth_it(left: Tensor, right: Tensor, columns: int) -> bool:

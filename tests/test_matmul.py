@@ -84,7 +84,11 @@ def test_the_plain_products_are_those_in_float64(asked: list[tuple[int, ...]]) -
     left, right, gradient = normal(4, 24, IN), normal(IN, OUT, seed=1), normal(4, 24, OUT, seed=2)
     close(matmul.matmul(left, right), left.double() @ right.double())
     close(matmul.weight_gradient(gradient, left), torch.einsum("abo,abi->oi", gradient.double(), left.double()))
-    assert asked == [(4, 24, IN, OUT), (OUT, ROWS, IN)]
+    total = normal(4, 24, OUT, seed=3)
+    wanted = total.double() + left.double() @ right.double()
+    assert matmul.add_matmul(total, left, right) is total
+    close(total, wanted)
+    assert asked == [(4, 24, IN, OUT), (OUT, ROWS, IN), (4, 24, IN, OUT)]
 
 
 def test_the_same_numbers_give_the_same_bits(asked: list[tuple[int, ...]]) -> None:
@@ -121,10 +125,12 @@ def test_everything_else_is_left_to_torch(asked: list[tuple[int, ...]], change: 
     assert not asked
 
 
-def test_gradients_of_narrow_weights_are_left_to_torch(asked: list[tuple[int, ...]]) -> None:
-    """Those of the matrices of a LoRA: oneDNN would copy the wide factor first."""
-    inputs, of_hidden = normal(4096, 640), normal(4096, 16, seed=1)
-    close(matmul.weight_gradient(of_hidden, inputs), of_hidden.double().T @ inputs.double())
+def test_narrow_factors_are_left_to_torch_where_onednn_would_copy(asked: list[tuple[int, ...]]) -> None:
+    """The gradients of the matrices of a LoRA, and what it adds to the product of the frozen weight."""
+    inputs, hidden, up = normal(4096, 640), normal(4096, 16, seed=1), normal(16, 640, seed=2)
+    close(matmul.weight_gradient(hidden, inputs), hidden.double().T @ inputs.double())
+    wanted = inputs.double() + hidden.double() @ up.double()
+    close(matmul.add_matmul(inputs, hidden, up), wanted)
     assert not asked
 
 

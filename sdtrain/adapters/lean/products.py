@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sdtrain.adapters.lean.inputs import Remade, kept_of
-from sdtrain.matmul import linear, matmul
+from sdtrain.matmul import add_matmul, linear, matmul
 from sdtrain.matmul import weight_gradient as linear_weight_gradient
 
 
@@ -38,7 +38,7 @@ def product(inputs: Tensor, weight: Tensor, window: Window | None, bias: Tensor 
 def add_product(total: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> Tensor:
     """Add product(inputs, weight) to `total`, in place, and return it; of a linear layer rounded once."""
     if window is None:
-        return _add_matrices(total, inputs, weight.T)
+        return add_matmul(total, inputs, weight.T)
     return total.add_(product(inputs, weight, window))
 
 
@@ -52,7 +52,7 @@ def input_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Win
 def add_input_gradient(total: Tensor, gradient: Tensor, inputs: Tensor, weight: Tensor, window: Window | None) -> None:
     """Add the gradient of the inputs to `total`, in place; of a linear layer rounded once."""
     if window is None:
-        _add_matrices(total, gradient, weight)
+        add_matmul(total, gradient, weight)
     else:
         total.add_(input_gradient(gradient, inputs, weight, window))
 
@@ -63,24 +63,6 @@ def weight_gradient(gradient: Tensor, inputs: Tensor, weight: Tensor, window: Wi
         return linear_weight_gradient(gradient, inputs).to(weight.dtype)
     small = weight.to(inputs.dtype)
     return _convolution_gradients(gradient, inputs, small, window, inputs_too=False)[1].to(weight.dtype)
-
-
-def _rows(activations: Tensor) -> Tensor:
-    return activations.reshape(-1, activations.shape[-1])
-
-
-def _add_matrices(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Add left @ right in place."""
-    if _has_rows(total):
-        total.view(-1, total.shape[-1]).addmm_(_rows(left), right)
-        return total
-    return total.add_(left @ right)
-
-
-def _has_rows(activations: Tensor) -> bool:
-    """Whether a matrix of these, or of some of their columns, is the same memory."""
-    sizes, strides = activations.shape, activations.stride()
-    return strides[-1] == 1 and all(strides[at] == sizes[at + 1] * strides[at + 1] for at in range(len(sizes) - 2))
 
 
 def _convolution_gradients(
