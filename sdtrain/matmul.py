@@ -1,13 +1,15 @@
-"""Products of float32 matrices on the CPU, by oneDNN where that is twice as fast.
+"""Products of float32 matrices: on the CPU by oneDNN where that is twice as fast, on a card in TF32 where it suffices.
 
-torch multiplies float32 matrices with MKL, which gives its AVX-512 kernels to processors of Intel only. oneDNN, with
-which torch convolves, gives them to every processor that has them. Which of both it is depends on the processor and on
-the sizes, never on a measurement: a run that goes on after a stop computes the same bits.
+On the CPU torch multiplies float32 matrices with MKL, which gives its AVX-512 kernels to processors of Intel only.
+oneDNN, with which torch convolves, gives them to every processor that has them. Which of both it is depends on the
+processor and on the sizes, never on a measurement: a run that goes on after a stop computes the same bits.
 """
 
 from __future__ import annotations
 
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,24 @@ def _processor() -> str:
     """What the system says the processor is, its maker among it."""
     described = Path("/proc/cpuinfo")
     return described.read_text(encoding="utf-8").partition("\n\n")[0] if described.exists() else platform.processor()
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Let a card multiply the float32 matrices of the block in TF32, as it convolves by default.
+
+    TF32 has the exponent of float32 and 10 bits of mantissa; sums are float32. The setting is PyTorch's, of the whole
+    process, and is as it was afterwards.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class Linear(nn.Linear):

@@ -16,8 +16,10 @@ from sdtrain.adapters.attach import AdapterSettings, attach_adapters
 from sdtrain.adapters.lean.layers import LEAN, make_plain
 from sdtrain.adapters.quantised.layer import QuantisedLinear, quantise
 from sdtrain.config.schema import ModelConfig
+from sdtrain.models import latent_diffusion
 from sdtrain.models.checkpoints.inspect import open_model
 from sdtrain.models.load import load_model
+from sdtrain.models.sdxl import SDXL
 
 ROWS, IN, OUT = 96, 160, 192
 """Sizes of a product that is worth it."""
@@ -217,3 +219,28 @@ def test_every_linear_layer_of_a_loaded_model_multiplies_fast() -> None:
     for name, network in model.networks.items():
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
         assert layers and all(type(module) is matmul.Linear for module in layers), name
+
+
+@pytest.mark.parametrize(("device", "inside"), [("cuda", "high"), ("cpu", "highest")])
+def test_a_card_multiplies_in_tf32_as_long_as_the_block_lasts(device: str, inside: str) -> None:
+    with pytest.raises(KeyError), matmul.tf32(torch.device(device)):
+        assert torch.get_float32_matmul_precision() == inside
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_autoencoder_multiplies_in_tf32_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 it is for its range; its convolutions are in TF32 there by default. Here the CPU is taken for one."""
+    as_on_a_card = matmul.tf32
+    monkeypatch.setattr(latent_diffusion, "tf32", lambda _: as_on_a_card(torch.device("cuda")))
+    config = ModelConfig(path="builtin:tiny-sdxl")
+    model = load_model(open_model(config, "model"), config, device=torch.device("cpu"), dtype=torch.float32)
+    assert isinstance(model, SDXL)
+    seen: list[str] = []
+    for layer in model.vae.modules():
+        layer.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    latents = model.encode_pixels(normal(1, 3, 64, 64).clamp(-1, 1))
+    encoded = len(seen)
+    model.decode_latents(latents)
+    assert 0 < encoded < len(seen) and set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -17,6 +17,7 @@ from sdtrain.diffusion.schedule import NoiseSchedule, betas_of, schedule_of_beta
 from sdtrain.diffusion.words import Prediction
 from sdtrain.families.modelspec import Description
 from sdtrain.families.words import NoCaption
+from sdtrain.matmul import tf32
 from sdtrain.models.checkpoints.components import Components
 from sdtrain.models.checkpoints.folder import write_folder
 from sdtrain.models.checkpoints.single_file import Change, write_single_file
@@ -99,7 +100,13 @@ def encode_pixels(vae: Any, pixels: Tensor, tiled: set[InTiles]) -> Tensor:
     The latents are the mode of the VAE's distribution, so that nothing is drawn at random. tiled: is added to where
     they are encoded in tiles, for want of memory.
     """
-    there = pixels.to(vae.device, torch.float32)
+    with tf32(vae.device):
+        mode = _mode(vae, pixels.to(vae.device, torch.float32), tiled)
+    shift, scale = _latent_scale(vae)
+    return (mode - shift) * scale
+
+
+def _mode(vae: Any, there: Tensor, tiled: set[InTiles]) -> Tensor:
     try:
         mode: Tensor = vae.encode(there).latent_dist.mode()
     except torch.OutOfMemoryError as error:
@@ -107,8 +114,7 @@ def encode_pixels(vae: Any, pixels: Tensor, tiled: set[InTiles]) -> Tensor:
         with in_tiles(vae):
             mode = vae.encode(there).latent_dist.mode()
         tiled.add("encoded")
-    shift, scale = _latent_scale(vae)
-    return (mode - shift) * scale
+    return mode
 
 
 @torch.no_grad()
@@ -121,7 +127,8 @@ def decode_latents(vae: Any, latents: Tensor, beside: nn.Module, tiled: set[InTi
     """
     shift, scale = _latent_scale(vae)
     unscaled = latents.to(vae.device, torch.float32) / scale + shift
-    pictures = [_decoded(vae, one[None], beside, tiled) for one in unscaled]
+    with tf32(vae.device):
+        pictures = [_decoded(vae, one[None], beside, tiled) for one in unscaled]
     return torch.cat(pictures).clamp(-1, 1).cpu()
 
 
