@@ -70,7 +70,10 @@ def materialise(network: nn.Module) -> None:
 def attach(network: nn.Module, kind: AdapterKind, rank: int, *, lean: bool) -> list[nn.Parameter]:
     """Put adapters on attention and feed-forward; with peft's own forward where they are not lean."""
     from sdtrain.adapters.lean.layers import make_plain
+    from sdtrain.matmul import multiply_fast
 
+    if lean:
+        multiply_fast(network)
     modules = select_modules(network, "attention+ff")
     parameters = attach_adapters(network, modules, AdapterSettings(kind, rank, float(rank)), Generator())
     if not lean:

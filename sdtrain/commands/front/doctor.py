@@ -76,7 +76,10 @@ def _devices(found: Findings, load: Callable[[str], Any]) -> None:
             bfloat16 = "bfloat16" if computes else "no bfloat16, so float16"
             found.facts[f"cuda:{index}"] = f"{card.name}, {free:.1f} of {total:.1f} GiB free, {bfloat16}"
         return
-    found.facts["device"] = "cpu"
+    from sdtrain.matmul import onednn_is_faster
+
+    by = "oneDNN, the faster one on this processor" if onednn_is_faster() else "PyTorch's own choice"
+    found.facts["device"] = f"cpu; products of float32 matrices by {by}"
     if not built_for:
         found.wrong.append(
             "this torch is built for the CPU only, so that SDXL trains too slowly to be of use; with a GPU in the "
