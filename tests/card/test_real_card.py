@@ -158,6 +158,8 @@ GRAPHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", GRAPHED)
 def test_graphs_make_the_training_that_single_launches_make_on_a_real_card(on_cuda: Fit, name: str) -> None:
+    if name in ("int8", "fp8", "nf4"):
+        pytest.importorskip("bitsandbytes" if name == "nf4" else "torchao")
     changes = {**GRAPHED[name], "steps": 6, "deterministic": True, "checkpoint.every": 6}
     alone = on_cuda({**changes, "name": "alone", "memory.cuda_graphs": "off"})
     graphs = on_cuda({**changes, "name": "graphs", "memory.cuda_graphs": "on"})
