@@ -63,6 +63,11 @@ LEVERS: dict[str, list[str]] = {
     "LoKr": ['method.adapter="lokr"'],
     "all layers": ['method.targets="all"'],
     "text encoders": ['method.train=["unet", "text_encoder", "text_encoder_2"]'],
+    "a part recomputed": ['memory.recompute=["up_blocks.0.attentions.0"]'],
+    "int8 base": ['model.base_precision="int8"'],
+    "fp8 base": ['model.base_precision="fp8"'],
+    "nf4 base": ['model.base_precision="nf4"'],
+    "bfloat16": ['model.dtype="bfloat16"'],
     "compiled": ["memory.compile=true"],
 }
 

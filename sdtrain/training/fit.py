@@ -43,7 +43,7 @@ from sdtrain.training.parameters import train_parameters
 from sdtrain.training.planning.budget import Expected
 from sdtrain.training.prepare import encode_a_share, encode_everything, load
 from sdtrain.training.ranks.group import ALONE, Ranks, ToldElsewhereError
-from sdtrain.training.run import Run, chose_float16, computes_in_float16, open_run, write_resolved_config
+from sdtrain.training.run import Run, computes_in_float16, notes_on, open_run, write_resolved_config
 from sdtrain.training.training import Training
 from sdtrain.training.validating.validator import Validator
 from sdtrain.training.watching.records import EndRecord, NoteRecord, RunRecord, Watcher
@@ -122,8 +122,8 @@ def prepare(
     """Return everything that a run trains with, as it is before the first step. Raises UserError."""
     run = open_run(config, ranks)
     uses_graphs(run)  # or says why it cannot, before anything is loaded
-    if ranks.is_first and chose_float16(config, run.device):
-        say(console, "this card does not compute in bfloat16, so the run computes in float16, with a scaled loss")
+    if ranks.is_first:
+        say(console, *notes_on(config, run.device))
     with explained_while(lambda: stop.doing, run):
         stop.doing = "loading the model"
         model = load(run, opened)

@@ -17,6 +17,7 @@ from sdtrain.config.schema import Config, FullConfig
 from sdtrain.config.write import config_to_toml
 from sdtrain.errors import user_error
 from sdtrain.files.writer import write_text
+from sdtrain.matmul import onednn_is_faster
 from sdtrain.training.ranks.group import ALONE, Ranks
 from sdtrain.training.start import run_folder
 
@@ -119,6 +120,16 @@ def computes_in_float16(config: Config, device: torch.device) -> bool:
 def chose_float16(config: Config, device: torch.device) -> bool:
     """Return whether `auto` means float16, for want of bfloat16."""
     return config.model.dtype == "auto" and lacks_bfloat16(device)
+
+
+def notes_on(config: Config, device: torch.device) -> list[str]:
+    """Return what a person should know of how a run computes on a device."""
+    notes = []
+    if chose_float16(config, device):
+        notes.append("this card does not compute in bfloat16, so the run computes in float16, with a scaled loss")
+    if config.memory.compile and device.type == "cpu" and onednn_is_faster():
+        notes.append("compiled steps are slower than others on this processor: leave memory.compile out, or use a GPU")
+    return notes
 
 
 def open_run(config: Config, ranks: Ranks = ALONE) -> Run:

@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from sdtrain.adapters.attach import AdapterSettings, attach_adapters
+from sdtrain.config.read import resolve
 from sdtrain.files.locations import BUILTIN_FOLDER
+from sdtrain.matmul import multiply_fast
 from sdtrain.training.parameters import compile_blocks
+from sdtrain.training.run import notes_on
 
 SIZES = [(12, 12), (16, 8), (8, 16), (20, 8), (24, 16)]
 
@@ -25,6 +28,7 @@ def test_blocks_of_one_width_are_compiled_twice_at_most_for_any_number_of_bucket
     blocks = [module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock"]
     kinds = {(block.norm1.weight.numel(), block.attn1.heads) for block in blocks}
     modules = [name for name, _ in unet.named_modules() if name.endswith((".to_q", ".to_v"))]
+    multiply_fast(unet)
     attach_adapters(unet, modules, AdapterSettings(), torch.Generator())
     compile_blocks(unet, backend=counter)
     config = unet.config
@@ -39,3 +43,17 @@ def test_blocks_of_one_width_are_compiled_twice_at_most_for_any_number_of_bucket
     assert counts[0] == counts[len(SIZES) - 1], "other buckets are served by what was compiled for the first"
     assert counts[-1] == counts[len(SIZES)] <= 2 * counts[0]
     assert counts[0] <= 2 * len(kinds)
+
+
+@pytest.mark.parametrize(
+    ("compiled", "device", "faster"),
+    [(True, "cpu", True), (True, "cpu", False), (True, "cuda", True), (False, "cpu", True)],
+)
+def test_where_compiled_steps_are_slower_it_is_said(
+    table: dict[str, Any], monkeypatch: pytest.MonkeyPatch, compiled: bool, device: str, faster: bool
+) -> None:
+    monkeypatch.setattr("sdtrain.training.run.onednn_is_faster", lambda: faster)
+    monkeypatch.setattr("sdtrain.training.run.lacks_bfloat16", lambda _: False)
+    config = resolve(table | {"memory": {"compile": compiled}}, "test config")
+    said = any("compiled steps are slower" in note for note in notes_on(config, torch.device(device)))
+    assert said == (compiled and device == "cpu" and faster)
