@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_the_plain_products_are_those_in_float64(asked: list[tuple[int, ...]]) -
 
 
 def test_the_same_numbers_give_the_same_bits(asked: list[tuple[int, ...]]) -> None:
-    """Whatever they lie beside, and however many rows there are: a preview is what `sample` draws."""
+    """Wherever they lie, and whatever rows are beside them: a preview is what `sample` draws."""
     inputs, weight = normal(2 * ROWS, IN), normal(OUT, IN, seed=1)
     once = matmul.linear(inputs, weight)
     assert torch.equal(once, matmul.linear(inputs.clone(), weight.clone()))
@@ -203,6 +204,15 @@ def test_the_maker_of_this_processor_is_told() -> None:
     assert matmul._processor()
 
 
+def test_a_processor_that_a_sandbox_hides_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hidden(*_: object, **__: object) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", hidden)
+    monkeypatch.setattr("platform.processor", lambda: "AuthenticAMD by another way")
+    assert matmul._processor() == "AuthenticAMD by another way"
+
+
 def test_fast_layers_are_packed_as_plain_ones(asked: list[tuple[int, ...]]) -> None:
     network = nn.Sequential(nn.Linear(IN, OUT))
     matmul.multiply_fast(network)
@@ -213,9 +223,15 @@ def test_fast_layers_are_packed_as_plain_ones(asked: list[tuple[int, ...]]) -> N
     assert asked == [(ROWS, IN, OUT), (ROWS, OUT, IN)]
 
 
-def test_every_linear_layer_of_a_loaded_model_multiplies_fast() -> None:
+def built_in() -> SDXL:
     config = ModelConfig(path="builtin:tiny-sdxl")
     model = load_model(open_model(config, "model"), config, device=torch.device("cpu"), dtype=torch.float32)
+    assert isinstance(model, SDXL)
+    return model
+
+
+def test_every_linear_layer_of_a_loaded_model_multiplies_fast() -> None:
+    model = built_in()
     for name, network in model.networks.items():
         layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
         assert layers and all(type(module) is matmul.Linear for module in layers), name
@@ -233,9 +249,7 @@ def test_the_autoencoder_multiplies_in_tf32_on_a_card(monkeypatch: pytest.Monkey
     """In float32 it is for its range; its convolutions are in TF32 there by default. Here the CPU is taken for one."""
     as_on_a_card = matmul.tf32
     monkeypatch.setattr(latent_diffusion, "tf32", lambda _: as_on_a_card(torch.device("cuda")))
-    config = ModelConfig(path="builtin:tiny-sdxl")
-    model = load_model(open_model(config, "model"), config, device=torch.device("cpu"), dtype=torch.float32)
-    assert isinstance(model, SDXL)
+    model = built_in()
     seen: list[str] = []
     for layer in model.vae.modules():
         layer.register_forward_pre_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))

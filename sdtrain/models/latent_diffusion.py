@@ -101,12 +101,12 @@ def encode_pixels(vae: Any, pixels: Tensor, tiled: set[InTiles]) -> Tensor:
     they are encoded in tiles, for want of memory.
     """
     with tf32(vae.device):
-        mode = _mode(vae, pixels.to(vae.device, torch.float32), tiled)
+        mode = _encoded(vae, pixels.to(vae.device, torch.float32), tiled)
     shift, scale = _latent_scale(vae)
     return (mode - shift) * scale
 
 
-def _mode(vae: Any, there: Tensor, tiled: set[InTiles]) -> Tensor:
+def _encoded(vae: Any, there: Tensor, tiled: set[InTiles]) -> Tensor:
     try:
         mode: Tensor = vae.encode(there).latent_dist.mode()
     except torch.OutOfMemoryError as error:

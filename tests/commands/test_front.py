@@ -166,6 +166,15 @@ def test_the_doctor_tells_a_missing_driver_from_hidden_cards(monkeypatch: pytest
     assert found.wrong == ["CUDA_VISIBLE_DEVICES hides every card; unset it"]
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_doctor_tells_what_multiplies_on_the_cpu(monkeypatch: pytest.MonkeyPatch, faster: bool) -> None:
+    monkeypatch.setattr("sdtrain.matmul.onednn_is_faster", lambda: faster)
+    found = doctor.Findings()
+    doctor._devices(found, lambda name: NO_GPU)
+    assert found.facts["device"] == "cpu"
+    assert found.facts["float32 products"] == ("by oneDNN" if faster else "by PyTorch's own choice")
+
+
 def test_the_doctor_says_when_disk_and_memory_run_out(tmp_path: Path) -> None:
     found = doctor.Findings()
     doctor._disk(found, tmp_path / "not" / "yet", lambda path: namedtuple("Usage", "free")(2**30))

@@ -78,8 +78,8 @@ def _devices(found: Findings, load: Callable[[str], Any]) -> None:
         return
     from sdtrain.matmul import onednn_is_faster
 
-    by = "oneDNN, the faster one on this processor" if onednn_is_faster() else "PyTorch's own choice"
-    found.facts["device"] = f"cpu; products of float32 matrices by {by}"
+    found.facts["device"] = "cpu"
+    found.facts["float32 products"] = "by oneDNN" if onednn_is_faster() else "by PyTorch's own choice"
     if not built_for:
         found.wrong.append(
             "this torch is built for the CPU only, so that SDXL trains too slowly to be of use; with a GPU in the "
